@@ -1,0 +1,79 @@
+"""The words of the design as types: slices, ranks, placements."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+from pyagent_node.base.errors import InvalidRequest
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id of an Ed25519 key in its base58 form (``12D3KooW...``)."""
+
+Digest = NewType("Digest", str)
+"""A BLAKE3-256 digest as 64 lowercase hexadecimal digits."""
+
+SessionId = NewType("SessionId", str)
+"""One generation in progress: 32 lowercase hexadecimal digits."""
+
+
+class Slice(msgspec.Struct, frozen=True, order=True):
+    """The layers ``[first, last)`` of a model; ``head`` when the output head belongs to it."""
+
+    first: int
+    last: int
+    head: bool
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}{'+head' if self.head else ''}"
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """Position ``rank`` of a pipeline: which node holds which slice."""
+
+    rank: int
+    slice: Slice
+    peer_id: PeerId
+    standbys: tuple[PeerId, ...] = ()
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """The ranks of one model under an epoch.
+
+    ``epoch`` comes from the log and only grows; ``n_ctx`` is the context length in tokens that
+    every rank reserves for each of ``n_seq`` concurrent sessions.
+    """
+
+    model: Digest
+    epoch: int
+    ranks: tuple[Rank, ...]
+    n_ctx: int
+    n_seq: int
+
+    @property
+    def tail(self) -> Rank:
+        """The last rank: output head and sampling."""
+        return self.ranks[-1]
+
+    def check(self, n_layers: int) -> None:
+        """Check that the ranks cover layers ``[0, n_layers)`` once, in order, head last.
+
+        Raises :class:`InvalidRequest` (``bad_placement``) naming the first rank that does not fit.
+        """
+        at = 0
+        for index, rank in enumerate(self.ranks):
+            part = rank.slice
+            last = index == len(self.ranks) - 1
+            if rank.rank != index or part.first != at or part.last <= at or part.head != last:
+                raise InvalidRequest(
+                    f"Rank {index} holds layers {part}, but layer {at} comes next"
+                    f" and the output head belongs to the last rank alone.",
+                    code="bad_placement",
+                    rank=index,
+                )
+            at = part.last
+        if at != n_layers:
+            raise InvalidRequest(
+                f"The ranks cover {at} of {n_layers} layers.", code="bad_placement"
+            )

@@ -1,0 +1,1 @@
+"""Agreement: the replicated state machine, the ``Consensus`` port, its engines, the log store."""

@@ -1,0 +1,1 @@
+"""Running models: stores, slices, backends, runner processes, pipelines, sampling, sessions."""

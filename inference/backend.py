@@ -1,0 +1,178 @@
+"""The ``Backend`` port: one loaded slice of a model and its sequences.
+
+A backend runs inside a runner process and is synchronous.  A *sequence* is a slot ``0 <= seq <
+n_seq`` with its own KV cells; positions count from 0 in each sequence.  Tokens always travel with
+their activations, so that a tail can penalise repetition and KV can be keyed by content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.types import Slice
+from pyagent_node.inference.sampling import Sampled, SamplingParams
+
+Tokens = NDArray[np.int32]
+Activations = NDArray[np.float32]
+
+
+class BackendInfo(msgspec.Struct, frozen=True):
+    """What a loaded slice says of itself.
+
+    ``kv_bytes_per_token`` is for the whole slice, ``memory_bytes`` the process's resident size
+    after loading.  ``batch_invariant_widths`` are the batch widths whose logits (or
+    activations) were bit-identical to width 1 in the self-test; ``kv_portable`` says whether an
+    exported KV range loaded again with identical results.
+    """
+
+    backend: str
+    version: str
+    device: str
+    slice: Slice
+    n_embd: int
+    n_vocab: int
+    n_ctx: int
+    n_seq: int
+    threads: int
+    kv_bytes_per_token: int
+    memory_bytes: int
+    batch_invariant_widths: tuple[int, ...]
+    kv_portable: bool
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether widths 1 to 8 all agreed."""
+        return {1, 2, 4, 8} <= set(self.batch_invariant_widths)
+
+
+class OpenSequence(msgspec.Struct, frozen=True, tag="open"):
+    """Begin using an empty slot; ``sampling`` is given on a slice with the output head."""
+
+    seq: int
+    sampling: SamplingParams | None = None
+
+
+class FreeSequence(msgspec.Struct, frozen=True, tag="free"):
+    """Forget the slot's KV, history and sampling."""
+
+    seq: int
+
+
+class TrimSequence(msgspec.Struct, frozen=True, tag="trim"):
+    """Drop the cells at positions ``[start, ...)``."""
+
+    seq: int
+    start: int
+
+
+class CopySequence(msgspec.Struct, frozen=True, tag="copy"):
+    """Make the cells ``[start, stop)`` of ``source`` visible in ``seq`` too."""
+
+    seq: int
+    source: int
+    start: int
+    stop: int
+
+
+class ShiftSequence(msgspec.Struct, frozen=True, tag="shift"):
+    """Add ``delta`` to the positions of the cells ``[start, stop)``."""
+
+    seq: int
+    start: int
+    stop: int
+    delta: int
+
+
+SequenceOp = OpenSequence | FreeSequence | TrimSequence | CopySequence | ShiftSequence
+
+
+class StepInput(msgspec.Struct, frozen=True):
+    """Consecutive tokens of one sequence.
+
+    ``tokens`` has shape (n,); ``activations`` has shape (n, n_embd) in float32, or is ``None`` when
+    the slice starts at layer 0 *and* holds the whole model (it then looks embeddings up itself).
+    ``sample`` asks a slice with the output head for the token after the last one.
+    """
+
+    seq: int
+    position: int
+    tokens: Tokens
+    activations: Activations | None
+    sample: bool
+
+
+class StepOutput(msgspec.Struct, frozen=True):
+    """The outcome for one :class:`StepInput`.
+
+    A slice without the output head gives ``activations`` of shape (n, n_embd), float32; a slice
+    with it gives ``sampled`` when that was asked for, else neither.
+    """
+
+    activations: Activations | None = None
+    sampled: Sampled | None = None
+
+
+class LayerKv(msgspec.Struct, frozen=True):
+    """Keys and values of one layer for consecutive tokens, in the backend's own cell format.
+
+    ``layer`` counts in the whole model; ``keys`` and ``values`` hold ``n_tokens`` rows each.
+    """
+
+    layer: int
+    keys: bytes
+    values: bytes
+
+
+class KvRange(msgspec.Struct, frozen=True):
+    """The KV of tokens ``[start, stop)`` of one sequence, one entry a layer of the slice.
+
+    ``codec`` names the cell format (``"llama.cpp/<version>/f16"``); a backend refuses others.
+    """
+
+    codec: str
+    start: int
+    stop: int
+    layers: tuple[LayerKv, ...]
+
+
+class Backend(Protocol):
+    """One loaded slice.
+
+    Errors: :class:`InvalidRequest` for arguments out of range, :class:`LimitExceeded`
+    (``kv_full``) when no cell is free, :class:`Unsupported` for a foreign KV codec,
+    :class:`CorruptData` for KV bytes that do not fit.  After any of these the sequences not named
+    in the call are unchanged.
+    """
+
+    @property
+    def info(self) -> BackendInfo:
+        """What this slice says of itself."""
+        ...
+
+    def apply(self, op: SequenceOp) -> None:
+        """Carry out one sequence operation."""
+        ...
+
+    def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
+        """Run the slice over ``steps`` (of distinct sequences) as one batch, in order."""
+        ...
+
+    def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
+        """Copy the cells of tokens ``[start, stop)`` out, layer by layer."""
+        ...
+
+    def import_kv(self, seq: int, kv: KvRange) -> None:
+        """Write cells into a sequence that ends at ``kv.start``."""
+        ...
+
+    def close(self) -> None:
+        """Release the model; the backend cannot be used afterwards."""
+        ...
+
+
+Device = Literal["cpu", "cuda", "metal", "vulkan"]

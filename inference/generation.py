@@ -1,0 +1,141 @@
+"""What a user of the engine sees: requests, streamed tokens, the end of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+from pyagent_node.base.types import Digest, Placement, SessionId
+from pyagent_node.inference.sampling import SamplingParams
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class GenerationRequest(msgspec.Struct, frozen=True):
+    """One generation.  Exactly one of ``messages``, ``prompt`` and ``tokens`` is given.
+
+    ``model`` is a name or a digest.  ``messages`` go through the model's own chat template,
+    ``prompt`` is tokenised as it is (with the model's BOS where it asks for one), ``tokens`` are
+    used unchanged.  ``max_tokens`` ``None`` means up to the context length.
+    """
+
+    model: str
+    messages: tuple[ChatMessage, ...] | None = None
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    sampling: SamplingParams = SamplingParams()
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One alternative at a position: its token, bytes and log-probability."""
+
+    token: int
+    piece: bytes
+    logprob: float
+
+
+class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One token of the answer.
+
+    ``text`` is what may be shown now: it is held back while it could be the beginning of a stop
+    string or of an incomplete UTF-8 character, so it may be empty or hold several tokens' text.
+    ``piece`` are this token's own bytes.
+    """
+
+    token: int
+    text: str
+    piece: bytes
+    logprob: float | None = None
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts and times of one generation (seconds on the monotonic clock)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first over the time after the first; 0 when there was one."""
+        rest = self.seconds - self.ttft_seconds
+        return (self.completion_tokens - 1) / rest if rest > 0 else 0.0
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The last event of a stream; ``text`` is what was held back and turned out to be wanted."""
+
+    reason: Literal["stop", "length"]
+    text: str
+    usage: Usage
+    placement: Placement
+
+
+GenerationEvent = Generated | Finished
+
+
+class SessionView(msgspec.Struct, frozen=True):
+    """A session as ``status`` shows it."""
+
+    session: SessionId
+    model: str
+    epoch: int
+    head: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_second: float
+
+
+class LoadedModel(msgspec.Struct, frozen=True):
+    """A model that can be asked now."""
+
+    name: str
+    digest: Digest
+    n_ctx: int
+    created: int
+    placement: Placement
+
+
+class Engine(Protocol):
+    """Answers generation requests over the current placements."""
+
+    def models(self) -> list[LoadedModel]:
+        """Return the models with a live placement."""
+        ...
+
+    def sessions(self) -> list[SessionView]:
+        """Return the sessions this node heads or serves."""
+        ...
+
+    def generate(
+        self, request: GenerationRequest
+    ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
+        """Run one generation; leaving the context cancels it on every rank.
+
+        The request is checked and the prompt prefilled inside; errors come from entering or from
+        iterating: :class:`NotFound` (``model_not_found``), :class:`InvalidRequest`
+        (``bad_parameter``, ``prompt_too_long`` with facts ``prompt_tokens`` and ``n_ctx``),
+        :class:`LimitExceeded` (``too_many_sessions``), :class:`Unavailable`,
+        :class:`RunnerFailed` (facts ``rank``, ``peer_id`` and ``reason``).
+        """
+        ...
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """Return the tokens of ``text`` without any added ones."""
+        ...

@@ -1,0 +1,1 @@
+"""Model files: GGUF, slices, sources, the store, verified chunk transfer."""

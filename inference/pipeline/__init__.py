@@ -1,0 +1,1 @@
+"""Pipelines: planner, stages, head, sessions."""

@@ -1,0 +1,1 @@
+"""The daemon: identity, keys, mesh, supervision, HTTP API, telemetry."""

@@ -1,0 +1,1 @@
+"""The ``Mesh`` port over py-libp2p."""

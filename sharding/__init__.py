@@ -1,0 +1,1 @@
+"""Context and KV over nodes: block store, LSH index, bucket ownership, migration plans."""
