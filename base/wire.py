@@ -97,7 +97,7 @@ class FrameDecoder:
 
 
 class _TagOnly(msgspec.Struct):
-    type: str = ""
+    type: str
 
 
 class Codec(Generic[M]):
