@@ -1,0 +1,89 @@
+# make demo   one prompt answered by a model split over three daemons on this machine
+# make test   every check and test of the project
+# Both set up everything they need in .venv; PYTHON=/path/to/python3.12 picks the interpreter.
+
+.DEFAULT_GOAL := help
+.PHONY: help python-found setup setup-dev demo test lint format bench lock clean distclean
+MAKEFLAGS += --no-print-directory
+
+# The first Python that is new enough; `make PYTHON=...` overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+BIN := .venv/bin
+SOURCES := base native consensus sharding inference node cli simulations
+CHECKED := $(SOURCES) tests benchmarks tools
+# cargo's test programs link against the Python of the virtual environment
+CARGO = PYO3_PYTHON="$$PWD/$(BIN)/python" \
+  LD_LIBRARY_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR") or "")'):$$LD_LIBRARY_PATH" \
+  cargo
+step = @printf '\n--- %s\n' "$(1)"
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+	@echo "Also: setup, lint, format, bench, lock, clean, distclean."
+
+python-found:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "error: no Python 3.11 or newer was found. Install one:" >&2; \
+	  echo "    Debian, Ubuntu: sudo apt-get install python3 python3-venv python3-dev" >&2; \
+	  echo "    Fedora:         sudo dnf install python3 python3-devel" >&2; \
+	  echo "    macOS:          brew install python@3.13" >&2; \
+	  echo "or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+
+setup: python-found
+	@"$(PYTHON)" tools/bootstrap.py
+
+setup-dev: python-found
+	@"$(PYTHON)" tools/bootstrap.py --dev
+
+demo: setup
+	@$(BIN)/pyagent-node demo --nodes 3 --prompt "Name three rivers." --max-tokens 48 \
+	  --seed 7 --temperature 0.8
+
+lint: setup-dev
+	$(call step,ruff)
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff format --check $(CHECKED)
+	$(call step,mypy)
+	@$(BIN)/mypy -p pyagent_node
+	$(call step,pyright)
+	@$(BIN)/pyright
+	$(call step,import contracts)
+	@$(BIN)/lint-imports
+	$(call step,rustfmt and clippy)
+	@cargo fmt --check
+	@$(CARGO) clippy --quiet --locked --all-targets -- -D warnings
+
+test: lint
+	$(call step,cargo test)
+	@$(CARGO) test --quiet --locked
+	$(call step,pytest)
+	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+format: setup-dev
+	@$(BIN)/ruff check --fix $(CHECKED)
+	@$(BIN)/ruff format $(CHECKED)
+	@cargo fmt
+
+bench: setup
+	@$(BIN)/pyagent-node bench pipeline --ranks 1,2,3
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
+  --custom-compile-command "make lock" $(LOCK_FLAGS)
+
+# Versions stay as they are; `make lock LOCK_FLAGS=--upgrade` takes the newest.
+lock: setup-dev
+	@$(COMPILE) --generate-hashes pyproject.toml -o requirements/lock.txt
+	@$(COMPILE) --generate-hashes pyproject.toml --group dev -c requirements/lock.txt \
+	  -o requirements/lock-dev.txt
+	@$(COMPILE) --generate-hashes --allow-unsafe requirements/build.in -o requirements/build.txt
+	@$(COMPILE) --allow-unsafe requirements/build-constraints.in \
+	  -o requirements/build-constraints.txt
+
+clean:
+	rm -rf build dist target .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f native/_native*.so
+
+distclean: clean
+	rm -rf .venv

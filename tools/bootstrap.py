@@ -1,0 +1,433 @@
+"""Set up a clone: check the system, make ``.venv``, install what is locked, build the module.
+
+Run by ``make`` with any Python 3.11 or newer; needs nothing but the standard library.  Each step
+leaves a stamp (a digest of what it was made from), so that a second run only compares stamps.
+``--dev`` adds the tools that ``make test`` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import venv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMPS = VENV / ".pyagent-stamps.json"
+REQUIREMENTS = ROOT / "requirements"
+PYTHON_NEEDED = (3, 11)
+CARGO_NEEDED = (1, 83)
+PACKAGES = (
+    "base",
+    "native",
+    "consensus",
+    "sharding",
+    "inference",
+    "node",
+    "cli",
+    "simulations",
+)
+"""The top-level folders that are the packages ``pyagent_node.<folder>``."""
+
+NOTES = {
+    "llama-cpp-python": "compiles llama.cpp, about 5 minutes on 2 cores, once for each machine",
+    "pyagent-node": "compiles the Rust module",
+}
+
+
+class SetupError(Exception):
+    """A step failed; the text says what to do."""
+
+
+# --- what the system must have ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing from the system's packages: how to see whether it is there, what brings it."""
+
+    name: str
+    present: Callable[[], bool]
+    apt: str
+    dnf: str
+    brew: str
+
+
+def python_include() -> Path:
+    """Return the folder that must hold ``Python.h``."""
+    return Path(sysconfig.get_paths()["include"])
+
+
+def has_module(name: str) -> bool:
+    """Whether this Python can import ``name`` (Debian splits venv and ensurepip off)."""
+    code = f"import {name}"
+    return (
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
+        == 0
+    )
+
+
+def compiler(kind: str) -> list[str] | None:
+    """Return the C (``CC``) or C++ (``CXX``) compiler's command, or ``None``."""
+    named = os.environ.get(kind)
+    if named:
+        command = shlex.split(named)
+        return command if command and shutil.which(command[0]) else None
+    for name in ("cc", "gcc", "clang") if kind == "CC" else ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    return None
+
+
+def has_header(header: str, folders: Iterable[Path]) -> bool:
+    """Whether the C compiler finds ``header``, also looking in ``folders``."""
+    command = compiler("CC")
+    if command is None:
+        return True  # the missing compiler is reported; the header cannot be judged without it
+    for folder in folders:
+        command += ["-I", str(folder)]
+    flags = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CFLAGS", ""))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.c")
+        source.write_text(f"#include <stdio.h>\n#include <{header}>\nint main(void){{return 0;}}\n")
+        command += [*flags, "-fsyntax-only", str(source)]
+        return (
+            subprocess.run(command, check=False, capture_output=True, cwd=scratch).returncode == 0
+        )
+
+
+def brew_prefixes() -> list[Path]:
+    """Folders where Homebrew and MacPorts put headers and libraries."""
+    found = [Path("/opt/homebrew"), Path("/usr/local"), Path("/opt/local")]
+    return [p for p in found if sys.platform == "darwin" and (p / "include").is_dir()]
+
+
+def cargo_version() -> tuple[int, int] | None:
+    """Return cargo's version, or ``None`` when there is no cargo."""
+    try:
+        found = subprocess.run(
+            ["cargo", "--version"], check=False, capture_output=True, text=True, cwd=ROOT
+        )
+    except OSError:
+        return None
+    match = re.search(r"(\d+)\.(\d+)", found.stdout)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+RUSTUP = "a current Rust from https://rustup.rs (the system's own package may be too old)"
+
+
+def needs() -> list[Need]:
+    """Everything that must come from the system."""
+    prefixes = [p / "include" for p in brew_prefixes()]
+    return [
+        Need(
+            "Python's venv and ensurepip modules",
+            lambda: has_module("venv, ensurepip"),
+            f"python{sys.version_info[0]}.{sys.version_info[1]}-venv",
+            "python3",
+            "python@3.13",
+        ),
+        Need(
+            "Python's headers (Python.h)",
+            (python_include() / "Python.h").is_file,
+            f"python{sys.version_info[0]}.{sys.version_info[1]}-dev",
+            "python3-devel",
+            "python@3.13",
+        ),
+        Need("a C compiler", lambda: compiler("CC") is not None, "build-essential", "gcc", "gcc"),
+        Need(
+            "a C++ compiler",
+            lambda: compiler("CXX") is not None,
+            "build-essential",
+            "gcc-c++",
+            "gcc",
+        ),
+        Need(
+            "the GMP headers (gmp.h)",
+            lambda: has_header("gmp.h", prefixes),
+            "libgmp-dev",
+            "gmp-devel",
+            "gmp",
+        ),
+        Need("cargo", lambda: cargo_version() is not None, "cargo", "cargo", "rust"),
+    ]
+
+
+def install_command(missing: list[Need]) -> str | None:
+    """Return the command that installs ``missing`` with this system's package manager."""
+    sudo = "" if sys.platform == "darwin" or os.geteuid() == 0 else "sudo "
+    for tool, attribute in (("apt-get", "apt"), ("dnf", "dnf"), ("brew", "brew")):
+        if shutil.which(tool):
+            names = sorted({getattr(need, attribute) for need in missing})
+            yes = " -y" if tool != "brew" else ""
+            return f"{sudo}{tool} install{yes} {' '.join(names)}"
+    return None
+
+
+def check_system() -> None:
+    """Raise :class:`SetupError` naming everything that is missing and the command for it."""
+    if sys.version_info < PYTHON_NEEDED:
+        raise SetupError(
+            f"Python {sys.version.split()[0]} is too old; 3.11 or newer is needed."
+            " Name another with: make PYTHON=/path/to/python3.12 ..."
+        )
+    missing = [need for need in needs() if not need.present()]
+    if missing:
+        lines = [f"Missing: {', '.join(need.name for need in missing)}."]
+        command = install_command(missing)
+        if command:
+            lines.append(f"Install with:\n\n    {command}\n")
+        else:
+            for manager in ("apt", "dnf", "brew"):
+                names = sorted({getattr(need, manager) for need in missing})
+                lines.append(f"    {manager} install {' '.join(names)}")
+        raise SetupError("\n".join(lines))
+    version = cargo_version()
+    if version is not None and version < CARGO_NEEDED:
+        raise SetupError(
+            f"cargo {version[0]}.{version[1]} is too old;"
+            f" {CARGO_NEEDED[0]}.{CARGO_NEEDED[1]} or newer is needed: install {RUSTUP}."
+        )
+
+
+# --- showing what goes on --------------------------------------------------------------------
+
+
+class Progress:
+    """One step's life on the terminal: a ticking line on a TTY, plain lines in a log."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.detail = ""
+        self.started = time.monotonic()
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> Progress:
+        print(f"==> {self.title}", end="" if self.live else "\n", flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        word = "failed" if kind else "done"
+        clear = "\r\033[K" if self.live else ""
+        print(f"{clear}==> {self.title}: {word} in {self.seconds()}", flush=True)
+
+    def seconds(self) -> str:
+        """Return the elapsed time in words."""
+        passed = int(time.monotonic() - self.started)
+        return f"{passed // 60} min {passed % 60:02d} s" if passed >= 60 else f"{passed} s"
+
+    def _tick(self) -> None:
+        while not self._stop.wait(1.0 if self.live else 30.0):
+            if self.live:
+                width = shutil.get_terminal_size().columns
+                line = f"==> {self.title} [{self.seconds()}] {self.detail}"
+                print(f"\r\033[K{line[: width - 1]}", end="", flush=True)
+            else:
+                print(f"    ... {self.seconds()} {self.detail}", flush=True)
+
+    def read(self, line: str) -> None:
+        """Take the step's own output and keep what tells how far it is."""
+        if match := re.match(r"\s*\[(\d+)/(\d+)\]", line):
+            package = self.detail.split(":")[0]
+            self.detail = f"{package}: {match[1]} of {match[2]} files"
+        elif match := re.match(r"\s*Building wheels? for ([\w.-]+) \(", line):
+            self._announce(match[1])
+        elif match := re.match(r"\s*(Collecting|Downloading|Installing collected) ?(\S*)", line):
+            self.detail = f"{match[1].lower()} {match[2]}".strip()
+
+    def _announce(self, package: str) -> None:
+        self.detail = package
+        note = NOTES.get(package)
+        if note:
+            self.detail = f"{package} ({note})"
+            if not self.live:
+                print(f"    building {package}: {note}", flush=True)
+
+
+def run(progress: Progress, command: list[str], environment: dict[str, str]) -> None:
+    """Run one command quietly; on failure print the end of its output and raise."""
+    tail: list[str] = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                progress.read(line)
+                tail.append(line)
+                del tail[:-60]
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        raise SetupError(
+            f"This command failed ({process.returncode}): {shlex.join(command)}\n\n" + "".join(tail)
+        )
+
+
+# --- the steps -------------------------------------------------------------------------------
+
+
+def venv_python() -> Path:
+    """Return the interpreter inside the virtual environment."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def digest_of(paths: Iterable[Path], *words: str) -> str:
+    """Return a digest of the names and contents of files, and of ``words``."""
+    state = hashlib.sha256("\0".join(words).encode())
+    for path in sorted(paths):
+        state.update(f"{path.relative_to(ROOT)}\0".encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def native_sources() -> list[Path]:
+    """Return what the native module and the package's metadata are built from."""
+    files = [ROOT / name for name in ("Cargo.toml", "Cargo.lock", "pyproject.toml")]
+    files += [REQUIREMENTS / "build.txt", ROOT / "native" / "Cargo.toml"]
+    return files + list((ROOT / "native" / "src").rglob("*.rs"))
+
+
+def read_stamps() -> dict[str, str]:
+    """Return the stamps of an earlier run; none when there are none or they are damaged."""
+    try:
+        found = json.loads(STAMPS.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def write_stamp(name: str, value: str) -> None:
+    """Record that step ``name`` was done for inputs with digest ``value``."""
+    stamps = read_stamps() | {name: value}
+    fresh = STAMPS.with_suffix(".new")
+    fresh.write_text(json.dumps(stamps, indent=1) + "\n")
+    fresh.replace(STAMPS)
+
+
+def build_environment() -> dict[str, str]:
+    """Return the environment for pip: pinned build tools, Homebrew's headers where they are."""
+    environment = dict(os.environ)
+    environment["PIP_BUILD_CONSTRAINT"] = str(REQUIREMENTS / "build-constraints.txt")
+    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    environment["PIP_ROOT_USER_ACTION"] = "ignore"
+    environment.pop("PYTHONPATH", None)
+    for variable, folder in (("CPATH", "include"), ("LIBRARY_PATH", "lib")):
+        extra = [str(p / folder) for p in brew_prefixes()]
+        joined = [environment[variable]] if environment.get(variable) else []
+        if extra:
+            environment[variable] = os.pathsep.join(joined + extra)
+    return environment
+
+
+def make_venv() -> bool:
+    """Create the virtual environment unless a usable one is there; return whether it was made."""
+    if venv_python().exists():
+        works = subprocess.run(
+            [str(venv_python()), "-c", "import pip"], check=False, capture_output=True
+        )
+        if works.returncode == 0:
+            return False
+    with Progress(f"virtual environment (.venv, Python {sys.version.split()[0]})"):
+        venv.EnvBuilder(with_pip=True, clear=True).create(VENV)
+    return True
+
+
+def link_typing() -> None:
+    """Link the packages under one folder, where type checkers find ``pyagent_node.*``."""
+    place = ROOT / "build" / "typing" / "pyagent_node"
+    if place.is_symlink():
+        place.unlink()
+    place.mkdir(parents=True, exist_ok=True)
+    for name in PACKAGES:
+        link = place / name
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", "..", name), target_is_directory=True)
+
+
+def pip(*arguments: str) -> list[str]:
+    """Return a pip command line of the virtual environment."""
+    return [str(venv_python()), "-m", "pip", "install", "--no-input", *arguments]
+
+
+def install(dev: bool) -> None:
+    """Bring the virtual environment up to date, doing only what changed."""
+    environment = build_environment()
+    stamps = read_stamps()
+    build = REQUIREMENTS / "build.txt"
+    wanted = digest_of([build])
+    if stamps.get("build") != wanted:
+        with Progress("build tools") as progress:
+            first = {k: v for k, v in environment.items() if k != "PIP_BUILD_CONSTRAINT"}
+            run(progress, pip("--upgrade", "--require-hashes", "-r", str(build)), first)
+        write_stamp("build", wanted)
+    lock = REQUIREMENTS / ("lock-dev.txt" if dev else "lock.txt")
+    wanted = digest_of([lock])
+    # The development lock holds everything of the other, so it satisfies both.
+    both = digest_of([REQUIREMENTS / "lock-dev.txt"])
+    if stamps.get("lock") not in (wanted, both):
+        with Progress("locked dependencies") as progress:
+            run(progress, pip("-v", "--require-hashes", "-r", str(lock)), environment)
+        write_stamp("lock", wanted)
+    wanted = digest_of(native_sources(), str(ROOT))
+    if stamps.get("native") != wanted or not list((ROOT / "native").glob("_native*.so")):
+        with Progress("native module") as progress:
+            progress.detail = f"pyagent-node ({NOTES['pyagent-node']})"
+            flags = ("-v", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+            run(progress, pip(*flags), environment)
+        write_stamp("native", wanted)
+    link_typing()
+
+
+def main() -> int:
+    """Run the set-up; return the exit status."""
+    parser = argparse.ArgumentParser(description="Set up this clone of pyagent-node.")
+    parser.add_argument("--dev", action="store_true", help="also install what the tests need")
+    parser.add_argument("--check", action="store_true", help="only check the system's packages")
+    arguments = parser.parse_args()
+    try:
+        if arguments.check or not read_stamps().get("native"):
+            check_system()
+        if not arguments.check:
+            if make_venv():
+                STAMPS.unlink(missing_ok=True)
+            install(arguments.dev)
+    except SetupError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
