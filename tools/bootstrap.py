@@ -334,9 +334,8 @@ def write_stamp(name: str, value: str) -> None:
 
 
 def build_environment() -> dict[str, str]:
-    """Return the environment for pip: pinned build tools, Homebrew's headers where they are."""
+    """Return the environment for pip, with Homebrew's headers where they are."""
     environment = dict(os.environ)
-    environment["PIP_BUILD_CONSTRAINT"] = str(REQUIREMENTS / "build-constraints.txt")
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     environment["PIP_ROOT_USER_ACTION"] = "ignore"
     environment.pop("PYTHONPATH", None)
@@ -386,8 +385,7 @@ def install(dev: bool) -> None:
     wanted = digest_of([build])
     if stamps.get("build") != wanted:
         with Progress("build tools") as progress:
-            first = {k: v for k, v in environment.items() if k != "PIP_BUILD_CONSTRAINT"}
-            run(progress, pip("--upgrade", "--require-hashes", "-r", str(build)), first)
+            run(progress, pip("--upgrade", "--require-hashes", "-r", str(build)), environment)
         write_stamp("build", wanted)
     lock = REQUIREMENTS / ("lock-dev.txt" if dev else "lock.txt")
     wanted = digest_of([lock])
@@ -395,7 +393,8 @@ def install(dev: bool) -> None:
     both = digest_of([REQUIREMENTS / "lock-dev.txt"])
     if stamps.get("lock") not in (wanted, both):
         with Progress("locked dependencies") as progress:
-            run(progress, pip("-v", "--require-hashes", "-r", str(lock)), environment)
+            pinned = ("--build-constraint", str(REQUIREMENTS / "build-constraints.txt"))
+            run(progress, pip("-v", *pinned, "--require-hashes", "-r", str(lock)), environment)
         write_stamp("lock", wanted)
     wanted = digest_of(native_sources(), str(ROOT))
     if stamps.get("native") != wanted or not list((ROOT / "native").glob("_native*.so")):
