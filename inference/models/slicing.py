@@ -1,0 +1,257 @@
+"""Cuts the layers ``[first, last)`` out of a GGUF file into a GGUF file of their own.
+
+Layers are renumbered from 0 and tensor bytes are copied as they are.  A slice without the output
+head gets a ``no_vocab`` tokenizer, a dummy vocabulary of 32 rows and a dummy output norm: llama.cpp
+wants them to exist, and the pipeline never reads what they produce (activations enter as embeddings
+and leave through a tap on the last layer).  A slice with the output head keeps tokenizer and head;
+where the embedding table is not the head too, its place is a hole (zeros that take no disk).
+
+:func:`slice_plan` decides, without I/O; :func:`write_slice` carries the plan out.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import IO, Final, NamedTuple
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from pyagent_node.base.errors import CorruptData, InvalidRequest
+from pyagent_node.base.files import mapped, sync_dir
+from pyagent_node.base.limits import MIB
+from pyagent_node.base.types import Slice
+from pyagent_node.inference.models.architectures import (
+    EMBEDDING,
+    GLOBAL_TENSORS,
+    HEAD_TENSORS,
+    PER_LAYER,
+    ModelShape,
+    check_slice,
+    check_sliceable,
+    is_whole,
+    layer_of,
+    model_shape,
+)
+from pyagent_node.inference.models.chunks import merge_ranges
+from pyagent_node.inference.models.gguf_header import ByteRange, GgufHeader, pad_to
+from pyagent_node.inference.models.gguf_writer import (
+    TensorEntry,
+    array_field,
+    preamble,
+    tensor_list,
+    text_field,
+    u32_field,
+)
+from pyagent_node.inference.models.model_file import ModelFile
+
+SLICE_FORMAT: Final = 1
+"""Version of what :func:`write_slice` writes; part of the names of cached slices."""
+DUMMY_VOCAB: Final = 32
+"""Rows of the dummy vocabulary."""
+SLICE_KEY: Final = "pyagent.slice"
+"""Field that names the layers of the source, as in ``10-20`` or ``20-30+head``."""
+FORMAT_KEY: Final = "pyagent.slice_format"
+
+_COPY_BYTES: Final = 1 * MIB
+_KEPT_GENERAL: Final = frozenset(
+    {
+        "general.alignment",
+        "general.architecture",
+        "general.file_type",
+        "general.name",
+        "general.quantization_version",
+    }
+)
+
+
+class Hole(NamedTuple):
+    """Bytes that nobody reads: zeros, not stored where the file system allows it."""
+
+    nbytes: int
+
+
+Segment = bytes | ByteRange | Hole
+"""A stretch of the new file: literal bytes, bytes of the source, or a hole."""
+
+
+class SlicePlan(NamedTuple):
+    """How to make a slice.
+
+    ``segments`` follow each other in the new file of ``size`` bytes; ``needs`` are the bytes of the
+    source that must be there (header included), sorted and merged.
+    """
+
+    part: Slice
+    shape: ModelShape
+    segments: tuple[Segment, ...]
+    size: int
+    needs: tuple[ByteRange, ...]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of the source that are needed."""
+        return sum(stop - start for start, stop in self.needs)
+
+
+def slice_plan(header: GgufHeader, part: Slice) -> SlicePlan:
+    """Plan the slice ``part`` of the model with this header.
+
+    The whole model is one segment: the file as it is, of any architecture.  Raises
+    :class:`Unsupported` (``unsupported_architecture``), :class:`InvalidRequest` (``bad_slice``) and
+    :class:`CorruptData` (``gguf_malformed``).
+    """
+    if part.first == 0 and part.head:
+        shape = model_shape(header)
+        check_slice(part, shape.n_layers)
+        everything = ByteRange(0, header.file_size)
+        return SlicePlan(part, shape, (everything,), header.file_size, (everything,))
+    shape = check_sliceable(header)
+    check_slice(part, shape.n_layers)
+    fields = [*_fields(header, shape, part)]
+    tensors = [*_tensors(header, shape, part)]
+    listing = tensor_list([entry for entry, _ in tensors], header.alignment)
+    segments: list[Segment] = [preamble(len(tensors), len(fields)), *fields, listing]
+    size = sum(_length(segment) for segment in segments)
+    for entry, data in tensors:
+        padded = pad_to(size, header.alignment)
+        if padded > size:
+            segments.append(bytes(padded - size))
+        segments.append(data)
+        size = padded + entry.nbytes
+    needs = merge_ranges(
+        [ByteRange(0, header.length), *(s for s in segments if isinstance(s, ByteRange))]
+    )
+    return SlicePlan(part, shape, tuple(segments), size, needs)
+
+
+def write_slice(source: Path | ModelFile, part: Slice, path: Path) -> SlicePlan:
+    """Write the slice ``part`` of ``source`` to ``path``: temporary name, sync, rename.
+
+    Raises the errors of :func:`slice_plan`, :class:`Unavailable` (``bytes_missing``, ``disk_full``)
+    and :class:`InvalidRequest` (``bad_slice``) for the whole model, which needs no copy.  On any
+    error nothing is left behind.
+    """
+    file = source if isinstance(source, ModelFile) else ModelFile.open(source)
+    plan = slice_plan(file.header, part)
+    if is_whole(part, plan.shape.n_layers):
+        raise InvalidRequest("The whole model is used as it is.", code="bad_slice")
+    write_plan(file, plan, path)
+    return plan
+
+
+def write_plan(file: ModelFile, plan: SlicePlan, path: Path) -> None:
+    """Carry out a plan for ``file``; errors as for :func:`write_slice`."""
+    file.require(plan.needs)
+    with mapped(path, "writing"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(fd, "wb") as target:
+                _write_segments(file.path, target, plan)
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        sync_dir(path.parent)
+
+
+def _fields(header: GgufHeader, shape: ModelShape, part: Slice) -> Iterator[bytes | ByteRange]:
+    """Yield each field of the slice, encoded or as its place in the source."""
+    arch = shape.architecture
+    dropped = {f"{arch}.block_count", SLICE_KEY, FORMAT_KEY}
+    if not part.head:
+        dropped.add(f"{arch}.vocab_size")
+    for key, field in header.fields.items():
+        setting = key.removeprefix(f"{arch}.")
+        if key in dropped or not (part.head or setting != key or key in _KEPT_GENERAL):
+            continue
+        if setting in PER_LAYER and field.item_type is not None and isinstance(field.value, tuple):
+            yield array_field(key, field.item_type, field.value[part.first : part.last])
+        else:
+            yield field.span
+    yield u32_field(f"{arch}.block_count", part.last - part.first)
+    if not part.head:
+        yield u32_field(f"{arch}.vocab_size", DUMMY_VOCAB)
+        yield text_field("tokenizer.ggml.model", "no_vocab")
+    yield text_field(SLICE_KEY, str(part))
+    yield u32_field(FORMAT_KEY, SLICE_FORMAT)
+
+
+def _tensors(
+    header: GgufHeader, shape: ModelShape, part: Slice
+) -> Iterator[tuple[TensorEntry, ByteRange | Hole | bytes]]:
+    """Yield each tensor of the slice with where its bytes come from."""
+    yield _embedding(header, shape, part)
+    if not part.head:
+        norm = np.ones(shape.n_embd, dtype="<f4").tobytes()
+        yield _entry("output_norm.weight", (shape.n_embd,), len(norm)), norm
+    for name, tensor in header.tensors.items():
+        layer = layer_of(name)
+        if layer is not None and part.first <= layer[0] < part.last:
+            kept = f"blk.{layer[0] - part.first}.{layer[1]}"
+        elif name in GLOBAL_TENSORS or (part.head and name in HEAD_TENSORS):
+            kept = name
+        else:
+            continue
+        yield TensorEntry(kept, tensor.shape, tensor.type, tensor.nbytes), tensor.data
+
+
+def _embedding(
+    header: GgufHeader, shape: ModelShape, part: Slice
+) -> tuple[TensorEntry, ByteRange | Hole]:
+    if not part.head:
+        nbytes = DUMMY_VOCAB * shape.n_embd * 4
+        return _entry(EMBEDDING, (shape.n_embd, DUMMY_VOCAB), nbytes), Hole(nbytes)
+    tensor = header.tensor(EMBEDDING)
+    entry = TensorEntry(EMBEDDING, tensor.shape, tensor.type, tensor.nbytes)
+    return entry, tensor.data if shape.tied else Hole(tensor.nbytes)
+
+
+def _entry(name: str, dims: tuple[int, ...], nbytes: int) -> TensorEntry:
+    return TensorEntry(name, dims, GGMLQuantizationType.F32, nbytes)
+
+
+def _length(segment: Segment) -> int:
+    match segment:
+        case bytes():
+            return len(segment)
+        case ByteRange(start, stop):
+            return stop - start
+        case Hole(nbytes):
+            return nbytes
+
+
+def _write_segments(source: Path, target: IO[bytes], plan: SlicePlan) -> None:
+    with mapped(source, "reading"):
+        origin = source.open("rb", buffering=0)
+    with origin:
+        for segment in plan.segments:
+            match segment:
+                case bytes():
+                    target.write(segment)
+                case ByteRange(start, stop):
+                    _copy(source, origin, target, start, stop)
+                case Hole(nbytes):
+                    target.seek(nbytes, os.SEEK_CUR)
+        target.truncate(plan.size)
+
+
+def _copy(source: Path, origin: FileIO, target: IO[bytes], start: int, stop: int) -> None:
+    with mapped(source, "reading"):
+        origin.seek(start)
+    while start < stop:
+        with mapped(source, "reading"):
+            data = origin.read(min(_COPY_BYTES, stop - start))
+        if not data:
+            raise CorruptData(
+                f"{source} ended at byte {start} while it was being read.", code="gguf_truncated"
+            )
+        target.write(data)
+        start += len(data)
