@@ -1,13 +1,30 @@
 //! The native module under `pyagent_node.native`.
+//!
+//! Each area is one file: the plain Rust in it knows nothing of Python and is tested with
+//! `cargo test`; the thin `#[pyfunction]` or `#[pyclass]` beside it checks the arguments, releases
+//! the interpreter lock and maps errors to `ValueError`, `TypeError` and `OSError`.
+
+mod buffers;
+mod choice;
+mod hash;
+mod philox;
+mod sampling;
+mod select;
+mod tap;
+mod xsalsa;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 mod _native {
-    use super::*;
-
-    #[pymodule_init]
-    fn init(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-        Ok(())
-    }
+    #[pymodule_export]
+    use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
+    #[pymodule_export]
+    use super::philox::gumbel;
+    #[pymodule_export]
+    use super::sampling::sample;
+    #[pymodule_export]
+    use super::tap::TensorTap;
+    #[pymodule_export]
+    use super::xsalsa::XSalsa20;
 }

@@ -1,0 +1,448 @@
+//! Choosing a token from logits, seeded by position.
+//!
+//! The token at a position is the argmax of `(x - max x) / temperature + noise(seed, position,
+//! token)` over the tokens that truncation left, where `x` are the logits after bias and penalties and
+//! the noise is Gumbel's: exact sampling from the softmax (the Gumbel-max trick), yet a function of
+//! its arguments alone.  All arithmetic is in doubles, in an order that is fixed and written
+//! down here, with `libm` for `exp` and `ln`, so that every platform chooses the same token.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::buffers::{integer, vector};
+use crate::choice::{argmax, Choice, Truncation};
+use crate::philox::{Noise, MAX_TOKENS};
+use crate::select::best;
+
+/// Penalties beyond this are refused, so that no logit can overflow.
+const MAX_PENALTY: f64 = 1e9;
+
+/// What shapes the choice.
+pub struct Params<'a> {
+    pub seed: u64,
+    pub temperature: f64,
+    pub top_k: usize,
+    pub top_p: f64,
+    pub min_p: f64,
+    pub repetition_penalty: f64,
+    pub frequency_penalty: f64,
+    pub presence_penalty: f64,
+    pub bias_tokens: &'a [i32],
+    pub bias_values: &'a [f32],
+}
+
+/// Why no token can be chosen.
+#[derive(Debug, PartialEq)]
+pub enum Problem {
+    Empty,
+    TooMany(usize),
+    NotFinite {
+        token: usize,
+        value: f32,
+    },
+    NothingLeft,
+    Range {
+        name: &'static str,
+        value: f64,
+        low: f64,
+        high: f64,
+    },
+    Token {
+        name: &'static str,
+        index: usize,
+        token: i32,
+        n_vocab: usize,
+    },
+    BiasLengths {
+        tokens: usize,
+        values: usize,
+    },
+    BiasValue {
+        index: usize,
+        value: f32,
+    },
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => write!(f, "logits is empty; there is no token to choose"),
+            Self::TooMany(n) => {
+                write!(
+                    f,
+                    "logits has {n} entries; there may be at most {MAX_TOKENS} tokens"
+                )
+            }
+            Self::NotFinite { token, value } => {
+                write!(
+                    f,
+                    "logits[{token}] is {value}; a logit must be finite or -inf"
+                )
+            }
+            Self::NothingLeft => write!(f, "every token has the logit -inf; none can be chosen"),
+            Self::Range {
+                name,
+                value,
+                low,
+                high,
+            } => {
+                write!(f, "{name} is {value}; it must lie between {low} and {high}")
+            }
+            Self::Token {
+                name,
+                index,
+                token,
+                n_vocab,
+            } => {
+                write!(
+                    f,
+                    "{name}[{index}] is {token}; tokens run from 0 to {}",
+                    n_vocab - 1
+                )
+            }
+            Self::BiasLengths { tokens, values } => {
+                write!(
+                    f,
+                    "bias_tokens has {tokens} entries and bias_values {values}"
+                )
+            }
+            Self::BiasValue { index, value } => {
+                write!(
+                    f,
+                    "bias_values[{index}] is {value}; a bias must be finite or -inf"
+                )
+            }
+        }
+    }
+}
+
+impl From<Problem> for PyErr {
+    fn from(problem: Problem) -> Self {
+        PyValueError::new_err(problem.to_string())
+    }
+}
+
+impl Params<'_> {
+    /// Check every field that has a range of its own.
+    fn check(&self) -> Result<(), Problem> {
+        let ranges = [
+            ("temperature", self.temperature, 0.0, f64::MAX),
+            ("top_p", self.top_p, 0.0, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                1.0 / MAX_PENALTY,
+                MAX_PENALTY,
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                -MAX_PENALTY,
+                MAX_PENALTY,
+            ),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                -MAX_PENALTY,
+                MAX_PENALTY,
+            ),
+        ];
+        for (name, value, low, high) in ranges {
+            if !(low..=high).contains(&value) {
+                return Err(Problem::Range {
+                    name,
+                    value,
+                    low,
+                    high,
+                });
+            }
+        }
+        let (tokens, values) = (self.bias_tokens.len(), self.bias_values.len());
+        if tokens != values {
+            return Err(Problem::BiasLengths { tokens, values });
+        }
+        Ok(())
+    }
+
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.frequency_penalty != 0.0
+            || self.presence_penalty != 0.0
+    }
+}
+
+/// Working memory that is kept between calls: a fresh half megabyte costs as much as the sampling.
+#[derive(Default)]
+struct Scratch {
+    /// The logits as doubles, then with bias and penalties.
+    x: Vec<f64>,
+    /// How often each token is in the history; all zero between calls.
+    counts: Vec<u32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Check that token ids lie in the vocabulary.
+fn check_tokens(name: &'static str, tokens: &[i32], n_vocab: usize) -> Result<(), Problem> {
+    let outside = |token: &i32| usize::try_from(*token).map_or(true, |token| token >= n_vocab);
+    match tokens.iter().position(outside) {
+        Some(index) => Err(Problem::Token {
+            name,
+            index,
+            token: tokens[index],
+            n_vocab,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Check that the logits are finite or minus infinity, and that there are some.
+fn check_logits(logits: &[f32]) -> Result<(), Problem> {
+    if logits.is_empty() {
+        return Err(Problem::Empty);
+    }
+    if logits.len() > MAX_TOKENS {
+        return Err(Problem::TooMany(logits.len()));
+    }
+    // Without a branch in the loop it runs in vector registers.
+    let bad = |value: f32| value.is_nan() || value == f32::INFINITY;
+    if logits.iter().fold(false, |any, value| any | bad(*value)) {
+        let token = logits.iter().position(|value| bad(*value)).unwrap_or(0);
+        return Err(Problem::NotFinite {
+            token,
+            value: logits[token],
+        });
+    }
+    Ok(())
+}
+
+/// Bias, then repetition, frequency and presence penalties, on the logits in `scratch.x`.
+///
+/// The repetition penalty divides a positive logit and multiplies another one, once for each distinct
+/// token of the history; the frequency penalty is taken off once for each occurrence, the presence
+/// penalty once for each distinct token.
+fn shape(scratch: &mut Scratch, history: &[i32], params: &Params<'_>) -> Result<(), Problem> {
+    let n = scratch.x.len();
+    check_tokens("bias_tokens", params.bias_tokens, n)?;
+    check_tokens("history", history, n)?;
+    for (index, (token, value)) in params
+        .bias_tokens
+        .iter()
+        .zip(params.bias_values)
+        .enumerate()
+    {
+        if value.is_nan() || *value == f32::INFINITY {
+            return Err(Problem::BiasValue {
+                index,
+                value: *value,
+            });
+        }
+        scratch.x[*token as usize] += f64::from(*value);
+    }
+    if !params.penalises() {
+        return Ok(());
+    }
+    if scratch.counts.len() < n {
+        scratch.counts.resize(n, 0);
+    }
+    for token in history {
+        let count = &mut scratch.counts[*token as usize];
+        *count = count.saturating_add(1);
+    }
+    for token in history {
+        let token = *token as usize;
+        let count = std::mem::take(&mut scratch.counts[token]);
+        if count > 0 {
+            let x = scratch.x[token];
+            let x = if x > 0.0 {
+                x / params.repetition_penalty
+            } else {
+                x * params.repetition_penalty
+            };
+            let x = x - f64::from(count) * params.frequency_penalty;
+            // Adding zero turns a negative zero into a positive one: they must rank alike.
+            scratch.x[token] = (x - params.presence_penalty) + 0.0;
+        }
+    }
+    Ok(())
+}
+
+/// Choose the token at `position`.
+pub fn choose(
+    logits: &[f32],
+    history: &[i32],
+    position: u64,
+    params: &Params<'_>,
+) -> Result<u32, Problem> {
+    check_logits(logits)?;
+    params.check()?;
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.x.clear();
+        scratch.x.extend(logits.iter().map(|x| f64::from(*x) + 0.0));
+        shape(scratch, history, params)?;
+        let x = scratch.x.as_slice();
+        let (likeliest, max) = argmax(x);
+        if max == f64::NEG_INFINITY {
+            return Err(Problem::NothingLeft);
+        }
+        if params.temperature == 0.0 {
+            return Ok(likeliest);
+        }
+        let choice = Choice {
+            x,
+            max,
+            temperature: params.temperature,
+        };
+        let noise = Noise::new(params.seed, position);
+        let limits = Truncation {
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+        };
+        Ok(match choice.truncate(&limits) {
+            // Truncation always leaves the likeliest token.
+            Some(kept) => choice.among(&kept, noise).unwrap_or(likeliest),
+            None => choice.among_all(likeliest, noise),
+        })
+    })
+}
+
+/// Log-probabilities of the model's own distribution: of `token`, and of the `top` likeliest tokens.
+pub fn logprobs(logits: &[f32], token: u32, top: usize) -> (f64, Vec<(u32, f64)>) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.x.clear();
+        scratch.x.extend(logits.iter().map(|x| f64::from(*x) + 0.0));
+        let choice = Choice {
+            x: &scratch.x,
+            max: argmax(&scratch.x).1,
+            temperature: 1.0,
+        };
+        let sum = choice.x.iter().fold(0.0, |sum, x| sum + choice.weight(*x));
+        let normaliser = libm::log(sum);
+        let logprob = |x: f64| (x - choice.max) - normaliser;
+        let likeliest = best(choice.all(), top);
+        (
+            logprob(choice.x[token as usize]),
+            likeliest
+                .iter()
+                .map(|c| (c.token, logprob(c.value)))
+                .collect(),
+        )
+    })
+}
+
+/// A token, its log-probability, and the likeliest tokens with theirs.
+type Chosen = (u32, f64, Vec<(u32, f64)>);
+
+/// Choose a token; see the typed stub for the meaning of every argument.
+#[pyfunction]
+#[pyo3(signature = (
+    logits, history, position, *, seed, temperature, top_k, top_p, min_p, repetition_penalty,
+    frequency_penalty, presence_penalty, bias_tokens, bias_values, top_logprobs
+))]
+#[allow(clippy::too_many_arguments)]
+pub fn sample(
+    py: Python<'_>,
+    logits: &Bound<'_, PyAny>,
+    history: &Bound<'_, PyAny>,
+    position: &Bound<'_, PyAny>,
+    seed: &Bound<'_, PyAny>,
+    temperature: f64,
+    top_k: &Bound<'_, PyAny>,
+    top_p: f64,
+    min_p: f64,
+    repetition_penalty: f64,
+    frequency_penalty: f64,
+    presence_penalty: f64,
+    bias_tokens: &Bound<'_, PyAny>,
+    bias_values: &Bound<'_, PyAny>,
+    top_logprobs: &Bound<'_, PyAny>,
+) -> PyResult<Chosen> {
+    let logits = vector::<f32>("logits", logits)?;
+    let history = vector::<i32>("history", history)?;
+    let bias_tokens = vector::<i32>("bias_tokens", bias_tokens)?;
+    let bias_values = vector::<f32>("bias_values", bias_values)?;
+    let position: u64 = integer("position", position)?;
+    let top_logprobs = match top_logprobs.extract::<i8>() {
+        Ok(-1) => None,
+        _ => Some(integer::<u32>("top_logprobs (or -1)", top_logprobs)? as usize),
+    };
+    let params = Params {
+        seed: integer("seed", seed)?,
+        temperature,
+        top_k: integer::<u32>("top_k", top_k)? as usize,
+        top_p,
+        min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        bias_tokens: bias_tokens.as_slice()?,
+        bias_values: bias_values.as_slice()?,
+    };
+    let (logits, history) = (logits.as_slice()?, history.as_slice()?);
+    py.detach(|| {
+        let token = choose(logits, history, position, &params)?;
+        let (logprob, top) = match top_logprobs {
+            Some(top) => logprobs(logits, token, top),
+            None => (f64::NAN, Vec::new()),
+        };
+        Ok((token, logprob, top))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Params<'_> = Params {
+        seed: 7,
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        frequency_penalty: 0.0,
+        presence_penalty: 0.0,
+        bias_tokens: &[],
+        bias_values: &[],
+    };
+
+    #[test]
+    fn ties_go_to_the_lowest_token() {
+        let greedy = Params {
+            temperature: 0.0,
+            ..PLAIN
+        };
+        assert_eq!(choose(&[1.0, 3.0, 3.0], &[], 0, &greedy), Ok(1));
+        assert_eq!(choose(&[-0.0, 0.0], &[], 0, &greedy), Ok(0));
+        assert_eq!(choose(&[f32::NEG_INFINITY, -1.0], &[], 0, &greedy), Ok(1));
+    }
+
+    #[test]
+    fn counts_are_clean_after_a_call() {
+        let params = Params {
+            temperature: 0.0,
+            presence_penalty: 1.5,
+            ..PLAIN
+        };
+        assert_eq!(choose(&[1.0, 2.0], &[1, 1], 0, &params), Ok(0));
+        assert_eq!(choose(&[1.0, 2.0], &[], 0, &params), Ok(1));
+    }
+
+    #[test]
+    fn a_zero_top_p_leaves_the_likeliest() {
+        let params = Params {
+            top_p: 0.0,
+            ..PLAIN
+        };
+        for position in 0..50 {
+            assert_eq!(choose(&[1.0, 2.0, 2.0], &[], position, &params), Ok(1));
+        }
+    }
+}
