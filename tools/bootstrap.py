@@ -397,9 +397,11 @@ def install(dev: bool) -> None:
             run(progress, pip("-v", *pinned, "--require-hashes", "-r", str(lock)), environment)
         write_stamp("lock", wanted)
     wanted = digest_of(native_sources(), str(ROOT))
-    if stamps.get("native") != wanted or not list((ROOT / "native").glob("_native*.so")):
+    if stamps.get("native") != wanted or not list((ROOT / "native").glob("_native.abi3.*")):
         with Progress("native module") as progress:
             progress.detail = f"pyagent-node ({NOTES['pyagent-node']})"
+            for stale in (ROOT / "native").glob("_native.cpython-*"):
+                stale.unlink()  # would be imported before the one that is built here
             flags = ("-v", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
             run(progress, pip(*flags), environment)
         write_stamp("native", wanted)
