@@ -25,6 +25,11 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 OWNER_ONLY = 0o600
 """Mode of a file that holds a secret."""
 OWNER_ONLY_DIR = 0o700
@@ -70,6 +75,14 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def sync_file(fd: int) -> None:
+    """Make the content of an open file durable, on macOS too, where ``fsync`` alone does not."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
 def make_private_dir(path: Path) -> Path:
     """Create ``path`` and its parents, readable by the owner only; an existing one is kept."""
     with mapped(path, "creating"):
@@ -86,7 +99,7 @@ def _write_temporary(path: Path, data: bytes, mode: int) -> str:
                 os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     except BaseException:
         _unlink(temporary)
         raise
@@ -234,7 +247,6 @@ class FileLock:
 
 
 if sys.platform == "win32":
-    import msvcrt
 
     def _try_lock(fd: int) -> bool:
         os.lseek(fd, 64, os.SEEK_SET)  # beyond the process number, so that it stays readable
@@ -247,7 +259,6 @@ if sys.platform == "win32":
         return True
 
 else:
-    import fcntl
 
     def _try_lock(fd: int) -> bool:
         try:

@@ -29,11 +29,15 @@ class RevokeMember(msgspec.Struct, frozen=True, tag="revoke_member"):
 
 
 class BurnTicket(msgspec.Struct, frozen=True, tag="burn_ticket"):
-    """A single-use ticket was redeemed by ``peer_id``; ``expires`` is its expiry, Unix seconds."""
+    """A single-use ticket was redeemed by ``peer_id``; ``expires`` is its expiry, Unix seconds.
+
+    ``at`` is the redeeming node's clock: burnt tickets that expired long before it are forgotten.
+    """
 
     ticket_id: str
     peer_id: PeerId
     expires: int
+    at: int = 0
 
 
 class ModelRecord(msgspec.Struct, frozen=True):

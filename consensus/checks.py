@@ -1,0 +1,150 @@
+"""What a well-formed command looks like, beyond the types of its fields.  Pure.
+
+An engine checks a command with :func:`check_command` before it is appended, so that the state
+machine only ever meets commands that pass.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pyagent_node.base.errors import InvalidRequest, LimitExceeded
+from pyagent_node.base.limits import KIB, MAX_SESSIONS
+from pyagent_node.base.types import Rank
+from pyagent_node.consensus.commands import (
+    COMMANDS,
+    AdmitMember,
+    BurnTicket,
+    Command,
+    ForgetModel,
+    ModelRecord,
+    RegisterModel,
+    RemovePlacement,
+    RevokeMember,
+    SetPlacement,
+)
+
+ROLES = ("voter", "learner", "client")
+MAX_COMMAND = 48 * KIB
+"""Bytes of an encoded command; it must fit the header of a frame with room to spare."""
+MAX_RANKS = 256
+MAX_STANDBYS = 8
+MAX_TEXT = 256
+MAX_CERTIFICATE = 4 * KIB
+MAX_CONTEXT = 1 << 24
+
+_PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TICKET = re.compile(r"[0-9a-f]{32}")
+_MAX_INT = (1 << 63) - 1
+
+
+def encode_command(command: Command) -> bytes:
+    """Return the encoding of a checked command.
+
+    Raises :class:`InvalidRequest` (``bad_command``) or :class:`LimitExceeded`
+    (``command_too_large``).
+    """
+    check_command(command)
+    return _bounded(COMMANDS.encode(command))
+
+
+def decode_command(data: bytes) -> Command:
+    """Return the checked command in ``data``.
+
+    Raises what :meth:`Codec.decode` and :func:`encode_command` raise.
+    """
+    command = COMMANDS.decode(_bounded(data))
+    check_command(command)
+    return command
+
+
+def check_command(command: Command) -> None:
+    """Raise :class:`InvalidRequest` (``bad_command``) naming the first field out of range."""
+    match command:
+        case AdmitMember():
+            _peer(command.peer_id)
+            _text("name", command.name)
+            _ensure(command.role in ROLES, "role", command.role)
+            _ensure(0 < len(command.certificate) <= MAX_CERTIFICATE, "certificate", "its length")
+        case RevokeMember():
+            _peer(command.peer_id)
+            _text("reason", command.reason)
+        case BurnTicket():
+            _peer(command.peer_id)
+            _ensure(_TICKET.fullmatch(command.ticket_id) is not None, "ticket_id", "its form")
+            _number("expires", command.expires, 0)
+            _number("at", command.at, 0)
+        case RegisterModel():
+            _model(command.model)
+        case ForgetModel():
+            _digest("digest", command.digest)
+        case SetPlacement():
+            _digest("model", command.model)
+            _number("n_ctx", command.n_ctx, 1, MAX_CONTEXT)
+            _number("n_seq", command.n_seq, 1, MAX_SESSIONS)
+            _number("after_epoch", command.after_epoch, 0)
+            _ensure(0 < len(command.ranks) <= MAX_RANKS, "ranks", len(command.ranks))
+            for rank in command.ranks:
+                _rank(rank)
+        case RemovePlacement():
+            _digest("model", command.model)
+            _number("after_epoch", command.after_epoch, 0)
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > MAX_COMMAND:
+        raise LimitExceeded(
+            f"A command of {len(data)} bytes is over the limit of {MAX_COMMAND}.",
+            code="command_too_large",
+            size=len(data),
+            limit=MAX_COMMAND,
+        )
+    return data
+
+
+def _model(model: ModelRecord) -> None:
+    _digest("digest", model.digest)
+    _digest("manifest", model.manifest)
+    _text("name", model.name)
+    _text("architecture", model.architecture)
+    for field in ("size", "n_layers", "n_embd", "n_vocab", "n_ctx_train"):
+        _number(field, getattr(model, field), 1)
+    _number("created", model.created, 0)
+
+
+def _rank(rank: Rank) -> None:
+    _number("rank", rank.rank, 0)
+    _number("first", rank.slice.first, 0)
+    _number("last", rank.slice.last, 1)
+    _peer(rank.peer_id)
+    _ensure(len(rank.standbys) <= MAX_STANDBYS, "standbys", len(rank.standbys))
+    for standby in rank.standbys:
+        _peer(standby)
+    distinct = {rank.peer_id, *rank.standbys}
+    _ensure(len(distinct) == 1 + len(rank.standbys), "standbys", "a node twice")
+
+
+def _peer(value: str) -> None:
+    _ensure(_PEER.fullmatch(value) is not None, "peer_id", value)
+
+
+def _digest(field: str, value: str) -> None:
+    _ensure(_DIGEST.fullmatch(value) is not None, field, value)
+
+
+def _text(field: str, value: str) -> None:
+    _ensure(0 < len(value) <= MAX_TEXT and value.isprintable(), field, value)
+
+
+def _number(field: str, value: int, low: int, high: int = _MAX_INT) -> None:
+    _ensure(low <= value <= high, field, value)
+
+
+def _ensure(good: bool, field: str, value: object) -> None:
+    if not good:
+        raise InvalidRequest(
+            f"A command was refused: {field} is out of range ({str(value)[:64]!r}).",
+            code="bad_command",
+            field=field,
+        )
