@@ -73,7 +73,8 @@ class EmbeddingTable:
                 code="bad_token",
             )
         picked = self._rows[tokens]
-        rows: NDArray[np.float32] = quants.dequantize(picked, self.type)
+        with np.errstate(all="ignore"):  # a NaN in the file is a NaN here
+            rows: NDArray[np.float32] = quants.dequantize(picked, self.type)
         return np.ascontiguousarray(rows.reshape(len(tokens), self.n_embd), np.float32)
 
     def close(self) -> None:

@@ -11,19 +11,14 @@ where the embedding table is not the head too, its place is a hole (zeros that t
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from pyagent_node.base.errors import CorruptData, InvalidRequest
-from pyagent_node.base.files import mapped, sync_dir
-from pyagent_node.base.limits import MIB
+from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.models.architectures import (
     EMBEDDING,
@@ -37,7 +32,14 @@ from pyagent_node.inference.models.architectures import (
     layer_of,
     model_shape,
 )
-from pyagent_node.inference.models.chunks import merge_ranges
+from pyagent_node.inference.models.copy_plan import (
+    CopyPlan,
+    Hole,
+    Segment,
+    copy_plan,
+    length,
+    write_copy,
+)
 from pyagent_node.inference.models.gguf_header import ByteRange, GgufHeader, pad_to
 from pyagent_node.inference.models.gguf_writer import (
     TensorEntry,
@@ -56,8 +58,9 @@ DUMMY_VOCAB: Final = 32
 SLICE_KEY: Final = "pyagent.slice"
 """Field that names the layers of the source, as in ``10-20`` or ``20-30+head``."""
 FORMAT_KEY: Final = "pyagent.slice_format"
+VOCABULARY: Final = "vocabulary"
+"""Value of :data:`SLICE_KEY` in a file without tensors."""
 
-_COPY_BYTES: Final = 1 * MIB
 _KEPT_GENERAL: Final = frozenset(
     {
         "general.alignment",
@@ -69,33 +72,12 @@ _KEPT_GENERAL: Final = frozenset(
 )
 
 
-class Hole(NamedTuple):
-    """Bytes that nobody reads: zeros, not stored where the file system allows it."""
-
-    nbytes: int
-
-
-Segment = bytes | ByteRange | Hole
-"""A stretch of the new file: literal bytes, bytes of the source, or a hole."""
-
-
 class SlicePlan(NamedTuple):
-    """How to make a slice.
-
-    ``segments`` follow each other in the new file of ``size`` bytes; ``needs`` are the bytes of the
-    source that must be there (header included), sorted and merged.
-    """
+    """How to make a slice, and of which model."""
 
     part: Slice
     shape: ModelShape
-    segments: tuple[Segment, ...]
-    size: int
-    needs: tuple[ByteRange, ...]
-
-    @property
-    def needed_bytes(self) -> int:
-        """Bytes of the source that are needed."""
-        return sum(stop - start for start, stop in self.needs)
+    copy: CopyPlan
 
 
 def slice_plan(header: GgufHeader, part: Slice) -> SlicePlan:
@@ -109,24 +91,21 @@ def slice_plan(header: GgufHeader, part: Slice) -> SlicePlan:
         shape = model_shape(header)
         check_slice(part, shape.n_layers)
         everything = ByteRange(0, header.file_size)
-        return SlicePlan(part, shape, (everything,), header.file_size, (everything,))
+        return SlicePlan(part, shape, copy_plan([everything]))
     shape = check_sliceable(header)
     check_slice(part, shape.n_layers)
     fields = [*_fields(header, shape, part)]
     tensors = [*_tensors(header, shape, part)]
     listing = tensor_list([entry for entry, _ in tensors], header.alignment)
     segments: list[Segment] = [preamble(len(tensors), len(fields)), *fields, listing]
-    size = sum(_length(segment) for segment in segments)
+    size = sum(length(segment) for segment in segments)
     for entry, data in tensors:
         padded = pad_to(size, header.alignment)
         if padded > size:
             segments.append(bytes(padded - size))
         segments.append(data)
         size = padded + entry.nbytes
-    needs = merge_ranges(
-        [ByteRange(0, header.length), *(s for s in segments if isinstance(s, ByteRange))]
-    )
-    return SlicePlan(part, shape, tuple(segments), size, needs)
+    return SlicePlan(part, shape, copy_plan(segments, [ByteRange(0, header.length)]))
 
 
 def write_slice(source: Path | ModelFile, part: Slice, path: Path) -> SlicePlan:
@@ -140,26 +119,22 @@ def write_slice(source: Path | ModelFile, part: Slice, path: Path) -> SlicePlan:
     plan = slice_plan(file.header, part)
     if is_whole(part, plan.shape.n_layers):
         raise InvalidRequest("The whole model is used as it is.", code="bad_slice")
-    write_plan(file, plan, path)
+    write_copy(file, plan.copy, path)
     return plan
 
 
-def write_plan(file: ModelFile, plan: SlicePlan, path: Path) -> None:
-    """Carry out a plan for ``file``; errors as for :func:`write_slice`."""
-    file.require(plan.needs)
-    with mapped(path, "writing"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as target:
-                _write_segments(file.path, target, plan)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_dir(path.parent)
+def vocabulary_plan(header: GgufHeader) -> CopyPlan:
+    """Plan a file with every field of the source and no tensor: a tokenizer and its chat template.
+
+    llama.cpp loads it with ``vocab_only``.
+    """
+    extra = [text_field(SLICE_KEY, VOCABULARY), u32_field(FORMAT_KEY, SLICE_FORMAT)]
+    kept = [
+        field.span for key, field in header.fields.items() if key not in (SLICE_KEY, FORMAT_KEY)
+    ]
+    return copy_plan(
+        [preamble(0, len(kept) + len(extra)), *kept, *extra], [ByteRange(0, header.length)]
+    )
 
 
 def _fields(header: GgufHeader, shape: ModelShape, part: Slice) -> Iterator[bytes | ByteRange]:
@@ -216,42 +191,3 @@ def _embedding(
 
 def _entry(name: str, dims: tuple[int, ...], nbytes: int) -> TensorEntry:
     return TensorEntry(name, dims, GGMLQuantizationType.F32, nbytes)
-
-
-def _length(segment: Segment) -> int:
-    match segment:
-        case bytes():
-            return len(segment)
-        case ByteRange(start, stop):
-            return stop - start
-        case Hole(nbytes):
-            return nbytes
-
-
-def _write_segments(source: Path, target: IO[bytes], plan: SlicePlan) -> None:
-    with mapped(source, "reading"):
-        origin = source.open("rb", buffering=0)
-    with origin:
-        for segment in plan.segments:
-            match segment:
-                case bytes():
-                    target.write(segment)
-                case ByteRange(start, stop):
-                    _copy(source, origin, target, start, stop)
-                case Hole(nbytes):
-                    target.seek(nbytes, os.SEEK_CUR)
-        target.truncate(plan.size)
-
-
-def _copy(source: Path, origin: FileIO, target: IO[bytes], start: int, stop: int) -> None:
-    with mapped(source, "reading"):
-        origin.seek(start)
-    while start < stop:
-        with mapped(source, "reading"):
-            data = origin.read(min(_COPY_BYTES, stop - start))
-        if not data:
-            raise CorruptData(
-                f"{source} ended at byte {start} while it was being read.", code="gguf_truncated"
-            )
-        target.write(data)
-        start += len(data)

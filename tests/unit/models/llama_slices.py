@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import llama_cpp
 import numpy as np
@@ -14,12 +15,12 @@ from numpy.typing import NDArray
 N_CTX = 256
 N_BATCH = 64
 
-_BASE = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-_GET_NAME = _BASE.ggml_get_name
+BASE = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+_GET_NAME = BASE.ggml_get_name
 _GET_NAME.argtypes, _GET_NAME.restype = [ctypes.c_void_p], ctypes.c_char_p
-_NBYTES = _BASE.ggml_nbytes
+_NBYTES = BASE.ggml_nbytes
 _NBYTES.argtypes, _NBYTES.restype = [ctypes.c_void_p], ctypes.c_size_t
-_TENSOR_GET = _BASE.ggml_backend_tensor_get
+_TENSOR_GET = BASE.ggml_backend_tensor_get
 _TENSOR_GET.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 _TENSOR_GET.restype = None
 
@@ -29,16 +30,50 @@ def _quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     del level, text, user_data
 
 
-class LlamaSlice:
+class Vocabulary:
+    """A file loaded with ``vocab_only``."""
+
+    def __init__(self, path: Path, *, vocab_only: bool = True) -> None:
+        api.llama_backend_init()
+        api.llama_log_set(_quiet, ctypes.c_void_p(0))
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
+        self.model = api.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, f"llama.cpp does not load {path}"
+
+    def tokenize(self, text: str) -> list[int]:
+        raw = text.encode()
+        out = (api.llama_token * (len(raw) + 8))()
+        vocab = api.llama_model_get_vocab(self.model)
+        n = api.llama_tokenize(vocab, raw, len(raw), out, len(out), True, True)
+        assert n > 0
+        return list(out[:n])
+
+    def chat_template(self) -> bytes | None:
+        template: bytes | None = api.llama_model_chat_template(self.model, None)
+        return template
+
+    def close(self) -> None:
+        api.llama_model_free(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class LlamaSlice(Vocabulary):
     """One loaded file.  ``tap`` is the local number of the layer whose output is read, if any."""
 
     def __init__(self, path: Path, tap: int | None = None, threads: int = 2) -> None:
-        api.llama_backend_init()
-        api.llama_log_set(_quiet, ctypes.c_void_p(0))
-        model_params = api.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        self.model = api.llama_model_load_from_file(str(path).encode(), model_params)
-        assert self.model, f"llama.cpp does not load {path}"
+        super().__init__(path, vocab_only=False)
         params = api.llama_context_default_params()
         params.n_ctx = N_CTX
         params.n_batch = params.n_ubatch = N_BATCH
@@ -98,25 +133,6 @@ class LlamaSlice:
             ]
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        raw = text.encode()
-        out = (api.llama_token * (len(raw) + 8))()
-        vocab = api.llama_model_get_vocab(self.model)
-        n = api.llama_tokenize(vocab, raw, len(raw), out, len(out), True, True)
-        assert n > 0
-        return list(out[:n])
-
     def close(self) -> None:
         api.llama_free(self.context)
-        api.llama_model_free(self.model)
-
-    def __enter__(self) -> LlamaSlice:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().close()
