@@ -1,1 +1,111 @@
-"""Fixtures that every test may use."""
+"""Fixtures and guards that every test has.
+
+``bundled_model`` is the default model's file, ``home`` an empty node home.  A guard fails a test
+that leaves a child process behind, and ends that process so that the next test starts clean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import psutil
+import pytest
+
+from pyagent_node.node.home import Home
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+GRACE_SECONDS = 5.0
+"""How long the guard waits for processes that are ending already."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure() -> None:
+    """Adopt orphans on Linux, so that the guard sees a grandchild whose parent died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _children() -> set[int]:
+    """Return the pids of this process's children (zombies included)."""
+    found: set[int] = set()
+    if sys.platform == "linux":
+        for task in Path("/proc/self/task").iterdir():
+            try:
+                found.update(int(pid) for pid in (task / "children").read_text().split())
+            except FileNotFoundError:
+                continue  # the thread ended while we looked
+        return found
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _still_running(pids: set[int]) -> list[psutil.Process]:
+    """Return which of ``pids`` live on after the grace period, reaping those that ended."""
+    processes = []
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                processes.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(processes, timeout=GRACE_SECONDS)
+    return alive
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail a test that leaves a child process (or a child's child) behind."""
+    before = _children()
+    yield
+    extra = _children() - before
+    if not extra:
+        return
+    alive = _still_running(extra)
+    names = []
+    for process in alive:
+        try:
+            names.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
+            process.kill()
+            process.wait(GRACE_SECONDS)
+        except psutil.NoSuchProcess:
+            continue
+    assert not names, f"The test left processes behind: {names}"
+
+
+@pytest.fixture(autouse=True)
+def no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the developer's own ``PYAGENT_*`` settings out of the tests."""
+    for name in list(os.environ):
+        if name.startswith("PYAGENT_") and name != "PYAGENT_TEST_MODEL":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """Return an empty node home that ``PYAGENT_HOME`` names too."""
+    root = tmp_path / "home"
+    monkeypatch.setenv("PYAGENT_HOME", str(root))
+    return Home(root)
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> Path:
+    """Return the file of the default model, SmolLM2-135M-Instruct in Q4_1.
+
+    ``PYAGENT_TEST_MODEL`` names it.
+    """
+    named = os.environ.get("PYAGENT_TEST_MODEL")
+    if not named:
+        pytest.fail("The default model is missing: set PYAGENT_TEST_MODEL to its file.")
+    path = Path(named)
+    assert path.is_file(), f"PYAGENT_TEST_MODEL is {named!r}, which is no file."
+    return path
