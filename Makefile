@@ -11,8 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
 BIN := .venv/bin
-SOURCES := base native consensus sharding inference node cli simulations
-CHECKED := $(SOURCES) tests benchmarks tools
+SOURCES := base native consensus sharding inference node cli benchmarks simulations
+CHECKED := $(SOURCES) tests tools
 # cargo's test programs link against the Python of the virtual environment
 CARGO = PYO3_PYTHON="$$PWD/$(BIN)/python" \
   LD_LIBRARY_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR") or "")'):$$LD_LIBRARY_PATH" \

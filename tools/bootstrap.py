@@ -39,6 +39,7 @@ PACKAGES = (
     "inference",
     "node",
     "cli",
+    "benchmarks",
     "simulations",
 )
 """The top-level folders that are the packages ``pyagent_node.<folder>``."""
