@@ -66,12 +66,17 @@ class Applied(msgspec.Struct, frozen=True):
 
 
 class ConsensusStatus(msgspec.Struct, frozen=True):
-    """What ``status`` shows of the engine."""
+    """What ``status`` shows of the engine.
+
+    ``leader`` is ``None`` while none can be reached; ``problem`` then, or whenever this node cannot
+    keep up with the log, says why.
+    """
 
     engine: str
     role: Literal["leader", "follower", "learner", "client"]
     leader: PeerId | None
     index: int
+    problem: ErrorInfo | None = None
 
 
 class AppliedStream(Protocol):
