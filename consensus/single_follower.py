@@ -66,12 +66,13 @@ _ROLES: dict[str, Literal["follower", "learner", "client"]] = {
 class _Pending:
     """A proposal or barrier on its way; it is sent again after each reconnection."""
 
-    __slots__ = ("command", "done", "index", "message", "outcome")
+    __slots__ = ("command", "done", "index", "message", "outcome", "sent_on")
 
     def __init__(self, message: Propose | Barrier, command: Command | None) -> None:
         self.message = message
         self.command = command
         self.index: int | None = None
+        self.sent_on: FrameStream | None = None
         self.outcome: Applied | PyAgentError | None = None
         self.done = trio.Event()
 
@@ -170,7 +171,8 @@ class Follower:
 
     async def _send_pending(self, pending: _Pending) -> None:
         stream = self._stream
-        if stream is not None:
+        if stream is not None and pending.sent_on is not stream:
+            pending.sent_on = stream
             try:
                 await stream.send(frame(pending.message))
             except PyAgentError as error:
@@ -256,10 +258,10 @@ class Follower:
         self._stream = stream
         self._connected.set()
         self._connected = trio.Event()
-        nursery.start_soon(self._resend, stream)
+        nursery.start_soon(self._resend)
         nursery.start_soon(self._acknowledge, stream)
 
-    async def _resend(self, stream: FrameStream) -> None:
+    async def _resend(self) -> None:
         for pending in list(self._pending.values()):
             if pending.index is None and not pending.done.is_set():
                 await self._send_pending(pending)

@@ -222,7 +222,7 @@ class Leader:
         if first is None:
             return
         message = LOG_MESSAGES.decode(first.header)
-        if not isinstance(message, Follow):
+        if not isinstance(message, Follow) or message.after < 0:
             raise CorruptData("A log stream begins with 'follow'.", code="protocol_error")
         self._check_not_revoked(stream.peer)
         self._check_same_log(message)
