@@ -85,8 +85,9 @@ class FrameDecoder:
             end = PREFIX.size + header_length + tail_length
             if len(self._buffer) < end:
                 return
-            header = bytes(self._buffer[PREFIX.size : PREFIX.size + header_length])
-            tail = bytes(self._buffer[PREFIX.size + header_length : end])
+            with memoryview(self._buffer) as view:  # one copy, not two
+                header = bytes(view[PREFIX.size : PREFIX.size + header_length])
+                tail = bytes(view[PREFIX.size + header_length : end])
             del self._buffer[:end]
             yield Frame(header, tail)
 

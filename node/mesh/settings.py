@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,7 +96,7 @@ class MeshConfig:
     limits: MeshLimits = field(default_factory=MeshLimits)
     metrics: MeshMetrics = field(default_factory=MeshMetrics)
     clock: Callable[[], float] = trio.current_time
-    random: random.Random = field(default_factory=lambda: random.Random(secrets.randbits(64)))
+    rng: random.Random = field(default_factory=random.SystemRandom)
 
     def __repr__(self) -> str:
         private = "private" if self.psk else "public"

@@ -1,0 +1,156 @@
+"""Frame streams in memory: of a node to itself, and of the simulated network.
+
+They keep the limits and the back-pressure of the real ones, and can be given a latency and be cut.
+Frames are copied on the way (a sender may reuse its buffer, as with a socket).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final
+
+import trio
+
+from pyagent_node.base import limits
+from pyagent_node.base.errors import LimitExceeded
+from pyagent_node.base.limits import MIB
+from pyagent_node.base.types import PeerId
+from pyagent_node.base.wire import Frame, frame_prefix
+from pyagent_node.node.mesh.channels import stream_closed
+
+WINDOW: Final = MIB
+"""Bytes under way in one direction before its sender waits."""
+
+
+class _Pipe:
+    """One direction: frames with the time at which they arrive."""
+
+    def __init__(self) -> None:
+        self.frames: deque[tuple[float, Frame]] = deque()
+        self.size = 0
+        self.finished_at = math.inf
+        """When the end of the stream arrives."""
+        self.broken: str | None = None
+        self.unwanted = False
+        """The receiver has closed: a sender learns it at its next frame."""
+        self._changed = trio.Event()
+
+    def touch(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def changed(self, until: float = math.inf) -> None:
+        event = self._changed
+        if until == math.inf:
+            await event.wait()
+        else:
+            with trio.move_on_at(until):
+                await event.wait()
+
+
+class MemoryStream:
+    """One end; see :class:`~pyagent_node.base.mesh.FrameStream`."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        incoming: _Pipe,
+        outgoing: _Pipe,
+        *,
+        latency: float,
+        max_header: int,
+        max_tail: int,
+    ) -> None:
+        self.peer = peer
+        self._in = incoming
+        self._out = outgoing
+        self._latency = latency
+        self._max_header = max_header
+        self._max_tail = max_tail
+        self._sending = trio.Lock()
+        self._closed = False
+
+    async def send(self, frame: Frame) -> None:
+        """Send one frame; see :meth:`pyagent_node.base.mesh.FrameStream.send`."""
+        frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
+        copy = Frame(bytes(frame.header), bytes(frame.tail))
+        async with self._sending:
+            pipe = self._out
+            while True:
+                if self._closed:
+                    raise stream_closed("this side has closed it")
+                if pipe.broken is not None or pipe.unwanted:
+                    raise stream_closed(pipe.broken or "the peer has closed it")
+                if pipe.size < WINDOW:
+                    break
+                await pipe.changed()
+            pipe.size += len(copy.header) + len(copy.tail)
+            pipe.frames.append((trio.current_time() + self._latency, copy))
+            pipe.touch()
+
+    async def receive(self) -> Frame | None:
+        """Return the next frame; see :meth:`pyagent_node.base.mesh.FrameStream.receive`."""
+        await trio.lowlevel.checkpoint()
+        pipe = self._in
+        while True:
+            if self._closed:
+                raise stream_closed("this side has closed it")
+            arrives = pipe.frames[0][0] if pipe.frames else pipe.finished_at
+            if arrives <= trio.current_time():
+                if not pipe.frames:
+                    return None
+                _, frame = pipe.frames.popleft()
+                pipe.size -= len(frame.header) + len(frame.tail)
+                pipe.touch()
+                try:
+                    frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
+                except LimitExceeded:
+                    self.abort()
+                    raise
+                return frame
+            if pipe.broken is not None:
+                raise stream_closed(pipe.broken)
+            await pipe.changed(arrives)
+
+    async def aclose(self) -> None:
+        """Close both directions; frames already sent still arrive."""
+        if self._closed:
+            return
+        self._closed = True
+        self._out.finished_at = trio.current_time() + self._latency
+        self._in.unwanted = True
+        self._in.frames.clear()
+        self._in.touch()
+        self._out.touch()
+
+    def abort(self, reason: str = "the peer aborted it") -> None:
+        """End both directions at once: the other end's next call fails."""
+        self._closed = True
+        self.cut(reason)
+
+    def cut(self, reason: str) -> None:
+        """The network between the two ends is gone: both get ``stream_closed``."""
+        for pipe in (self._in, self._out):
+            if pipe.broken is None:
+                pipe.broken = reason
+            pipe.touch()
+
+
+def memory_pair(
+    a: PeerId,
+    b: PeerId,
+    *,
+    latency: float = 0.0,
+    max_header: int = limits.MAX_HEADER,
+    max_tail: int = limits.MAX_TAIL,
+) -> tuple[MemoryStream, MemoryStream]:
+    """Return the end that ``a`` holds and the end that ``b`` holds of a new stream.
+
+    ``latency`` is one way, in seconds of trio's clock.
+    """
+    there, back = _Pipe(), _Pipe()
+    return (
+        MemoryStream(b, back, there, latency=latency, max_header=max_header, max_tail=max_tail),
+        MemoryStream(a, there, back, latency=latency, max_header=max_header, max_tail=max_tail),
+    )
