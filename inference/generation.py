@@ -53,7 +53,9 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``text`` is what may be shown now: it is held back while it could be the beginning of a stop
     string or of an incomplete UTF-8 character, so it may be empty or hold several tokens' text.
-    ``piece`` are this token's own bytes.
+    ``piece`` are this token's own bytes.  ``step_seconds`` is the time from sending the step to
+    having its result and ``compute_seconds`` what the ranks computed of that; both are 0 for the
+    first token, which took the prompt's time.
     """
 
     token: int
@@ -61,6 +63,8 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
     piece: bytes
     logprob: float | None = None
     top: tuple[TopLogprob, ...] = ()
+    step_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -73,9 +77,9 @@ class Usage(msgspec.Struct, frozen=True):
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first over the time after the first; 0 when there was one."""
+        """Tokens after the first over the time after the first; 0 when there was none."""
         rest = self.seconds - self.ttft_seconds
-        return (self.completion_tokens - 1) / rest if rest > 0 else 0.0
+        return max(0, self.completion_tokens - 1) / rest if rest > 0 else 0.0
 
 
 class Finished(msgspec.Struct, frozen=True):

@@ -1,0 +1,359 @@
+"""The head's shell: checks requests, runs sessions over the placements, streams their events."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, cast
+
+import numpy as np
+import trio
+
+from pyagent_node.base.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PyAgentError,
+    Unavailable,
+)
+from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
+from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.inference.backend import Activations, Tokens
+from pyagent_node.inference.generation import (
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    GenerationEvent,
+    GenerationRequest,
+    LoadedModel,
+    SessionView,
+)
+from pyagent_node.inference.pipeline.frames import Result, StageError
+from pyagent_node.inference.pipeline.head import Chunk, HeadCore, HeadPlan
+from pyagent_node.inference.pipeline.links import PipeLinks
+from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.stage_service import StageService
+from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
+
+LOOKUP_ROWS: Final = 64
+"""Embedding rows looked up before other tasks get a turn."""
+
+
+def new_session_id() -> SessionId:
+    """Return a fresh session id that no peer can guess."""
+    return SessionId(secrets.token_hex(16))
+
+
+class _Session:
+    __slots__ = ("core", "model", "wake")
+
+    def __init__(self, core: HeadCore, model: HeadModel) -> None:
+        self.core = core
+        self.model = model
+        self.wake = trio.Event()
+
+
+class PipelineEngine:
+    """Implements ``generation.Engine`` over the pipelines whose head this node can be.
+
+    The owner calls :meth:`offer` when a placed model's head assets are there and :meth:`withdraw`
+    when it is unloaded or placed anew.
+    """
+
+    def __init__(
+        self,
+        peer_id: PeerId,
+        links: PipeLinks,
+        stages: StageService,
+        *,
+        session_ids: Callable[[], SessionId] = new_session_id,
+        step_seconds: float = STEP_SECONDS,
+    ) -> None:
+        self._peer_id = peer_id
+        self._links = links
+        self._stages = stages
+        self._session_ids = session_ids
+        self._step_seconds = step_seconds
+        self._models: dict[Digest, HeadModel] = {}
+        self._sessions: dict[SessionId, _Session] = {}
+
+    # ---- models ----------------------------------------------------------------------------
+
+    def offer(self, model: HeadModel) -> None:
+        """Make a placed model available; replaces an earlier placement of it."""
+        self._models[model.placement.model] = model
+
+    def withdraw(self, digest: Digest, epoch: int) -> None:
+        """Take the model away if it is still offered under ``epoch``."""
+        model = self._models.get(digest)
+        if model is not None and model.placement.epoch == epoch:
+            del self._models[digest]
+
+    def models(self) -> list[LoadedModel]:
+        """Return the models with a live placement that this node can be head for."""
+        return [
+            LoadedModel(m.name, m.placement.model, m.placement.n_ctx, m.created, m.placement)
+            for m in self._models.values()
+        ]
+
+    def _find(self, name: str) -> HeadModel:
+        for model in self._models.values():
+            if name in (model.name, model.placement.model):
+                return model
+        known = ", ".join(sorted(m.name for m in self._models.values())) or "none"
+        raise NotFound(
+            f"Model {name[:200]!r} is not loaded; loaded are: {known}.",
+            code="model_not_found",
+            remedy="Load it with 'pyagent-node model load'.",
+        )
+
+    # ---- sessions --------------------------------------------------------------------------
+
+    def sessions(self) -> list[SessionView]:
+        """Return the sessions this node heads, and those that its stages serve for others."""
+        now = trio.current_time()
+        views = {
+            session: SessionView(
+                session,
+                entry.model.name,
+                entry.core.plan.placement.epoch,
+                self._peer_id,
+                len(entry.core.prompt),
+                entry.core.generated,
+                _rate(entry.core.generated, entry.core.first_token, now),
+            )
+            for session, entry in self._sessions.items()
+        }
+        for served in self._stages.sessions():
+            if served.session not in views:
+                model = self._models.get(served.model)
+                views[served.session] = SessionView(
+                    served.session,
+                    model.name if model else served.model,
+                    served.epoch,
+                    served.head,
+                    served.prompt_tokens,
+                    served.generated,
+                    _rate(served.generated, served.first_sample, served.last_seen),
+                )
+        return list(views.values())
+
+    def heads(self, session: SessionId) -> bool:
+        """Whether this node is the head of ``session``."""
+        return session in self._sessions
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """Return the tokens of ``text`` without any added ones."""
+        return await self._find(model).tokenizer.tokenize(
+            text, add_special=False, parse_special=False
+        )
+
+    @asynccontextmanager
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
+        """Run one generation; see ``generation.Engine``."""
+        started = trio.current_time()
+        model = self._find(request.model)
+        check_request(request, len(model.vocabulary.pieces))
+        prompt = await _prompt(model, request)
+        # Placed anew while the prompt was tokenised: use what holds now.
+        model = self._find(request.model)
+        core = self._plan(model, request, prompt, started)
+        if len(self._sessions) >= MAX_SESSIONS_PER_PEER:
+            raise LimitExceeded(
+                f"This node heads {len(self._sessions)} requests already.",
+                code="too_many_sessions",
+                remedy="Wait until another request has ended.",
+                limit=MAX_SESSIONS_PER_PEER,
+            )
+        session = _Session(core, model)
+        self._sessions[core.plan.session] = session
+        try:
+            self._send(core.open())
+            await self._prefill(session)
+            yield _Events(self, session)
+        finally:
+            # Sending only queues, so this cannot be cancelled half way.
+            del self._sessions[core.plan.session]
+            self._links.forget(core.plan.placement.ranks[0].peer_id, core.plan.session)
+            for out in core.close():
+                self._send(out)
+
+    def _plan(
+        self, model: HeadModel, request: GenerationRequest, prompt: Tokens, started: float
+    ) -> HeadCore:
+        n, n_ctx = len(prompt), model.placement.n_ctx
+        if n >= n_ctx:
+            raise InvalidRequest(
+                f"The prompt has {n} tokens; the context of {n_ctx} leaves room for {n_ctx - 1}.",
+                code="prompt_too_long",
+                remedy="Shorten it, or load the model with a longer context (--n-ctx).",
+                prompt_tokens=n,
+                n_ctx=n_ctx,
+            )
+        plan = HeadPlan(
+            session=self._session_ids(),
+            head=self._peer_id,
+            placement=model.placement,
+            budget=min(request.max_tokens or n_ctx, n_ctx - n),
+            stop=request.stop,
+            ignore_eos=request.ignore_eos,
+            sampling=request.sampling,
+        )
+        whole = len(model.placement.ranks) == 1
+        embed = None if whole or model.embeddings is None else model.embeddings.rows
+        if embed is None and not whole:
+            raise Unavailable(
+                f"The embedding table of {model.name} is not on this node yet.",
+                code="head_not_ready",
+                remedy="Ask again in a moment.",
+            )
+        return HeadCore(plan, prompt, model.vocabulary, embed, started)
+
+    # ---- what comes in ---------------------------------------------------------------------
+
+    def on_result(self, sender: PeerId, message: Result) -> None:
+        """Take a result; the next step leaves before this returns."""
+        session = self._sessions.get(message.session)
+        if session is None:
+            return
+        step = session.core.on_result(sender, message, trio.current_time())
+        if step is not None:
+            self._send(step)
+        session.wake.set()
+
+    def on_error(self, sender: PeerId, message: StageError) -> None:
+        """Take a rank's error."""
+        session = self._sessions.get(message.session)
+        if session is not None:
+            session.core.on_error(sender, message)
+            session.wake.set()
+
+    def peer_down(self, peer: PeerId) -> None:
+        """Fail the sessions with a rank on ``peer``."""
+        for session in self._sessions.values():
+            session.core.peer_down(peer)
+            session.wake.set()
+
+    def link_lost(self, peer: PeerId, *, control: bool) -> None:
+        """Fail the sessions whose steps to rank 0 on ``peer`` may be lost."""
+        if control:
+            return
+        for session in self._sessions.values():
+            if session.core.plan.placement.ranks[0].peer_id == peer:
+                session.core.fail(peer_lost(0, peer))
+                session.wake.set()
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _send(self, out: Outgoing) -> None:
+        self._links.send(out.peer, out.message, out.tail)
+
+    async def _prefill(self, session: _Session) -> None:
+        core = session.core
+        while (chunk := core.next_chunk()) is not None:
+            rows = await self._lookup(session.model, core, chunk)
+            if core.over:
+                return
+            self._send(core.send_chunk(chunk, rows, trio.current_time()))
+
+    async def _lookup(self, model: HeadModel, core: HeadCore, chunk: Chunk) -> Activations | None:
+        if len(core.plan.placement.ranks) == 1 or model.embeddings is None:
+            return None
+        tokens = core.tokens(chunk)
+        parts: list[Activations] = []
+        for at in range(0, len(tokens), LOOKUP_ROWS):
+            parts.append(model.embeddings.rows(tokens[at : at + LOOKUP_ROWS]))
+            await trio.lowlevel.checkpoint()
+        return parts[0] if len(parts) == 1 else cast("Activations", np.concatenate(parts))
+
+    async def next_event(self, session: _Session) -> GenerationEvent | None:
+        """Return the next event of ``session``, or ``None`` when it is over."""
+        core = session.core
+        while True:
+            event, step = core.take(trio.current_time())
+            if step is not None:
+                self._send(step)
+            if event is not None:
+                return event
+            if core.over:
+                return None
+            await self._prefill(session)
+            session.wake = trio.Event()
+            if core.ready:
+                continue
+            with trio.move_on_at(core.last_progress + self._step_seconds) as scope:
+                await session.wake.wait()
+            if scope.cancelled_caught:
+                core.fail(
+                    DeadlineExceeded(
+                        f"No rank answered for {self._step_seconds:.0f} s.",
+                        code="step_deadline",
+                        remedy="See 'pyagent-node status' for the load of the ranks.",
+                    )
+                )
+
+
+class _Events:
+    """The events of one session; one reader."""
+
+    def __init__(self, engine: PipelineEngine, session: _Session) -> None:
+        self._engine = engine
+        self._session = session
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> GenerationEvent:
+        event = await self._engine.next_event(self._session)
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+
+async def _prompt(model: HeadModel, request: GenerationRequest) -> Tokens:
+    if request.tokens is not None:
+        ids: Sequence[int] = request.tokens
+    elif request.prompt is not None:
+        ids = await model.tokenizer.tokenize(request.prompt, add_special=True, parse_special=True)
+    else:
+        assert request.messages is not None, "check_request has seen that one of three is given"
+        text = await model.tokenizer.render(request.messages)
+        ids = await model.tokenizer.tokenize(text, add_special=False, parse_special=True)
+    if not ids:
+        raise InvalidRequest("The prompt is empty.", code="bad_parameter", parameter="prompt")
+    return cast("Tokens", np.array(ids, dtype=np.int32))
+
+
+def check_request(request: GenerationRequest, n_vocab: int) -> None:
+    """Check everything about a request that needs no model run.
+
+    Raises :class:`InvalidRequest` (``bad_parameter``) naming the parameter.
+    """
+
+    def wrong(parameter: str, message: str) -> PyAgentError:
+        return InvalidRequest(message, code="bad_parameter", parameter=parameter)
+
+    given = [x for x in (request.messages, request.prompt, request.tokens) if x is not None]
+    if len(given) != 1:
+        raise wrong("prompt", "Give exactly one of messages, prompt and tokens.")
+    if request.messages is not None and not request.messages:
+        raise wrong("messages", "There must be at least one message.")
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise wrong("max_tokens", f"max_tokens is {request.max_tokens}; it must be at least 1.")
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise wrong("stop", f"There may be at most {MAX_STOP_STRINGS} stop strings.")
+    for stop in request.stop:
+        if not 0 < len(stop) <= MAX_STOP_LENGTH:
+            raise wrong("stop", f"A stop string must have 1 to {MAX_STOP_LENGTH} characters.")
+    for token in request.tokens or ():
+        if not 0 <= token < n_vocab:
+            raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
+    request.sampling.check(n_vocab)
+
+
+def _rate(generated: int, since: float | None, now: float) -> float:
+    seconds = 0.0 if since is None else now - since
+    return (generated - 1) / seconds if generated > 1 and seconds > 0 else 0.0

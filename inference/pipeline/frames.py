@@ -1,0 +1,150 @@
+"""The messages of ``/pyagent/pipe/1`` and their raw tails.
+
+Ordering contract.  A node talks to another over two long-lived streams that it opened itself: the
+*data* lane carries :class:`OpenSession` and :class:`Step`, the *control* lane everything else, so
+that a :class:`CloseSession` overtakes megabytes of prefill.  Each lane is first in, first out, and
+sessions travel from rank to rank over data lanes only; hence every rank sees the sessions of a
+pipeline in the order in which rank 0 saw them.  Between lanes there is no order: a stage may see a
+session closed before it is opened.
+
+Every message names its stage by (model, epoch, rank).  A :class:`Step`'s tail is ``n`` token ids
+(int32) followed by ``n`` rows of activations (float32), both little-endian; the rows are missing
+when one rank holds the whole model.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from pyagent_node.base.errors import CorruptData, ErrorInfo
+from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.base.wire import Codec
+from pyagent_node.inference.backend import Activations, Tokens
+from pyagent_node.inference.sampling import Sampled, SamplingParams
+
+PIPE_PROTOCOL: Final = "/pyagent/pipe/1"
+
+PREFILL_CHUNK: Final = 512
+"""Tokens in one prefill step.  Prompts are cut at multiples of it, whatever the ranks, because a
+batch computed in other pieces may differ in the last bit (design 4.3)."""
+
+
+class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
+    """Admit a session to a rank; each rank passes it on to the next.
+
+    ``positions`` is the greatest number of tokens that it will hold, the prompt's
+    ``prompt_tokens`` included.  ``head`` takes its results and errors, and alone may close it.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    head: PeerId
+    positions: int
+    prompt_tokens: int
+    sampling: SamplingParams
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", gc=False):
+    """``n`` consecutive tokens of a session from ``position`` on, in the tail.
+
+    ``step`` counts from 0 in a session.  ``sample`` asks the last rank for the next token.
+    ``spent`` is the time in seconds that ranks have computed on this step so far.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    step: int
+    position: int
+    n: int
+    sample: bool
+    spent: float = 0.0
+
+
+class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
+    """From the head to every rank: drop the session, its queued steps and its slot.  Idempotent."""
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+
+
+class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
+    """From the last rank to the head: a step is done; ``sampled`` when it asked for a token."""
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    step: int
+    spent: float
+    sampled: Sampled | None = None
+
+
+class StageError(msgspec.Struct, frozen=True, tag="stage_error"):
+    """A rank gave the session up, and why.
+
+    ``rank`` and ``peer_id`` name the rank at fault.  Sent to the head, or, by a rank that does not
+    know the session, to whoever sent the step, who passes it on to the head.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    peer_id: PeerId
+    error: ErrorInfo
+
+
+PipeMessage = OpenSession | Step | CloseSession | Result | StageError
+
+PIPE_CODEC: Codec[PipeMessage] = Codec("pipe", OpenSession, Step, CloseSession, Result, StageError)
+
+Tail = bytes | bytearray | memoryview
+
+_INT32 = np.dtype("<i4")
+_FLOAT32 = np.dtype("<f4")
+
+
+def pack_tail(tokens: Tokens, activations: Activations | None) -> bytes:
+    """Return the tail of a step: token ids, then the rows of ``activations`` if there are any."""
+    ids = np.ascontiguousarray(tokens, dtype=_INT32)
+    if activations is None:
+        return ids.tobytes()
+    rows = np.ascontiguousarray(activations, dtype=_FLOAT32)
+    return b"".join((ids.data, rows.data))
+
+
+def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | None]:
+    """Return the ``n`` tokens of a tail and its (n, n_embd) activations, as views of it.
+
+    Raises :class:`CorruptData` (``malformed_step``) when the size is neither that of tokens alone
+    nor that of tokens and activations.
+    """
+    size = memoryview(tail).nbytes
+    with_rows = 4 * n * (1 + n_embd)
+    if n < 1 or size not in (4 * n, with_rows):
+        raise CorruptData(
+            f"A step of {n} tokens has a tail of {size} bytes;"
+            f" it must be {4 * n} (tokens alone) or {with_rows}.",
+            code="malformed_step",
+            size=size,
+            n=n,
+        )
+    tokens: Tokens = np.frombuffer(tail, dtype=_INT32, count=n)
+    if size == 4 * n:
+        return tokens, None
+    rows: Activations = np.frombuffer(tail, dtype=_FLOAT32, count=n * n_embd, offset=4 * n)
+    return tokens, rows.reshape(n, n_embd)
+
+
+def chunk_end(position: int, stop: int) -> int:
+    """Return where the prefill chunk that begins at ``position`` ends, at most at ``stop``."""
+    return min(stop, (position // PREFILL_CHUNK + 1) * PREFILL_CHUNK)

@@ -1,0 +1,174 @@
+"""The long-lived streams between neighbours: sending never waits, order is kept, loss is told.
+
+For each peer there are two lanes (see ``frames``), each a bounded queue and one task that owns one
+stream.  A lane that fails takes its queue with it: whoever relied on it is told once through the
+``lost`` callback and ends the sessions concerned; the next message opens the lane anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from pyagent_node.base.errors import DeadlineExceeded, LimitExceeded, PyAgentError, Unavailable
+from pyagent_node.base.limits import DIAL_SECONDS, MIB
+from pyagent_node.base.mesh import FrameStream, Mesh
+from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.base.wire import Frame
+from pyagent_node.inference.pipeline.frames import (
+    PIPE_CODEC,
+    PIPE_PROTOCOL,
+    OpenSession,
+    PipeMessage,
+    Step,
+    Tail,
+)
+
+logger = logging.getLogger("pyagent_node.pipeline")
+
+MAX_LANE_MESSAGES: Final = 4096
+"""Messages that may wait for one lane of one peer."""
+MAX_LANE_BYTES: Final = 512 * MIB
+"""Bytes of tails that may wait for one lane of one peer."""
+
+Deliver = Callable[[PeerId, PipeMessage, Tail], None]
+Lost = Callable[[PeerId, bool, PyAgentError], None]
+
+
+class _Lane:
+    __slots__ = ("control", "error", "overflow", "peer", "queue", "size", "wake")
+
+    def __init__(self, peer: PeerId, control: bool) -> None:
+        self.peer = peer
+        self.control = control
+        self.queue: deque[tuple[PipeMessage, Tail]] = deque()
+        self.size = 0
+        self.wake = trio.Event()
+        self.error: PyAgentError | None = None
+        self.overflow = trio.CancelScope()
+
+
+class PipeLinks:
+    """Sends pipeline messages to peers and delivers those that come in.
+
+    ``deliver(sender, message, tail)`` takes every inbound message and every message to ourselves;
+    ``lost(peer, control, error)`` is told of a failed lane.  Both are called synchronously and must
+    not raise.
+    """
+
+    def __init__(self, mesh: Mesh, deliver: Deliver, lost: Lost) -> None:
+        self._mesh = mesh
+        self._deliver = deliver
+        self._lost = lost
+        self._lanes: dict[tuple[PeerId, bool], _Lane] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve inbound streams, and run the lanes in ``nursery`` from now on."""
+        self._nursery = nursery
+        self._mesh.handle(PIPE_PROTOCOL, self._serve)
+
+    def stop(self) -> None:
+        """Open no more lanes; the owner is about to cancel the nursery."""
+        self._nursery = None
+
+    def send(self, peer: PeerId, message: PipeMessage, tail: Tail = b"") -> None:
+        """Queue a message; one to ourselves is delivered before this returns."""
+        if peer == self._mesh.peer_id:
+            self._deliver(peer, message, tail)
+            return
+        control = not isinstance(message, Step | OpenSession)
+        lane = self._lanes.get((peer, control))
+        if lane is None:
+            if self._nursery is None:
+                return
+            lane = self._lanes[peer, control] = _Lane(peer, control)
+            self._nursery.start_soon(self._run_lane, lane)
+        if len(lane.queue) >= MAX_LANE_MESSAGES or lane.size + len(tail) > MAX_LANE_BYTES:
+            lane.error = LimitExceeded(
+                f"Node {peer} takes frames too slowly: {len(lane.queue)} are waiting for it.",
+                code="link_overloaded",
+                peer_id=peer,
+            )
+            lane.overflow.cancel()
+            return
+        lane.queue.append((message, tail))
+        lane.size += len(tail)
+        lane.wake.set()
+
+    def forget(self, peer: PeerId, session: SessionId) -> None:
+        """Drop the queued steps of a closed session, so that they use no bandwidth."""
+        lane = self._lanes.get((peer, False))
+        if lane is None:
+            return
+        kept = [entry for entry in lane.queue if entry[0].session != session]
+        lane.queue.clear()
+        lane.queue.extend(kept)
+        lane.size = sum(len(tail) for _, tail in kept)
+
+    async def _serve(self, stream: FrameStream) -> None:
+        peer = stream.peer
+        decode, deliver = PIPE_CODEC.decode, self._deliver
+        while (frame := await stream.receive()) is not None:
+            deliver(peer, decode(frame.header), frame.tail)
+
+    async def _run_lane(self, lane: _Lane) -> None:
+        try:
+            with lane.overflow:
+                await self._drive(lane)
+        except PyAgentError as error:
+            lane.error = error
+        finally:
+            self._lanes.pop((lane.peer, lane.control), None)
+        lost = lane.error or Unavailable(
+            f"Node {lane.peer} closed the stream.", code="stream_closed", peer_id=lane.peer
+        )
+        logger.info("lane to %s lost: %s", lane.peer, lost)
+        self._lost(lane.peer, lane.control, lost)
+
+    async def _drive(self, lane: _Lane) -> None:
+        try:
+            with trio.fail_after(DIAL_SECONDS):
+                stream = await self._mesh.open(lane.peer, PIPE_PROTOCOL)
+        except trio.TooSlowError:
+            raise DeadlineExceeded(
+                f"Node {lane.peer} did not open a stream within {DIAL_SECONDS:.0f} s.",
+                code="peer_unreachable",
+                peer_id=lane.peer,
+            ) from None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, stream, lane, nursery.cancel_scope)
+                try:
+                    await self._pump(stream, lane)
+                except PyAgentError as error:
+                    lane.error = error
+                    nursery.cancel_scope.cancel()
+        finally:
+            with trio.move_on_after(1) as scope:
+                scope.shield = True
+                await stream.aclose()
+
+    async def _pump(self, stream: FrameStream, lane: _Lane) -> None:
+        encode, queue = PIPE_CODEC.encode, lane.queue
+        while True:
+            if not queue:
+                lane.wake = trio.Event()
+                await lane.wake.wait()
+                continue
+            message, tail = queue.popleft()
+            lane.size -= len(tail)
+            await stream.send(Frame(encode(message), tail))
+
+    async def _watch(self, stream: FrameStream, lane: _Lane, scope: trio.CancelScope) -> None:
+        """Notice the end of a stream that nothing is sent on, since nothing ever comes back."""
+        try:
+            while await stream.receive() is not None:
+                pass
+        except PyAgentError as error:
+            lane.error = error
+        scope.cancel()

@@ -1,0 +1,65 @@
+"""One node's part in all pipelines: its links, its stages and its engine, wired to the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import trio
+
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import PeerId
+from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
+from pyagent_node.inference.pipeline.links import PipeLinks
+from pyagent_node.inference.pipeline.stage_service import StageService
+from pyagent_node.inference.pipeline.stage_types import StageLimits
+
+
+class Pipeline(NamedTuple):
+    """What a node needs of its pipeline: ``engine`` to ask, ``stages`` to serve."""
+
+    engine: PipelineEngine
+    stages: StageService
+
+
+@asynccontextmanager
+async def open_pipeline(
+    mesh: Mesh, *, limits: StageLimits | None = None
+) -> AsyncIterator[Pipeline]:
+    """Take part in pipelines over ``mesh`` while the context lasts."""
+    stages = StageService(mesh.peer_id, limits)
+
+    def deliver(sender: PeerId, message: PipeMessage, tail: Tail) -> None:
+        if isinstance(message, Result):
+            engine.on_result(sender, message)
+        elif isinstance(message, StageError) and engine.heads(message.session):
+            engine.on_error(sender, message)
+        else:
+            stages.receive(sender, message, tail)
+
+    def lost(peer: PeerId, control: bool, error: PyAgentError) -> None:
+        engine.link_lost(peer, control=control)
+        stages.link_lost(peer, control=control)
+
+    links = PipeLinks(mesh, deliver, lost)
+    stages.attach(links)
+    engine = PipelineEngine(mesh.peer_id, links, stages)
+
+    async def follow_peers() -> None:
+        async with mesh.events() as events:
+            async for event in events:
+                if event.change == "down":
+                    engine.peer_down(event.peer_id)
+                    stages.peer_down(event.peer_id)
+
+    async with trio.open_nursery() as nursery:
+        links.start(nursery)
+        nursery.start_soon(follow_peers)
+        try:
+            yield Pipeline(engine, stages)
+        finally:
+            links.stop()
+            nursery.cancel_scope.cancel()

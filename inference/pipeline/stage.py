@@ -1,0 +1,459 @@
+"""The pure core of a stage: what it makes of each frame, and whom it answers.
+
+A stage is one rank of one placement on this node.  The shell hands :class:`StageCore` every frame
+for it, sends what it answers, and keeps one task that asks for the next batch, runs it, and
+reports the outputs.  Time is passed in; nothing here waits, draws or talks.
+
+Rules.
+
+* Fence: a frame of another epoch is answered with ``stale_epoch`` and causes no work.
+* Admission: a session waits for a slot in order of arrival.  Rank 0 fixes that order for all ranks
+  (see ``frames``), so two ranks can never each hold a slot that the other's session waits for.
+* Nobody else may act for a session: it is opened through the rank before, stepped by the same,
+  and closed by its head.
+* A session that ends here for whatever reason but its head's own wish is reported to its head.
+* What arrives for a session after its end is dropped, even if its opening is yet to come.
+
+What is computed when is ``stage_queue``'s.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from pyagent_node.base.errors import (
+    Conflict,
+    CorruptData,
+    DeadlineExceeded,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PyAgentError,
+    Refused,
+    RunnerFailed,
+    Unavailable,
+)
+from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.inference.backend import StepOutput
+from pyagent_node.inference.pipeline.frames import (
+    PREFILL_CHUNK,
+    CloseSession,
+    OpenSession,
+    PipeMessage,
+    Result,
+    StageError,
+    Step,
+    Tail,
+    pack_tail,
+    unpack_tail,
+)
+from pyagent_node.inference.pipeline.stage_queue import (
+    Batch,
+    QueuedStep,
+    ServedSession,
+    StageQueue,
+)
+from pyagent_node.inference.pipeline.stage_types import (
+    Outgoing,
+    StageLimits,
+    StageSession,
+    StageSpec,
+    StageView,
+    peer_lost,
+)
+
+
+class StageCore:
+    """State of one stage; see the module's rules."""
+
+    def __init__(self, spec: StageSpec, limits: StageLimits | None = None) -> None:
+        self.spec = spec
+        self._limits = limits or StageLimits()
+        self._sessions: dict[SessionId, ServedSession] = {}
+        self._queue = StageQueue(slots=spec.n_seq, width=spec.max_width, sampling=spec.is_tail)
+        self._tombs: OrderedDict[SessionId, PeerId] = OrderedDict()
+        self._stopped: PyAgentError | None = None
+        self._batches = 0
+        self._tokens = 0
+        self._busy = 0.0
+        self._refused = 0
+
+    # ---- frames in -------------------------------------------------------------------------
+
+    def receive(
+        self, sender: PeerId, message: PipeMessage, tail: Tail, now: float
+    ) -> list[Outgoing]:
+        """Take one frame from ``sender`` and return what to send for it."""
+        if message.epoch != self.spec.epoch:
+            return self._stale(sender, message)
+        if isinstance(message, Step):
+            return self._step(sender, message, tail, now)
+        if isinstance(message, OpenSession):
+            return self._open(sender, message, now)
+        if isinstance(message, CloseSession):
+            self._close(sender, message)
+            return []
+        if isinstance(message, StageError):
+            return self._relay(sender, message)
+        return []
+
+    def _stale(self, sender: PeerId, message: PipeMessage) -> list[Outgoing]:
+        self._refused += 1
+        if not isinstance(message, OpenSession | Step):
+            return []
+        error = Conflict(
+            f"Rank {self.spec.rank} is at epoch {self.spec.epoch}, the frame at {message.epoch}.",
+            code="stale_epoch",
+            remedy="The model was placed anew; ask again.",
+            epoch=self.spec.epoch,
+            frame_epoch=message.epoch,
+        )
+        to = message.head if isinstance(message, OpenSession) else sender
+        return [self._error(to, message.session, error, epoch=message.epoch)]
+
+    def _open(self, sender: PeerId, message: OpenSession, now: float) -> list[Outgoing]:
+        if self._tombs.get(message.session) == message.head:
+            return []
+        if self._stopped is not None:
+            self._refused += 1
+            return [self._error(message.head, message.session, self._stopped)]
+        spec, limits = self.spec, self._limits
+        try:
+            if sender != (spec.upstream or message.head):
+                raise Refused(
+                    f"Rank {spec.rank} takes sessions from the rank before it only.",
+                    code="wrong_sender",
+                )
+            if message.session in self._sessions:
+                raise Conflict("The session is open already.", code="session_exists")
+            if not 1 <= message.prompt_tokens <= message.positions <= spec.n_ctx:
+                raise InvalidRequest(
+                    f"A session of {message.prompt_tokens} prompt tokens and"
+                    f" {message.positions} positions does not fit a context of {spec.n_ctx}.",
+                    code="bad_parameter",
+                    n_ctx=spec.n_ctx,
+                )
+            if spec.is_tail:
+                message.sampling.check(spec.n_vocab)
+            held = sum(1 for s in self._sessions.values() if s.head == message.head)
+            for count, limit, whose in (
+                (held, limits.sessions_per_peer, "that node"),
+                (len(self._sessions), limits.sessions, "all nodes"),
+            ):
+                if count >= limit:
+                    raise LimitExceeded(
+                        f"Rank {spec.rank} serves {count} sessions of {whose}, its limit.",
+                        code="too_many_sessions",
+                        remedy="Wait until another request has ended.",
+                        limit=limit,
+                    )
+        except PyAgentError as error:
+            self._refused += 1
+            if not isinstance(error, Refused | Conflict):
+                self._bury(message.session, message.head)
+            to = sender if isinstance(error, Refused) else message.head
+            return [self._error(to, message.session, error)]
+        session = ServedSession(message, now)
+        self._sessions[session.id] = session
+        self._queue.admit(session)
+        if spec.downstream is None:
+            return []
+        onward = msgspec.structs.replace(message, rank=spec.rank + 1)
+        return [Outgoing(spec.downstream, onward)]
+
+    def _step(self, sender: PeerId, message: Step, tail: Tail, now: float) -> list[Outgoing]:
+        spec = self.spec
+        session = self._sessions.get(message.session)
+        if session is None:
+            if message.session in self._tombs:
+                return []
+            self._refused += 1
+            unknown = NotFound("The session is not open here.", code="session_unknown")
+            return [self._error(sender, message.session, unknown)]
+        if sender != (spec.upstream or session.head):
+            self._refused += 1
+            refused = Refused("Not the sender of this session.", code="wrong_sender")
+            return [self._error(sender, message.session, refused)]
+        try:
+            queued = self._check_step(session, message, tail)
+        except PyAgentError as error:
+            self._refused += 1
+            return self._give_up(session, error)
+        session.last_seen = now
+        session.next_position += message.n
+        session.next_step += 1
+        self._queue.push(session, queued)
+        return []
+
+    def _check_step(self, session: ServedSession, message: Step, tail: Tail) -> QueuedStep:
+        spec, limits = self.spec, self._limits
+        if message.step != session.next_step or message.position != session.next_position:
+            raise CorruptData(
+                f"Step {message.step} at position {message.position} came where step"
+                f" {session.next_step} at {session.next_position} was due.",
+                code="out_of_order",
+            )
+        end = message.position + message.n
+        if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
+            raise InvalidRequest(
+                f"A step of {message.n} tokens up to position {end} is outside the bounds of"
+                f" {PREFILL_CHUNK} tokens and {session.positions} positions.",
+                code="step_too_long",
+            )
+        tokens, activations = unpack_tail(tail, message.n, spec.n_embd)
+        if (activations is None) != spec.is_whole:
+            raise CorruptData(
+                "Activations are sent to every stage but one that holds the whole model.",
+                code="malformed_step",
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= spec.n_vocab:
+            raise InvalidRequest(
+                f"Tokens run from 0 to {spec.n_vocab - 1}.",
+                code="bad_parameter",
+                parameter="tokens",
+            )
+        size = memoryview(tail).nbytes
+        if (
+            len(session.queue) >= limits.steps_per_session
+            or self._queue.steps >= limits.queued_steps
+            or self._queue.bytes + size > limits.queued_bytes
+        ):
+            raise LimitExceeded(
+                f"Rank {spec.rank} has {self._queue.steps} steps waiting and takes no more.",
+                code="too_many_steps",
+                remedy="Send fewer requests at once, or place the model on faster nodes.",
+                queued=self._queue.steps,
+            )
+        return QueuedStep(message, tokens, activations, size)
+
+    def _close(self, sender: PeerId, message: CloseSession) -> None:
+        session = self._sessions.get(message.session)
+        if session is None:
+            self._bury(message.session, sender)
+        elif session.head == sender:
+            self._free(session)
+        else:
+            self._refused += 1
+
+    def _relay(self, sender: PeerId, message: StageError) -> list[Outgoing]:
+        session = self._sessions.get(message.session)
+        if session is None or sender != self.spec.downstream:
+            return []
+        self._free(session)
+        return [Outgoing(session.head, message)]
+
+    # ---- events ----------------------------------------------------------------------------
+
+    def peer_down(self, peer: PeerId) -> list[Outgoing]:
+        """Free the sessions of a head that is gone, or of a pipeline that lost its next rank."""
+        out: list[Outgoing] = []
+        for session in list(self._sessions.values()):
+            if session.head == peer:
+                self._free(session)
+        for neighbour, rank in (
+            (self.spec.upstream, self.spec.rank - 1),
+            (self.spec.downstream, self.spec.rank + 1),
+        ):
+            if neighbour == peer:
+                error = peer_lost(rank, peer)
+                for session in list(self._sessions.values()):
+                    out += self._give_up(session, error, rank=rank, peer=peer)
+        return out
+
+    def link_lost(self, peer: PeerId, *, control: bool) -> list[Outgoing]:
+        """End the sessions whose frames to ``peer`` may be lost, on one lane (see ``frames``)."""
+        out: list[Outgoing] = []
+        for session in list(self._sessions.values()):
+            if control and session.head == peer:
+                error = Unavailable(
+                    f"Rank {self.spec.rank} lost its stream to the head.", code="stream_closed"
+                )
+                out += self._give_up(session, error)
+            elif not control and self.spec.downstream == peer:
+                rank = self.spec.rank + 1
+                out += self._give_up(session, peer_lost(rank, peer), rank=rank, peer=peer)
+        return out
+
+    def stop(self, error: PyAgentError) -> list[Outgoing]:
+        """End every session with ``error`` and answer new ones with it (the runner is gone)."""
+        self._stopped = error
+        out: list[Outgoing] = []
+        for session in list(self._sessions.values()):
+            out += self._give_up(session, error)
+        self._queue.clear_ops()
+        return out
+
+    def expire(self, now: float) -> list[Outgoing]:
+        """Free sessions that nothing was heard of for the idle deadline."""
+        out: list[Outgoing] = []
+        idle = self._limits.idle_seconds
+        for session in list(self._sessions.values()):
+            if session.queue or session.in_flight or now - session.last_seen < idle:
+                continue
+            error = DeadlineExceeded(
+                f"Rank {self.spec.rank} heard nothing of the session for {idle:.0f} s.",
+                code="session_idle",
+                remedy="Read the answer faster, or ask again.",
+            )
+            out += self._give_up(session, error)
+        return out
+
+    # ---- work ------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`next_batch` would return something."""
+        return self._queue.has_work
+
+    def next_batch(self) -> Batch | None:
+        """Take the work that is due now; the caller runs it and calls :meth:`completed`."""
+        return self._queue.take()
+
+    def completed(
+        self, batch: Batch, outputs: Sequence[StepOutput], seconds: float, now: float
+    ) -> list[Outgoing]:
+        """Take the runner's ``outputs`` for ``batch``, which took ``seconds``."""
+        spec = self.spec
+        self._batches += 1
+        self._busy += seconds
+        out: list[Outgoing] = []
+        for (session, queued), output in zip(batch.work, outputs, strict=True):
+            message = queued.message
+            self._tokens += message.n
+            if session.closed:
+                continue
+            session.last_seen = now
+            session.generated += message.sample
+            if message.sample and session.first_sample is None:
+                session.first_sample = now
+            self._queue.finished(session)
+            if spec.downstream is None:
+                if message.sample and output.sampled is None:
+                    out += self._give_up(session, _protocol_error("no token"))
+                    continue
+                result = Result(
+                    message.session,
+                    message.model,
+                    message.epoch,
+                    message.rank,
+                    message.step,
+                    message.spent + seconds,
+                    output.sampled,
+                )
+                out.append(Outgoing(session.head, result))
+            else:
+                rows = output.activations
+                if rows is None or rows.shape != (message.n, spec.n_embd):
+                    out += self._give_up(session, _protocol_error("no activations"))
+                    continue
+                onward = Step(
+                    message.session,
+                    message.model,
+                    message.epoch,
+                    message.rank + 1,
+                    message.step,
+                    message.position,
+                    message.n,
+                    message.sample,
+                    message.spent + seconds,
+                )
+                out.append(Outgoing(spec.downstream, onward, pack_tail(queued.tokens, rows)))
+        return out
+
+    def abandoned(self, batch: Batch, error: PyAgentError) -> list[Outgoing]:
+        """Give up the sessions of ``batch``: the runner refused it but goes on living."""
+        out: list[Outgoing] = []
+        for session, _ in batch.work:
+            if not session.closed:
+                out += self._give_up(session, error)
+        return out
+
+    # ---- views -----------------------------------------------------------------------------
+
+    def view(self) -> StageView:
+        """Return counters and loads."""
+        spec = self.spec
+        return StageView(
+            model=spec.model,
+            epoch=spec.epoch,
+            rank=spec.rank,
+            slice=spec.slice,
+            sessions=len(self._sessions),
+            waiting=self._queue.waiting,
+            queued=self._queue.steps,
+            batches=self._batches,
+            tokens=self._tokens,
+            busy_seconds=self._busy,
+            refused=self._refused,
+        )
+
+    def sessions(self) -> Iterable[StageSession]:
+        """Return the sessions served now."""
+        for s in self._sessions.values():
+            yield StageSession(
+                s.id,
+                self.spec.model,
+                self.spec.epoch,
+                s.head,
+                s.prompt_tokens,
+                s.generated,
+                s.first_sample,
+                s.last_seen,
+            )
+
+    def holds(self, session: SessionId) -> bool:
+        """Whether ``session`` is open here."""
+        return session in self._sessions
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _free(self, session: ServedSession) -> None:
+        del self._sessions[session.id]
+        self._bury(session.id, session.head)
+        self._queue.remove(session)
+
+    def _bury(self, session: SessionId, head: PeerId) -> None:
+        self._tombs[session] = head
+        self._tombs.move_to_end(session)
+        while len(self._tombs) > self._limits.tombstones:
+            self._tombs.popitem(last=False)
+
+    def _give_up(
+        self,
+        session: ServedSession,
+        error: PyAgentError,
+        *,
+        rank: int | None = None,
+        peer: PeerId | None = None,
+    ) -> list[Outgoing]:
+        self._free(session)
+        return [self._error(session.head, session.id, error, rank=rank, peer=peer)]
+
+    def _error(
+        self,
+        to: PeerId,
+        session: SessionId,
+        error: PyAgentError,
+        *,
+        rank: int | None = None,
+        peer: PeerId | None = None,
+        epoch: int | None = None,
+    ) -> Outgoing:
+        message = StageError(
+            session,
+            self.spec.model,
+            self.spec.epoch if epoch is None else epoch,
+            self.spec.rank if rank is None else rank,
+            peer or self.spec.peer_id,
+            error.to_info(),
+        )
+        return Outgoing(to, message)
+
+
+def _protocol_error(what: str) -> RunnerFailed:
+    return RunnerFailed(
+        f"The runner answered a step with {what}.", code="runner_protocol", reason=what
+    )

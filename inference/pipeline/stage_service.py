@@ -1,0 +1,231 @@
+"""The shell around the stages of this node: routes frames to cores, feeds runners, keeps time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import trio
+
+from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed, Unavailable
+from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.inference.pipeline.frames import (
+    CloseSession,
+    OpenSession,
+    PipeMessage,
+    StageError,
+    Step,
+    Tail,
+)
+from pyagent_node.inference.pipeline.links import PipeLinks
+from pyagent_node.inference.pipeline.ports import StageRunner
+from pyagent_node.inference.pipeline.stage import StageCore
+from pyagent_node.inference.pipeline.stage_queue import Batch
+from pyagent_node.inference.pipeline.stage_types import (
+    Outgoing,
+    StageLimits,
+    StageSession,
+    StageSpec,
+    StageView,
+)
+
+logger = logging.getLogger("pyagent_node.pipeline")
+
+EXPIRE_SECONDS: Final = 5.0
+"""How often stages look for idle sessions."""
+
+
+class _Stage:
+    __slots__ = ("core", "wake")
+
+    def __init__(self, core: StageCore) -> None:
+        self.core = core
+        self.wake = trio.Event()
+
+
+class StageService:
+    """Serves the stages that this node holds.
+
+    The owner calls :meth:`serve` once for each stage it has a runner for, and forwards frames and
+    peer events.  ``links`` carries what the stages answer.
+    """
+
+    def __init__(self, peer_id: PeerId, limits: StageLimits | None = None) -> None:
+        self._peer_id = peer_id
+        self._limits = limits
+        self._stages: dict[tuple[Digest, int], _Stage] = {}
+        self._links: PipeLinks | None = None
+
+    def attach(self, links: PipeLinks) -> None:
+        """Say where to send; called once, before any frame comes in."""
+        self._links = links
+
+    async def serve(self, spec: StageSpec, runner: StageRunner) -> RunnerFailed:
+        """Serve one stage until cancelled, or until its runner dies: then return why.
+
+        The stage takes frames from the moment of the call.  However it ends, every session of it
+        has been told.
+        """
+        key = (spec.model, spec.rank)
+        stage = _Stage(StageCore(spec, self._limits))
+        self._stages[key] = stage
+        failure: RunnerFailed | None = None
+
+        def fail(error: RunnerFailed, scope: trio.CancelScope) -> None:
+            nonlocal failure
+            failure = failure or error
+            scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, runner, fail, nursery.cancel_scope)
+                nursery.start_soon(self._expire, stage)
+                nursery.start_soon(self._feed, stage, runner, fail, nursery.cancel_scope)
+            assert failure is not None, "the stage's tasks end by failure or cancellation only"
+            return failure
+        finally:
+            if self._stages.get(key) is stage:
+                del self._stages[key]
+            ended = Conflict(
+                f"The placement of epoch {spec.epoch} has ended.",
+                code="stale_epoch",
+                remedy="The model was unloaded or placed anew; ask again.",
+                frame_epoch=spec.epoch,
+            )
+            self._send(stage.core.stop(failure or ended))
+
+    # ---- frames and events -----------------------------------------------------------------
+
+    def receive(self, sender: PeerId, message: PipeMessage, tail: Tail) -> None:
+        """Take a frame that is addressed to one of our stages."""
+        if isinstance(message, StageError):
+            self._relay(sender, message)
+            return
+        stage = self._stages.get((message.model, message.rank))
+        if stage is None:
+            self._no_stage(sender, message)
+            return
+        core = stage.core
+        out = core.receive(sender, message, tail, trio.current_time())
+        if isinstance(message, CloseSession) and core.spec.downstream and self._links:
+            self._links.forget(core.spec.downstream, message.session)
+        if out:
+            self._send(out)
+        if core.has_work:
+            stage.wake.set()
+
+    def peer_down(self, peer: PeerId) -> None:
+        """End the sessions that relied on ``peer``."""
+        for stage in list(self._stages.values()):
+            self._send(stage.core.peer_down(peer))
+            if stage.core.has_work:
+                stage.wake.set()
+
+    def link_lost(self, peer: PeerId, *, control: bool) -> None:
+        """End the sessions whose frames to ``peer`` may be lost."""
+        for stage in list(self._stages.values()):
+            self._send(stage.core.link_lost(peer, control=control))
+            if stage.core.has_work:
+                stage.wake.set()
+
+    def _relay(self, sender: PeerId, message: StageError) -> None:
+        for stage in list(self._stages.values()):
+            if stage.core.spec.model == message.model and stage.core.holds(message.session):
+                self._send(stage.core.receive(sender, message, b"", trio.current_time()))
+                if stage.core.has_work:
+                    stage.wake.set()
+
+    def _no_stage(self, sender: PeerId, message: PipeMessage) -> None:
+        if not isinstance(message, OpenSession | Step):
+            return
+        error = Unavailable(
+            f"Rank {message.rank} is not loaded on this node now.",
+            code="stage_not_ready",
+            remedy="It may be starting; ask again in a moment.",
+            rank=message.rank,
+            peer_id=self._peer_id,
+        )
+        to = message.head if isinstance(message, OpenSession) else sender
+        refusal = StageError(
+            message.session,
+            message.model,
+            message.epoch,
+            message.rank,
+            self._peer_id,
+            error.to_info(),
+        )
+        self._send([Outgoing(to, refusal)])
+
+    # ---- views -----------------------------------------------------------------------------
+
+    def views(self) -> list[StageView]:
+        """Return the load of every stage."""
+        return [stage.core.view() for stage in self._stages.values()]
+
+    def sessions(self) -> list[StageSession]:
+        """Return the sessions of every stage."""
+        return [s for stage in self._stages.values() for s in stage.core.sessions()]
+
+    # ---- tasks -----------------------------------------------------------------------------
+
+    async def _feed(
+        self,
+        stage: _Stage,
+        runner: StageRunner,
+        fail: Callable[[RunnerFailed, trio.CancelScope], None],
+        scope: trio.CancelScope,
+    ) -> None:
+        core = stage.core
+        try:
+            while True:
+                batch = core.next_batch()
+                if batch is None:
+                    stage.wake = trio.Event()
+                    await stage.wake.wait()
+                    continue
+                if batch.ops:
+                    await runner.apply(batch.ops)
+                if batch.inputs:
+                    await self._compute(core, runner, batch)
+        except RunnerFailed as error:
+            fail(error, scope)
+        except PyAgentError as error:
+            logger.error("rank %d: the runner refused an operation: %s", core.spec.rank, error)
+            fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code), scope)
+
+    async def _compute(self, core: StageCore, runner: StageRunner, batch: Batch) -> None:
+        start = trio.current_time()
+        try:
+            outputs = await runner.decode(batch.inputs)
+        except RunnerFailed:
+            raise
+        except PyAgentError as error:
+            logger.warning("rank %d: the runner refused a batch: %s", core.spec.rank, error)
+            self._send(core.abandoned(batch, error))
+            return
+        now = trio.current_time()
+        self._send(core.completed(batch, outputs, now - start, now))
+
+    async def _watch(
+        self,
+        runner: StageRunner,
+        fail: Callable[[RunnerFailed, trio.CancelScope], None],
+        scope: trio.CancelScope,
+    ) -> None:
+        await runner.failed.wait()
+        error = runner.failure or RunnerFailed("The runner has died.", reason="unknown")
+        fail(error, scope)
+
+    async def _expire(self, stage: _Stage) -> None:
+        while True:
+            await trio.sleep(EXPIRE_SECONDS)
+            self._send(stage.core.expire(trio.current_time()))
+            if stage.core.has_work:
+                stage.wake.set()
+
+    def _send(self, out: Iterable[Outgoing]) -> None:
+        links = self._links
+        if links is not None:
+            for peer, message, tail in out:
+                links.send(peer, message, tail)

@@ -1,0 +1,259 @@
+"""A toy model for the simulator: exact, tiny, and sensitive to every mistake of a pipeline.
+
+Activations are small integers held in float32, so arithmetic is exact and any cut of the layers
+gives the same result.  Each layer mixes a token with its position, the layer's number and a
+position-weighted sum over all earlier tokens of the sequence, so a wrong order, a lost or repeated
+step, a foreign slot or a skipped layer changes every later token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, cast
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from pyagent_node.base.errors import InvalidRequest, RunnerFailed
+from pyagent_node.base.types import Slice
+from pyagent_node.inference.backend import (
+    Activations,
+    BackendInfo,
+    FreeSequence,
+    OpenSequence,
+    SequenceOp,
+    StepInput,
+    StepOutput,
+    Tokens,
+)
+from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.native import sample
+
+PRIME: Final = 32749
+"""Activations are residues of this prime, so that products fit an int64 and values a float32."""
+N_EMBD: Final = 6
+N_VOCAB: Final = 130
+END_TOKEN: Final = 129
+BOS_TOKEN: Final = 128
+
+_Ints = NDArray[np.int64]
+
+
+def toy_vocabulary() -> Vocabulary:
+    """Return the toy's tokens: ASCII characters, a BOS and an end token without text."""
+    pieces = tuple(bytes([i]) for i in range(128))
+    return Vocabulary(pieces=(*pieces, b"", b""), end_tokens=frozenset({END_TOKEN}))
+
+
+class ToyEmbeddings:
+    """The toy's embedding table."""
+
+    def rows(self, tokens: Tokens) -> Activations:
+        """Return the rows of ``tokens``."""
+        ids = tokens.astype(np.int64)[:, None]
+        return ((ids * 31 + np.arange(1, N_EMBD + 1) * 977) % PRIME).astype(np.float32)
+
+
+class ToyTokenizer:
+    """One token a character."""
+
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the characters' codes, with BOS before them if ``add_special``."""
+        ids = [min(ord(c), 127) for c in text]
+        return [BOS_TOKEN, *ids] if add_special else ids
+
+    async def render(self, messages: Sequence[ChatMessage]) -> str:
+        """Return ``role:content`` lines."""
+        return "".join(f"{m.role}:{m.content}\n" for m in messages)
+
+
+def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _Ints]:
+    """Return the row after ``layer``, and the layer's state with this token added."""
+    state = (past + row * (position + 1)) % PRIME
+    mixed = row * (layer + 3) + np.roll(state, layer % N_EMBD) + position * 7 + layer
+    return mixed % PRIME, state
+
+
+def _logits(row: _Ints) -> NDArray[np.float32]:
+    weights = np.arange(1, N_VOCAB + 1, dtype=np.int64)[:, None] * np.arange(3, 3 + N_EMBD)
+    mixed = ((weights * row).sum(axis=1) * weights[:, 0]) % PRIME
+    logits = (mixed / PRIME * 8).astype(np.float32)
+    logits[END_TOKEN] -= 4
+    return logits
+
+
+def toy_sample(
+    logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams
+) -> Sampled:
+    """Sample as a runner does."""
+    bias = sorted(params.logit_bias.items())
+    token, logprob, top = sample(
+        logits,
+        np.array(history, dtype=np.int32),
+        len(history),
+        seed=params.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        bias_tokens=np.array([t for t, _ in bias], dtype=np.int32),
+        bias_values=np.array([b for _, b in bias], dtype=np.float32),
+        top_logprobs=params.top_logprobs if params.logprobs else -1,
+    )
+    return Sampled(token, logprob if params.logprobs else None, tuple(top))
+
+
+def toy_generate(n_layers: int, prompt: Sequence[int], n: int, params: SamplingParams) -> list[int]:
+    """Return what the whole toy model answers: the reference for every pipeline of it."""
+    states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(n_layers)]
+    history: list[int] = []
+    answer: list[int] = []
+    pending = list(prompt)
+    while True:
+        row = np.zeros(N_EMBD, dtype=np.int64)
+        for token in pending:
+            row = _embed(token)
+            for layer in range(n_layers):
+                row, states[layer] = _layer(layer, len(history), states[layer], row)
+            history.append(token)
+        token = toy_sample(_logits(row), history, params).token
+        if token == END_TOKEN:
+            return answer
+        answer.append(token)
+        if len(answer) == n:
+            return answer
+        pending = [token]
+
+
+def _embed(token: int) -> _Ints:
+    rows = ToyEmbeddings().rows(cast("Tokens", np.array([token], dtype=np.int32)))
+    return rows[0].astype(np.int64)
+
+
+class _Slot:
+    def __init__(self, layers: int, sampling: SamplingParams | None) -> None:
+        self.sampling = sampling
+        self.history: list[int] = []
+        self.states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(layers)]
+
+
+class ToyRunner:
+    """A runner of one slice of the toy, with the simulator's clock for a processor.
+
+    ``seconds`` is what one decode takes.  ``widths`` records the size of each step of each decode.
+    It refuses anything that a stage must never ask for.
+    """
+
+    def __init__(
+        self,
+        part: Slice,
+        *,
+        whole: bool = False,
+        n_ctx: int = 4096,
+        n_seq: int = 8,
+        seconds: float = 0.0,
+    ) -> None:
+        self.seconds = seconds
+        self.failed = trio.Event()
+        self.failure: RunnerFailed | None = None
+        self.widths: list[list[int]] = []
+        self.tokens_done = 0
+        self._part = part
+        self._whole = whole
+        self._slots: dict[int, _Slot] = {}
+        self._busy = False
+        self.info = BackendInfo(
+            backend="toy",
+            version="1",
+            device="cpu",
+            slice=part,
+            n_embd=N_EMBD,
+            n_vocab=N_VOCAB,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            threads=1,
+            kv_bytes_per_token=8 * N_EMBD * (part.last - part.first),
+            memory_bytes=1,
+            batch_invariant_widths=(1, 2, 4, 8),
+            kv_portable=False,
+        )
+
+    @property
+    def open_slots(self) -> int:
+        """How many slots are in use."""
+        return len(self._slots)
+
+    def kill(self, reason: str = "SIGKILL") -> None:
+        """Die as a killed process does."""
+        self.failure = RunnerFailed(f"The runner was killed by {reason}.", reason=reason)
+        self.failed.set()
+
+    async def apply(self, ops: Sequence[SequenceOp]) -> None:
+        """Carry out sequence operations."""
+        await trio.lowlevel.checkpoint()
+        self._check_alive()
+        for op in ops:
+            if isinstance(op, OpenSequence):
+                if op.seq in self._slots or not 0 <= op.seq < self.info.n_seq:
+                    raise InvalidRequest(f"slot {op.seq} cannot be opened")
+                self._slots[op.seq] = _Slot(self._part.last - self._part.first, op.sampling)
+            elif isinstance(op, FreeSequence):
+                del self._slots[op.seq]
+
+    async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
+        """Compute one batch."""
+        if self._busy:
+            raise InvalidRequest("two decodes at once")
+        self._busy = True
+        try:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._die, nursery.cancel_scope)
+                    await trio.sleep(self.seconds)
+                    nursery.cancel_scope.cancel()
+            del scope
+            self._check_alive()
+            self.widths.append([len(s.tokens) for s in steps])
+            if len({s.seq for s in steps}) != len(steps):
+                raise InvalidRequest("one sequence twice in a batch")
+            return [self._step(s) for s in steps]
+        finally:
+            self._busy = False
+
+    async def _die(self, scope: trio.CancelScope) -> None:
+        await self.failed.wait()
+        scope.cancel()
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise RunnerFailed(self.failure.message, **self.failure.facts)
+
+    def _step(self, step: StepInput) -> StepOutput:
+        slot = self._slots[step.seq]
+        if step.position != len(slot.history):
+            raise InvalidRequest(f"position {step.position} after {len(slot.history)} tokens")
+        if (step.activations is None) != self._whole:
+            raise InvalidRequest("activations are for slices, tokens for a whole model")
+        rows = ToyEmbeddings().rows(step.tokens) if self._whole else step.activations
+        assert rows is not None, "checked above"
+        out = np.empty((len(step.tokens), N_EMBD), dtype=np.float32)
+        row = np.zeros(N_EMBD, dtype=np.int64)
+        for i, token in enumerate(step.tokens):
+            row = rows[i].astype(np.int64)
+            for index, layer in enumerate(range(self._part.first, self._part.last)):
+                row, slot.states[index] = _layer(layer, len(slot.history), slot.states[index], row)
+            slot.history.append(int(token))
+            out[i] = row
+        self.tokens_done += len(step.tokens)
+        if not self._part.head:
+            return StepOutput(activations=out)
+        if not step.sample:
+            return StepOutput()
+        assert slot.sampling is not None, "a head slot is opened with sampling"
+        return StepOutput(sampled=toy_sample(_logits(row), slot.history, slot.sampling))
