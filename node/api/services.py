@@ -1,0 +1,85 @@
+"""What the HTTP API needs of the node: the port between :mod:`node.api` and the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from pyagent_node.base.types import Digest
+from pyagent_node.inference.generation import Engine
+from pyagent_node.node.api.schema import (
+    ConnectReply,
+    DoctorReply,
+    InviteReply,
+    InviteRequest,
+    LoadRequest,
+    ModelsReply,
+    ModelView,
+    PlacementView,
+    Progress,
+    PullRequest,
+    Readiness,
+    StatusView,
+)
+from pyagent_node.node.telemetry import Telemetry
+
+Report = Callable[[Progress], None]
+"""Takes a progress report; never blocks."""
+
+
+class ApiServices(Protocol):
+    """A node as its API sees it.  All methods raise errors of ``pyagent_node.base.errors`` only."""
+
+    @property
+    def engine(self) -> Engine:
+        """Answers generation requests."""
+        ...
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The node's metrics."""
+        ...
+
+    def readiness(self) -> Readiness:
+        """Say whether requests can be answered, and what is missing when not."""
+        ...
+
+    async def status(self) -> StatusView:
+        """Return everything ``status`` shows."""
+        ...
+
+    async def connect(self, address: str) -> ConnectReply:
+        """Dial a peer."""
+        ...
+
+    async def invite(self, request: InviteRequest) -> InviteReply:
+        """Make an invitation ticket."""
+        ...
+
+    async def models(self) -> ModelsReply:
+        """List the models that the mesh knows or this node holds."""
+        ...
+
+    async def pull(self, request: PullRequest, report: Report) -> ModelView:
+        """Fetch a model into the store."""
+        ...
+
+    async def load(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Place a model and wait until every rank is ready."""
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Remove the placement of a model."""
+        ...
+
+    async def remove(self, digest: Digest) -> None:
+        """Delete a model's files here, and forget it in the mesh where it is not placed."""
+        ...
+
+    async def doctor(self) -> DoctorReply:
+        """Check what commonly goes wrong in a running daemon."""
+        ...
+
+    def shutdown(self) -> None:
+        """Begin an orderly end of the daemon."""
+        ...

@@ -1,0 +1,101 @@
+"""A client that hangs up, however and whenever it does."""
+
+import json
+import socket
+import struct
+
+import pytest
+import trio
+
+from pyagent_node.node.api.openai import GenerationOptions
+
+ASK = {"model": "words", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}
+
+
+async def connect(api) -> trio.SocketStream:
+    return await trio.open_tcp_stream("127.0.0.1", api.server.port)
+
+
+def request(body: object, path: str = "/v1/chat/completions") -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def hold_from(api, position: int) -> trio.Event:
+    """Hold the generation at a position; returns an event that says it got there."""
+    reached = trio.Event()
+    never = trio.Event()
+
+    def gate(at: int) -> trio.Event | None:
+        if at < position:
+            return None
+        reached.set()
+        return never
+
+    api.engine.gate = gate
+    return reached
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("position", [0, 5])
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_hanging_up_cancels_the_generation(api, stream, position, how):
+    reached = hold_from(api, position)
+    client = await connect(api)
+    await client.send_all(request({**ASK, "stream": stream, "n": 2}))
+    with trio.fail_after(5):
+        await reached.wait()
+        assert api.engine.running == 2
+        if stream and position:
+            while b"w" not in await client.receive_some(4096):
+                pass
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await client.aclose()
+        await api.engine.idle.wait()
+    assert api.engine.cancelled == 2
+    await until_counted(api, "499")
+
+
+async def until_counted(api, status: str) -> None:
+    wanted = f'route="/v1/chat/completions",status="{status}"'
+    with trio.fail_after(5):
+        while wanted not in api.services.telemetry.render().decode():
+            await trio.lowlevel.checkpoint()
+
+
+async def test_the_daemon_answers_after_a_disconnect(api):
+    reached = hold_from(api, 3)
+    client = await connect(api)
+    await client.send_all(request({**ASK, "stream": True}))
+    await reached.wait()
+    await client.aclose()
+    api.engine.gate = None
+    reply = await api.http.post("/v1/chat/completions", json=ASK)
+    assert reply.status_code == 200
+
+
+async def test_leaving_before_the_body_is_whole(api):
+    client = await connect(api)
+    await client.send_all(request(ASK)[:-10])
+    await client.aclose()
+    reply = await api.http.get("/healthz")
+    assert reply.status_code == 200
+    with trio.fail_after(5):
+        while api.server.connections > 1:
+            await trio.lowlevel.checkpoint()
+    assert api.engine.started == 0
+
+
+async def test_a_deadline_ends_a_generation(serving):
+    async with serving(generation=GenerationOptions(seconds=0.1)) as api:
+        hold_from(api, 0)
+        reply = await api.http.post("/v1/chat/completions", json=ASK)
+        assert reply.status_code == 504
+        assert reply.json()["error"]["code"] == "request_deadline"
+        hold_from(api, 2)
+        reply = await api.http.post("/v1/chat/completions", json={**ASK, "stream": True})
+        assert reply.status_code == 200
+        assert "request_deadline" in reply.text.split("\n\n")[-2]
+        assert api.engine.running == 0
