@@ -46,21 +46,19 @@ async def open_single(
     :class:`CorruptData` (``log_corrupt``, ``bad_snapshot``) naming the file and the remedy.
     """
     journal = Journal(store, compact_entries=compact_entries)
+    failure: BaseException | None = None
     try:
         await journal.open()
         async with trio.open_nursery() as nursery:
+            engine: SingleEngine
             if mesh.peer_id == leader:
-                writer = Leader(
+                engine = Leader(
                     mesh, journal, propose_seconds=propose_seconds, new_request=new_request
                 )
-                nursery.start_soon(writer.write)
-                mesh.handle(PROTOCOL, writer.serve)
-                try:
-                    yield writer
-                finally:
-                    writer.close()
+                nursery.start_soon(engine.write)
+                mesh.handle(PROTOCOL, engine.serve)
             else:
-                follower = Follower(
+                engine = Follower(
                     mesh,
                     journal,
                     leader=leader,
@@ -69,10 +67,16 @@ async def open_single(
                     new_request=new_request,
                     rng=rng,
                 )
-                nursery.start_soon(follower.watch)
-                nursery.start_soon(follower.follow)
-                yield follower
+                nursery.start_soon(engine.watch)
+                nursery.start_soon(engine.follow)
+            try:
+                yield engine
+            except BaseException as error:  # raised again below, not inside a group
+                failure = error
+            engine.close()
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             await store.aclose()
+    if failure is not None:
+        raise failure

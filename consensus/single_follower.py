@@ -197,6 +197,12 @@ class Follower:
             leader=self._leader,
         )
 
+    def close(self) -> None:
+        """Fail what still waits for an answer."""
+        for pending in list(self._pending.values()):
+            if not pending.done.is_set():
+                pending.settle(Unavailable("The node is stopping.", code="stopping"))
+
     async def watch(self) -> None:
         """Note when the writer becomes reachable, so that nobody waits out a back-off."""
         async with self._mesh.events() as events:

@@ -102,6 +102,7 @@ class Leader:
         self._seconds = propose_seconds
         self._new_request = new_request
         self._send, self._receive = trio.open_memory_channel[_Proposal](MAX_WAITING)
+        self._waiting: set[_Proposal] = set()
         self._scopes: set[trio.CancelScope] = set()
         self._closed = False
 
@@ -141,8 +142,12 @@ class Leader:
     async def _submit(self, proposal: _Proposal) -> Applied:
         if self._closed:
             raise _closing()
-        await self._send.send(proposal)
-        await proposal.done.wait()
+        self._waiting.add(proposal)
+        try:
+            await self._send.send(proposal)
+            await proposal.done.wait()
+        finally:
+            self._waiting.discard(proposal)
         outcome = proposal.outcome
         if isinstance(outcome, PyAgentError):
             raise outcome
@@ -184,11 +189,14 @@ class Leader:
             log.error("the log could not be written: %s", error)
             outcomes = [error] * len(batch)
         for proposal, outcome in zip(batch, outcomes, strict=True):
-            proposal.settle(outcome)
+            if not proposal.done.is_set():
+                proposal.settle(outcome)
 
     def close(self) -> None:
-        """End every follower's stream and refuse what comes."""
+        """End every follower's stream, refuse what waits and what comes."""
         self._closed = True
+        for proposal in list(self._waiting):
+            proposal.settle(_closing())
         for scope in list(self._scopes):
             scope.cancel()
 

@@ -21,6 +21,7 @@ ROLES: tuple[Role, ...] = ("voter", "learner", "client")
 MAX_NAME = 63
 MAX_GENESIS = 1024
 _KIND = b"pyagent-node genesis v1\0"
+_FINGERPRINT = b"pyagent-node fingerprint v1\0"
 _ENGINE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
@@ -69,6 +70,11 @@ class Genesis(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     def mesh_id(self) -> Digest:
         """BLAKE3 of the canonical encoding under its own domain."""
         return Digest(blake3(_KIND + self.encode()).hex())
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the mesh on a local network: a hash of the mesh id, which it does not give away."""
+        return blake3(_FINGERPRINT + self.encode())[:16].hex()
 
     @property
     def private(self) -> bool:

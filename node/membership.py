@@ -1,0 +1,96 @@
+"""Who belongs to the mesh: this node's credentials, and the judgement of others'.
+
+Implements the ``Authoriser`` port.  In a private mesh a peer needs a certificate of the mesh's
+authority.  In a public one anybody takes part as learner or client, as it states itself; a
+certificate, if shown, must be good, and only a certificate makes a voter.  A revoked peer is
+refused in both.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pyagent_node.base.errors import InvalidRequest, Refused
+from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.consensus.port import ClusterState, Consensus
+from pyagent_node.node.certificates import Certificate, verify_certificate
+from pyagent_node.node.genesis import Role, check_name
+from pyagent_node.node.mesh.authoriser import PeerAdmission
+from pyagent_node.node.profiles import Clock, MeshProfile
+
+
+class Credentials(msgspec.Struct, frozen=True, array_like=True):
+    """What a node shows: its mesh, its name, the role it wants, its certificate or nothing."""
+
+    mesh_id: Digest
+    name: str
+    role: Role
+    certificate: bytes
+
+
+class Membership:
+    """This node's side of one mesh; implements ``Authoriser``."""
+
+    def __init__(self, profile: MeshProfile, *, clock: Clock) -> None:
+        self._profile = profile
+        self._clock = clock
+        self._consensus: Consensus | None = None
+
+    @property
+    def profile(self) -> MeshProfile:
+        """The profile in use; :meth:`renewed` replaces it."""
+        return self._profile
+
+    def bind(self, consensus: Consensus) -> None:
+        """Take revocations from ``consensus`` from now on."""
+        self._consensus = consensus
+
+    def renewed(self, profile: MeshProfile) -> None:
+        """Use a profile with a newer certificate from now on."""
+        assert profile.mesh_id == self._profile.mesh_id
+        self._profile = profile
+
+    def credentials(self) -> bytes:
+        """See ``Authoriser.credentials``."""
+        own = self._profile
+        return msgspec.msgpack.encode(Credentials(own.mesh_id, own.name, own.role, own.certificate))
+
+    def judge(self, peer: PeerId, credentials: bytes) -> PeerAdmission:
+        """See ``Authoriser.judge``."""
+        self.check_not_revoked(peer)
+        genesis = self._profile.genesis
+        if not credentials:
+            verify_certificate(b"", genesis, peer, self._clock())
+        try:
+            shown = msgspec.msgpack.decode(credentials, type=Credentials)
+            check_name(shown.name, "a node")
+        except (msgspec.DecodeError, ValueError, RecursionError, InvalidRequest):
+            raise Refused(
+                f"The credentials of {peer} are malformed.",
+                code="certificate_forged",
+                remedy="It may run another version of pyagent-node.",
+            ) from None
+        if shown.mesh_id != genesis.mesh_id:
+            raise Refused(
+                f"{peer} is in another mesh than {genesis.name}.",
+                code="wrong_mesh",
+                remedy="Choose the same mesh on both nodes (setting `mesh`).",
+            )
+        if genesis.private or shown.certificate or shown.role == "voter":
+            certificate = self._verify(peer, shown.certificate)
+            return PeerAdmission(certificate.name, certificate.role)
+        return PeerAdmission(shown.name, shown.role)
+
+    def _verify(self, peer: PeerId, certificate: bytes) -> Certificate:
+        return verify_certificate(certificate, self._profile.genesis, peer, self._clock())
+
+    def check_not_revoked(self, peer: PeerId) -> None:
+        """Raise :class:`Refused` (``revoked``) if the log says so."""
+        state: ClusterState | None = self._consensus.state if self._consensus else None
+        member = state.members.get(peer) if state is not None else None
+        if member is not None and member.revoked is not None:
+            raise Refused(
+                f"The membership of {peer} was revoked.",
+                code="revoked",
+                remedy="Ask whoever runs the mesh; a new identity and ticket are needed.",
+            )
