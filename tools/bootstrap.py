@@ -362,15 +362,24 @@ def make_venv() -> bool:
 
 
 def link_typing() -> None:
-    """Link the packages under one folder, where type checkers find ``pyagent_node.*``."""
+    """Link the packages under one folder, where type checkers find ``pyagent_node.*``.
+
+    Trio is linked too: a dependency brings stubs of an old trio, which would hide its own types.
+    """
     place = ROOT / "build" / "typing" / "pyagent_node"
     if place.is_symlink():
         place.unlink()
     place.mkdir(parents=True, exist_ok=True)
     for name in PACKAGES:
-        link = place / name
-        if not link.is_symlink():
-            link.symlink_to(Path("..", "..", "..", name), target_is_directory=True)
+        _link(place / name, Path("..", "..", "..", name))
+    for found in VENV.glob("lib/python3*/site-packages/trio"):
+        _link(place.parent / "trio", Path("..", "..", found.relative_to(ROOT)))
+
+
+def _link(link: Path, target: Path) -> None:
+    if not link.is_symlink() or link.readlink() != target:
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
 
 
 def pip(*arguments: str) -> list[str]:

@@ -1,0 +1,82 @@
+"""Asking a model through the daemon: the options of a request, and which model is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import click
+import msgspec
+from click.shell_completion import CompletionItem
+
+from pyagent_node.base.errors import InvalidRequest, NotFound, PyAgentError
+from pyagent_node.cli.app import App
+
+if TYPE_CHECKING:
+    from pyagent_node.node.client import Ask, Client
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _loaded(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    try:
+        placements = context.ensure_object(App).client().status().placements
+    except PyAgentError:
+        return []
+    return [CompletionItem(p.name) for p in placements if p.name.startswith(incomplete)]
+
+
+def sampling_options(command: F) -> F:
+    """Add the options of a generation to a verb."""
+    for option in reversed(
+        (
+            click.option(
+                "--model",
+                "-m",
+                metavar="MODEL",
+                shell_complete=_loaded,
+                help="Which loaded model (default: the only one).",
+            ),
+            click.option("--max-tokens", "-n", type=click.IntRange(min=1), help="End after these."),
+            click.option("--temperature", "-t", type=float, help="0 takes the likeliest token."),
+            click.option("--seed", type=int, help="The same seed gives the same answer."),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End here; repeatable."),
+            click.option("--top-k", type=int, help="Only the K likeliest tokens."),
+            click.option("--top-p", type=float, help="Only the likeliest tokens up to P in all."),
+            click.option("--min-p", type=float, help="Only tokens with P of the likeliest's."),
+            click.option("--repetition-penalty", type=float, help="Above 1 avoids repetition."),
+            click.option("--system", metavar="TEXT", help="The system message."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_ask(model: str, given: dict[str, object]) -> Ask:
+    """Return a request without its prompt, with the options that were given."""
+    from pyagent_node.node.client import Ask  # noqa: PLC0415
+
+    names = ("max_tokens", "temperature", "seed", "top_k", "top_p", "min_p", "repetition_penalty")
+    fields = {name: given[name] for name in names if given.get(name) is not None}
+    stop = cast("tuple[str, ...]", given.get("stop") or ())
+    return msgspec.convert({"model": model, "stop": stop or None, **fields}, Ask)
+
+
+def choose_model(client: Client, wanted: object) -> str:
+    """Return the model to ask: the one named, else the only one that is loaded."""
+    if isinstance(wanted, str) and wanted:
+        return wanted
+    names = [placement.name for placement in client.status().placements]
+    if not names:
+        raise NotFound(
+            "No model is loaded.",
+            code="model_not_found",
+            remedy="Load one with `pyagent-node model load`.",
+        )
+    if len(names) > 1:
+        raise InvalidRequest(
+            "Several models are loaded.",
+            code="ambiguous_model",
+            remedy=f"Choose with --model one of: {', '.join(names)}.",
+        )
+    return names[0]

