@@ -1,4 +1,4 @@
-"""Types of the Rust module; ``native/src`` holds the code, and a test checks one against the other."""
+"""Types of the Rust module in ``native/src``; a test checks the one against the other."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -38,8 +38,8 @@ class TensorTap:
     """Copies one tensor out of every llama.cpp graph that runs while the tap is armed.
 
     ``name`` is the tensor's exact name (``"l_out-9"``), ``capacity`` the most floats that an armed
-    array may hold.  The keyword arguments are the addresses of ``ggml_get_name``, ``ggml_nbytes`` and
-    ``ggml_backend_tensor_get`` in the library that runs the graph; a wrong address crashes the
+    array may hold.  The keyword arguments are the addresses of ``ggml_get_name``, ``ggml_nbytes``
+    and ``ggml_backend_tensor_get`` in the library that runs the graph; a wrong address crashes the
     process.  Give :attr:`callback` and :attr:`user_data` to the context as ``cb_eval`` and
     ``cb_eval_user_data``, and keep the tap alive for as long as the context.
 
@@ -96,27 +96,27 @@ def hash_file(
 
     Every chunk but the last has ``chunk_bytes`` bytes; an empty file has no chunk.  ``progress`` is
     called with the bytes done so far about once a mebibyte; what it raises ends the work and is
-    passed on, and so are signals such as Ctrl-C.  Raises ``OSError`` (with the file's name) when the
-    file cannot be read, ``ValueError`` when it is not a regular file or ``chunk_bytes`` is out of
-    range.
+    passed on, and so are signals such as Ctrl-C.  Raises ``OSError`` (with the file's name) when
+    the file cannot be read, ``ValueError`` when it is not a regular file or ``chunk_bytes`` is out
+    of range.
     """
 
 def hash_chain(parent: Buffer, tokens: NDArray[np.int32], block: int) -> bytes:
     """Return the hash chain of the whole blocks of ``tokens``, as concatenated digests.
 
     Each digest is BLAKE3 of the digest before it (``parent``, 32 bytes, for the first) followed by
-    the block's ``block`` tokens as little-endian 32-bit integers.  Tokens after the last whole block
-    do not count.
+    the block's ``block`` tokens as little-endian 32-bit integers.  Tokens after the last whole
+    block do not count.
     """
 
 def gumbel(seed: int, position: int, n: int) -> NDArray[np.float64]:
     """Return the Gumbel noise of the tokens ``0 <= token < n`` at a position.
 
-    ``seed`` and ``position`` are unsigned 64-bit integers.  The generator is Philox4x32-10 (Salmon et
-    al., SC 2011) with the seed as key (low word first) and the counter ``(token // 2, position low
-    word, position high word, 0)``.  An even token takes the first two output words, an odd one the
-    last two, as one number with its first word on top; the upper 52 bits ``b`` of that give
-    ``u = (b + 0.5) / 2**52``, and the noise is ``-ln(-ln(u))``, with the same bits on every platform.
+    ``seed`` and ``position`` are unsigned 64-bit integers.  The generator is Philox4x32-10 (Salmon
+    et al., SC 2011) with the seed as key (low word first) and the counter ``(token // 2, position
+    low word, position high word, 0)``.  An even token takes the first two output words, an odd one
+    the last two, as one number with its first word on top; the upper 52 bits ``b`` of that give
+    ``u = (b + 0.5) / 2**52``, and the noise is ``-ln(-ln(u))``: the same bits on every platform.
     """
 
 def sample(
@@ -136,21 +136,22 @@ def sample(
     bias_values: NDArray[np.float32],
     top_logprobs: int,
 ) -> tuple[int, float, list[tuple[int, float]]]:
-    """Choose the token at ``position``: a function of the arguments alone, the same on every platform.
+    """Choose the token at ``position``, as a function of the arguments alone.
 
     ``logits`` has one entry a token, finite or -inf (never to be chosen); ``history`` holds the
-    session's tokens so far.  All arithmetic is in doubles.  The steps, in order:
+    session's tokens so far.  All arithmetic is in doubles, in a fixed order, and gives the same
+    token on every platform.  The steps:
 
     1. ``bias_values`` are added to the logits of ``bias_tokens``.
-    2. For each distinct token of the history: a positive logit is divided by ``repetition_penalty``,
-       another one multiplied; then ``frequency_penalty`` times its occurrences is taken off, then
-       ``presence_penalty``.
-    3. ``temperature == 0`` ends here with the argmax.  Otherwise a token's log-weight is ``(x - max x)
-       / temperature`` and its weight the exponential of that.
+    2. For each distinct token of the history: a positive logit is divided by
+       ``repetition_penalty``, another one multiplied; then ``frequency_penalty`` times its
+       occurrences is taken off, then ``presence_penalty``.
+    3. ``temperature == 0`` ends here with the argmax.  Otherwise a token's log-weight is
+       ``(x - max x) / temperature`` and its weight the exponential of that.
     4. ``top_k`` (0 = off) keeps the k highest logits.
-    5. ``top_p`` (1 = off) keeps the fewest highest logits whose weights add up to at least ``top_p`` of
-       the weight of all that step 4 left; always at least one.
-    6. ``min_p`` (0 = off) keeps the tokens whose weight is at least ``min_p`` (the highest weight is 1).
+    5. ``top_p`` (1 = off) keeps the fewest highest logits whose weights add up to at least
+       ``top_p`` of the weight of all that step 4 left; always at least one.
+    6. ``min_p`` (0 = off) keeps the tokens whose weight is at least ``min_p`` (the highest is 1).
     7. The token with the highest sum of log-weight and :func:`gumbel` noise wins.
 
     Ties go to the lowest token.  ``top_logprobs == -1`` returns ``(token, nan, [])``; otherwise the
@@ -158,6 +159,7 @@ def sample(
     tokens with theirs, likeliest first (fewer when fewer have a finite logit), all of the
     softmax of ``logits`` as given, before any step.
 
-    Raises ``ValueError`` for a value out of range (NaN or +inf logits, no logits, nothing but -inf, a
-    token outside the vocabulary, a parameter outside its range) and ``TypeError`` for a wrong type.
+    Raises ``ValueError`` for a value out of range (NaN or +inf logits, no logits, nothing but -inf,
+    a token outside the vocabulary, a parameter outside its range) and ``TypeError`` for a wrong
+    type.
     """
