@@ -201,7 +201,7 @@ async def _dial_libp2p(
         try:
             yield stream
         finally:
-            with trio.move_on_after(1, shield=True):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 
 
@@ -255,7 +255,7 @@ async def _renew_if_due(
     try:
         encoded = await renew(stream, profile, key, clock=clock)
     finally:
-        with trio.move_on_after(1, shield=True):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             await stream.aclose()
     fresh = read_certificate(encoded)
     return profile.with_certificate(encoded, fresh.role, fresh.name)

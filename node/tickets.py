@@ -142,12 +142,7 @@ def issue_ticket(
     ``no_address``).
     """
     authority = profile.authority()
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise InvalidRequest(
-            f"A ticket lives between a minute and a year, not {seconds:g} seconds.", code="bad_ttl"
-        )
-    if role not in ROLES:
-        raise InvalidRequest(f"A role is one of {', '.join(ROLES)}.", code="bad_role")
+    _check_terms(role, seconds)
     chosen = _addresses(addresses, profile.genesis.writer)
     raw_id = os.urandom(ID_BYTES) if ticket_id is None else ticket_id
     expires = int(now + seconds)
@@ -169,6 +164,7 @@ def open_ticket(
     """Make a reusable ticket to a public mesh; any node of it can."""
     if profile.genesis.private:
         raise InvalidRequest("A private mesh has no open tickets.", code="not_public")
+    _check_terms(role, seconds)
     body = _Body(
         genesis=profile.genesis.encode(),
         psk=None,
@@ -180,6 +176,26 @@ def open_ticket(
     )
     payload = msgspec.msgpack.encode(body)
     return parse_ticket(_to_text(msgspec.msgpack.encode((payload, b""))))
+
+
+def make_ticket(
+    profile: MeshProfile, *, role: Role, seconds: float, addresses: Sequence[str], now: float
+) -> Ticket:
+    """Make the ticket that suits the mesh: open to a public one (but for voters), else single-use.
+
+    Raises what :func:`issue_ticket` raises.
+    """
+    make = issue_ticket if profile.genesis.private or role == "voter" else open_ticket
+    return make(profile, role=role, seconds=seconds, addresses=addresses, now=now)
+
+
+def _check_terms(role: Role, seconds: float) -> None:
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise InvalidRequest(
+            f"A ticket lives between a minute and a year, not {seconds:g} seconds.", code="bad_ttl"
+        )
+    if role not in ROLES:
+        raise InvalidRequest(f"A role is one of {', '.join(ROLES)}.", code="bad_role")
 
 
 def _addresses(addresses: Sequence[str], peer: PeerId | None) -> tuple[str, ...]:
