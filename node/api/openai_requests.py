@@ -4,8 +4,9 @@ Pure: bytes in, a :class:`Plan` out.  Fields that change the answer and that we 
 refused by name; fields that do not (``user``, ``metadata``, ...) and unknown ones are ignored.
 
 Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repetition_penalty``,
-``ignore_eos``, and ``return_token_ids`` (adds ``token_ids`` to every choice and a ``pyagent``
-object with the placement and the times of the first choice to the end of the answer).
+``ignore_eos``, ``max_tokens: -1`` (up to the context), and ``return_token_ids`` (adds
+``token_ids`` to every choice and a ``pyagent`` object with the placement and the times of the first
+choice to the end of the answer).
 """
 
 from __future__ import annotations
@@ -305,8 +306,10 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _max_tokens(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise _bad(name, f"is {value}; it must be at least 1")
+    if value is None or value == -1:
+        return None
+    if value < 1:
+        raise _bad(name, f"is {value}; it must be at least 1, or -1 for up to the context")
     return value
 
 

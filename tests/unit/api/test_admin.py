@@ -5,6 +5,7 @@ import trio
 
 from pyagent_node.base.errors import LimitExceeded
 from pyagent_node.node.api.schema import InviteRequest, LoadRequest, PullRequest
+from pyagent_node.node.telemetry import Sample
 
 
 async def test_simple_routes(api):
@@ -147,8 +148,6 @@ async def test_health_and_readiness(api):
 
 
 async def test_metrics(api):
-    from pyagent_node.node.telemetry import Sample
-
     api.services.telemetry.bridge(
         lambda: [
             Sample("mesh_refused", "Refused.", 2, labels={"code": "a"}),

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from pyagent_node.node.api.openai import GenerationOptions
+from pyagent_node.simulations.api import simulated_api
 
 ASK = {"model": "words", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}
 
@@ -88,8 +89,8 @@ async def test_leaving_before_the_body_is_whole(api):
     assert api.engine.started == 0
 
 
-async def test_a_deadline_ends_a_generation(serving):
-    async with serving(generation=GenerationOptions(seconds=0.1)) as api:
+async def test_a_deadline_ends_a_generation():
+    async with simulated_api(generation=GenerationOptions(seconds=0.1)) as api:
         hold_from(api, 0)
         reply = await api.http.post("/v1/chat/completions", json=ASK)
         assert reply.status_code == 504

@@ -6,7 +6,9 @@ import pytest
 import trio
 
 from pyagent_node.base.errors import Refused
-from pyagent_node.node.api.guard import check_token, host_name, is_loopback
+from pyagent_node.node.api.guard import GuardOptions, check_token, host_name, is_loopback
+from pyagent_node.node.api.openai import GenerationOptions
+from pyagent_node.simulations.api import TOKEN, simulated_api
 
 MODELS = "/v1/models"
 STATUS = "/api/v1/status"
@@ -75,7 +77,7 @@ async def test_web_pages_of_other_sites_are_refused(api):
         {"sec-fetch-site": "same-site"},
         {
             "origin": "https://evil.example",
-            "authorization": "Bearer test-token-of-32-characters-0000",
+            "authorization": f"Bearer {TOKEN}",
         },
     ):
         for path in (MODELS, STATUS, "/healthz"):
@@ -89,9 +91,9 @@ async def test_web_pages_of_other_sites_are_refused(api):
     assert preflight.status_code == 403
 
 
-async def test_a_configured_origin_may_call(serving, guarded):
+async def test_a_configured_origin_may_call():
     origin = "https://chat.example"
-    async with serving(guard_options=guarded(origins=(origin,))) as api:
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, origins=(origin,))) as api:
         reply = await api.http.get(MODELS, headers={"origin": origin})
         assert reply.status_code == 200
         assert reply.headers["access-control-allow-origin"] == origin
@@ -105,8 +107,8 @@ async def test_a_configured_origin_may_call(serving, guarded):
         assert other.status_code == 403
 
 
-async def test_a_configured_host_may_be_used(serving, guarded):
-    async with serving(guard_options=guarded(hosts=("Box.lan",))) as api:
+async def test_a_configured_host_may_be_used():
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, hosts=("Box.lan",))) as api:
         assert (await api.http.get(MODELS, headers={"host": "box.LAN:1"})).status_code == 200
 
 
@@ -151,8 +153,8 @@ async def test_no_spelling_of_a_path_gets_around_the_token(api, path):
     assert b"peer_id" not in reply
 
 
-async def test_everything_needs_the_token_when_not_local(serving, guarded):
-    async with serving(guard_options=guarded(token_for_all=True)) as api:
+async def test_everything_needs_the_token_when_not_local():
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, token_for_all=True)) as api:
         for path in (MODELS, STATUS, "/metrics", "/readyz", "/nothing"):
             assert (await api.http.get(path)).status_code == 401
         assert (await api.http.get("/healthz")).status_code == 200
@@ -160,8 +162,8 @@ async def test_everything_needs_the_token_when_not_local(serving, guarded):
         assert reply.status_code == 200
 
 
-async def test_body_limit(serving, guarded):
-    async with serving(guard_options=guarded(body_bytes=1000)) as api:
+async def test_body_limit():
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, body_bytes=1000)) as api:
         declared = await api.http.post("/v1/completions", content=b"x" * 1001)
         assert declared.status_code == 413
         assert declared.json()["error"]["code"] == "request_too_large"
@@ -176,8 +178,8 @@ async def test_body_limit(serving, guarded):
         assert (await api.http.post("/v1/completions", json=small)).status_code == 200
 
 
-async def test_a_body_that_nobody_reads_does_not_hold_the_connection(serving, guarded):
-    async with serving(guard_options=guarded(body_bytes=1000)) as api:
+async def test_a_body_that_nobody_reads_does_not_hold_the_connection():
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, body_bytes=1000)) as api:
         stream = await trio.open_tcp_stream("127.0.0.1", api.server.port)
         async with stream:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -192,8 +194,8 @@ async def test_a_body_that_nobody_reads_does_not_hold_the_connection(serving, gu
                     await trio.lowlevel.checkpoint()
 
 
-async def test_a_body_that_never_comes(serving, guarded):
-    async with serving(guard_options=guarded(body_seconds=0.05)) as api:
+async def test_a_body_that_never_comes():
+    async with simulated_api(guard_options=GuardOptions(token=TOKEN, body_seconds=0.05)) as api:
         stream = await trio.open_tcp_stream("127.0.0.1", api.server.port)
         async with stream:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
@@ -205,9 +207,7 @@ async def test_a_body_that_never_comes(serving, guarded):
                 await trio.lowlevel.checkpoint()
 
 
-async def test_too_many_requests(serving, guarded):
-    from pyagent_node.node.api.openai import GenerationOptions
-
+async def test_too_many_requests():
     ask = {"model": "words", "prompt": "a"}
     held = trio.Event()
     started = trio.Event()
@@ -217,11 +217,11 @@ async def test_too_many_requests(serving, guarded):
         return held
 
     for options, code, status in (
-        ({"guard_options": guarded(concurrent=1)}, "too_many_requests", 429),
+        ({"guard_options": GuardOptions(token=TOKEN, concurrent=1)}, "too_many_requests", 429),
         ({"generation": GenerationOptions(concurrent=1)}, "too_many_requests", 429),
     ):
         held, started = trio.Event(), trio.Event()
-        async with serving(**options) as api, trio.open_nursery() as nursery:
+        async with simulated_api(**options) as api, trio.open_nursery() as nursery:
             api.engine.gate = gate
 
             async def first(api=api):
