@@ -9,7 +9,7 @@ step, a foreign slot or a skipped layer changes every later token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 import trio
@@ -54,7 +54,8 @@ class ToyEmbeddings:
     def rows(self, tokens: Tokens) -> Activations:
         """Return the rows of ``tokens``."""
         ids = tokens.astype(np.int64)[:, None]
-        return ((ids * 31 + np.arange(1, N_EMBD + 1) * 977) % PRIME).astype(np.float32)
+        rows: _Ints = (ids * 31 + np.arange(1, N_EMBD + 1) * 977) % PRIME
+        return rows.astype(np.float32)
 
 
 class ToyTokenizer:
@@ -132,8 +133,8 @@ def toy_generate(n_layers: int, prompt: Sequence[int], n: int, params: SamplingP
 
 
 def _embed(token: int) -> _Ints:
-    rows = ToyEmbeddings().rows(cast("Tokens", np.array([token], dtype=np.int32)))
-    return rows[0].astype(np.int64)
+    row: _Ints = ToyEmbeddings().rows(np.array([token], dtype=np.int32))[0].astype(np.int64)
+    return row
 
 
 class _Slot:
@@ -212,12 +213,9 @@ class ToyRunner:
             raise InvalidRequest("two decodes at once")
         self._busy = True
         try:
-            with trio.CancelScope() as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._die, nursery.cancel_scope)
-                    await trio.sleep(self.seconds)
-                    nursery.cancel_scope.cancel()
-            del scope
+            with trio.move_on_after(self.seconds):
+                await self.failed.wait()
+            await trio.lowlevel.checkpoint()
             self._check_alive()
             self.widths.append([len(s.tokens) for s in steps])
             if len({s.seq for s in steps}) != len(steps):
@@ -226,13 +224,9 @@ class ToyRunner:
         finally:
             self._busy = False
 
-    async def _die(self, scope: trio.CancelScope) -> None:
-        await self.failed.wait()
-        scope.cancel()
-
     def _check_alive(self) -> None:
         if self.failure is not None:
-            raise RunnerFailed(self.failure.message, **self.failure.facts)
+            raise self.failure
 
     def _step(self, step: StepInput) -> StepOutput:
         slot = self._slots[step.seq]

@@ -22,14 +22,10 @@ import numpy as np
 from pyagent_node.base.errors import CorruptData, ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
-from pyagent_node.inference.backend import Activations, Tokens
+from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 PIPE_PROTOCOL: Final = "/pyagent/pipe/1"
-
-PREFILL_CHUNK: Final = 512
-"""Tokens in one prefill step.  Prompts are cut at multiples of it, whatever the ranks, because a
-batch computed in other pieces may differ in the last bit (design 4.3)."""
 
 
 class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):

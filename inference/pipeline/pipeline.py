@@ -55,11 +55,15 @@ async def open_pipeline(
                     engine.peer_down(event.peer_id)
                     stages.peer_down(event.peer_id)
 
+    failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
         links.start(nursery)
         nursery.start_soon(follow_peers)
         try:
             yield Pipeline(engine, stages)
-        finally:
-            links.stop()
-            nursery.cancel_scope.cancel()
+        except BaseException as error:  # raised again below, not in a group
+            failure = error
+        links.stop()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -37,9 +37,8 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.types import PeerId, SessionId
-from pyagent_node.inference.backend import StepOutput
+from pyagent_node.inference.backend import PREFILL_CHUNK, StepOutput
 from pyagent_node.inference.pipeline.frames import (
-    PREFILL_CHUNK,
     CloseSession,
     OpenSession,
     PipeMessage,

@@ -1,13 +1,14 @@
 """Who gets a slot and what is computed next: the scheduling half of a stage's pure core.
 
 Sessions wait for a slot in order of arrival.  Single tokens of different sessions are computed
-together, up to the width at which the backend is batch-invariant; a prefill chunk is computed
-alone, since mixing would change the shape of the computation and with it the last bits.  The two
-kinds take turns, and within a kind the session that has waited longest goes first.
+together; a prefill chunk is computed alone, for it takes many times as long.  The two kinds take
+turns, and within a kind the session that has waited longest goes first.  (What a session gets does
+not depend on its company: see the ``Backend`` port, which is also why the lowest slot goes first.)
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ class StageQueue:
         self.bytes = 0
         self._width = width
         self._sampling = sampling
-        self._slots: deque[int] = deque(range(slots))
+        self._slots: list[int] = list(range(slots))
         self._waiting: deque[ServedSession] = deque()
         self._ops: list[SequenceOp] = []
         self._tokens: deque[ServedSession] = deque()
@@ -141,7 +142,7 @@ class StageQueue:
             if session in ready:
                 ready.remove(session)
         self._ops.append(FreeSequence(session.seq))
-        self._slots.append(session.seq)
+        heapq.heappush(self._slots, session.seq)
         self._grant()
 
     def clear_ops(self) -> None:
@@ -183,7 +184,7 @@ class StageQueue:
     def _grant(self) -> None:
         while self._slots and self._waiting:
             session = self._waiting.popleft()
-            session.seq = self._slots.popleft()
+            session.seq = heapq.heappop(self._slots)
             self._ops.append(
                 OpenSequence(session.seq, session.sampling if self._sampling else None)
             )

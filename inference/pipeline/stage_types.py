@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -15,6 +14,7 @@ from pyagent_node.base.limits import (
     MIB,
 )
 from pyagent_node.base.types import Digest, PeerId, SessionId, Slice
+from pyagent_node.inference.backend import MAX_DECODE_ROWS
 from pyagent_node.inference.pipeline.frames import PipeMessage, Tail
 
 MAX_STEPS_PER_SESSION: Final = 16
@@ -46,7 +46,7 @@ class StageSpec(msgspec.Struct, frozen=True):
     n_vocab: int
     n_ctx: int
     n_seq: int
-    max_width: int
+    max_width: int = MAX_DECODE_ROWS
 
     @property
     def is_tail(self) -> bool:
@@ -117,18 +117,3 @@ def peer_lost(rank: int, peer: PeerId) -> Unavailable:
         rank=rank,
         peer_id=peer,
     )
-
-
-def batch_width(invariant_widths: Iterable[int], most: int) -> int:
-    """Return the batch width to use for a backend that is invariant at ``invariant_widths``.
-
-    The greatest width up to which every tested width (1, 2, 4, 8) agreed; a backend that agrees at
-    none has nothing to protect, so it gets ``most``.
-    """
-    widths = set(invariant_widths)
-    best = 1
-    for width in (2, 4, 8):
-        if width not in widths:
-            break
-        best = width
-    return most if best in (1, 8) else min(best, most)

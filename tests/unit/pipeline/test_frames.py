@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData, ErrorInfo, Unsupported
 from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.inference.backend import PREFILL_CHUNK
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
-    PREFILL_CHUNK,
     CloseSession,
     OpenSession,
     PipeMessage,

@@ -14,7 +14,7 @@ from pyagent_node.inference.pipeline.frames import (
     Step,
     unpack_tail,
 )
-from pyagent_node.inference.pipeline.stage_types import StageLimits, batch_width
+from pyagent_node.inference.pipeline.stage_types import StageLimits
 from pyagent_node.inference.sampling import SamplingParams
 
 from .stage_driver import (
@@ -345,12 +345,15 @@ def test_steps_of_one_session_never_share_a_batch() -> None:
     assert driver.core.next_batch() is None
 
 
-@pytest.mark.parametrize(
-    ("widths", "width"),
-    [((1, 2, 4, 8), 8), ((1, 2, 4), 4), ((1, 2, 8), 2), ((1,), 8), ((), 8), ((1, 8), 8)],
-)
-def test_the_batch_width_follows_the_self_test(widths: tuple[int, ...], width: int) -> None:
-    assert batch_width(widths, 8) == width
+def test_the_lowest_free_slot_is_given_out_first() -> None:
+    driver = Driver(spec(n_seq=4))
+    for name in "abc":
+        driver.open(name)
+    driver.batch()
+    driver.close("b")
+    driver.close("a")
+    driver.open("d")
+    assert driver.batch().ops == (FreeSequence(1), FreeSequence(0), OpenSequence(0, None))
 
 
 # ---- ends ------------------------------------------------------------------------------------
