@@ -253,9 +253,6 @@ def test_logprobs_come_with_the_bytes_of_the_alternatives() -> None:
     assert event.logprob == -0.5
     top = [(t.token, t.piece, t.logprob) for t in event.top]
     assert top == [(65, b"A", -0.5), (66, b"B", -1.5)]
-        (65, b"A", -0.5),
-        (66, b"B", -1.5),
-    ]
 
 
 # ---- ends and errors -------------------------------------------------------------------------
@@ -286,9 +283,7 @@ def test_a_dead_runner_is_named_with_rank_node_and_reason_after_the_tokens_befor
     core.on_error(PeerId("p1"), fault(1, info))
     event, _ = core.take(12.0)
     assert isinstance(event, Generated)
-    with pytest.raises(
-        RunnerFailed, match="runner of rank 1 on node p1 failed: It"
-    ) as c:
+    with pytest.raises(RunnerFailed, match="runner of rank 1 on node p1 failed: It") as c:
         core.take(12.0)
     assert c.value.facts == {"reason": "SIGKILL", "rank": 1, "peer_id": "p1"}
 
