@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +15,22 @@ if TYPE_CHECKING:
     from pyagent_node.node.api.schema import ModelView, PlacementView
 
 DEFAULT = "smollm2-135m"
+
+
+def running(app: App) -> bool:
+    """Whether a daemon runs on the home; without one, the store is used directly."""
+    from pyagent_node.node.client import running_daemon  # noqa: PLC0415
+
+    return running_daemon(app.home) is not None
+
+
+def known_models(app: App) -> tuple[ModelView, ...]:
+    """Return the models of the mesh, or of the store alone while no daemon runs."""
+    if running(app):
+        return app.client().models().models
+    from pyagent_node.node import offline  # noqa: PLC0415
+
+    return offline.list_models(offline.open_store(app.home, app.settings())).models
 
 
 @click.group("model")
@@ -35,8 +52,16 @@ def pull(app: App, source: str, sha256: str | None) -> None:
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
     from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
 
+    if Path(source).is_file():
+        source = f"file:{Path(source).absolute()}"
     with Reporter(app.out) as report:
-        model = app.client().pull(PullRequest(source=source, sha256=sha256), report)
+        if running(app):
+            model = app.client().pull(PullRequest(source=source, sha256=sha256), report)
+        else:
+            from pyagent_node.node import offline  # noqa: PLC0415
+
+            store = offline.open_store(app.home, app.settings())
+            model = offline.pull_model(store, source, sha256=sha256, report=report)
 
     def show() -> None:
         app.out.text(f"{model.name}  {model.digest[:12]}  {size(model.size)}")
@@ -50,7 +75,7 @@ def pull(app: App, source: str, sha256: str | None) -> None:
 @pass_app
 def list_(app: App) -> None:
     """List the models that the mesh knows or this node holds."""
-    models = app.client().models().models
+    models = known_models(app)
 
     def table() -> None:
         from rich.table import Table  # noqa: PLC0415
@@ -155,10 +180,10 @@ def unload(app: App, model: str) -> None:
 @pass_app
 def remove(app: App, model: str) -> None:
     """Delete a model's files here (name, digest or the beginning of one)."""
-    client = app.client()
-    models = client.models().models
     found = [
-        m for m in models if m.name == model or (len(model) >= 4 and m.digest.startswith(model))
+        m
+        for m in known_models(app)
+        if m.name == model or (len(model) >= 4 and m.digest.startswith(model))
     ]
     if not found:
         raise NotFound(
@@ -172,6 +197,11 @@ def remove(app: App, model: str) -> None:
             code="ambiguous_model",
             remedy=f"Name one digest of: {', '.join(m.digest[:12] for m in found)}.",
         )
-    client.remove(found[0].digest)
+    if running(app):
+        app.client().remove(found[0].digest)
+    else:
+        from pyagent_node.node import offline  # noqa: PLC0415
+
+        offline.remove_model(offline.open_store(app.home, app.settings()), found[0].digest)
     value = {"removed": found[0].digest, "name": found[0].name}
     app.out.result(value, lambda: app.out.text(f"Removed {found[0].name} {found[0].digest[:12]}."))
