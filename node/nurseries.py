@@ -1,11 +1,13 @@
-"""A nursery that belongs to a context manager, without wrapping its user's exceptions."""
+"""Scopes: a nursery that belongs to a context manager, and deadlines in our own errors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
+
+from pyagent_node.base.errors import DeadlineExceeded
 
 
 @asynccontextmanager
@@ -24,3 +26,13 @@ async def background() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def deadline(seconds: float, message: str, *, code: str, **facts: str) -> Iterator[None]:
+    """Give the block ``seconds``; raises :class:`DeadlineExceeded` with ``message`` after that."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise DeadlineExceeded(message, code=code, remedy=None, seconds=seconds, **facts) from None

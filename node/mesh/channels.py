@@ -39,6 +39,7 @@ class Link:
         initiator: bool,
         max_inbound: int = MAX_STREAMS_PER_PEER,
         on_accept: Callable[[Channel], None],
+        on_refuse: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.wire = wire
         self.peer = secured.peer
@@ -51,7 +52,7 @@ class Link:
         self._sealed = bytearray(secured.rest)
         self._plain = secured.plain
         self._on_accept = on_accept
-        self._max_outbound = max_inbound
+        self._on_refuse = on_refuse
 
     async def run(self) -> None:
         """Read the connection until it ends; never raises for what the peer does."""
@@ -86,6 +87,9 @@ class Link:
             self.mux.accepted = []
             for stream in accepted:
                 self._on_accept(Channel(self, stream))
+        if self.mux.refused:
+            self._on_refuse(self.mux.refused)
+            self.mux.refused = 0
         self.flush()
 
     def _packets(self, view: memoryview) -> None:
@@ -132,11 +136,11 @@ class Link:
         (``stream_closed``).
         """
         outbound = len(self.mux.streams) - self.mux.inbound
-        if outbound >= self._max_outbound:
+        if outbound >= MAX_STREAMS_PER_PEER:
             raise LimitExceeded(
                 f"This node holds {outbound} streams to {self.peer}, which is the limit.",
                 code="too_many_streams",
-                limit=self._max_outbound,
+                limit=MAX_STREAMS_PER_PEER,
             )
         try:
             channel = Channel(self, self.mux.open())

@@ -58,6 +58,11 @@ class ChannelStream:
         self._broken: LimitExceeded | None = None
         self._on_close = on_close
 
+    @property
+    def remote(self) -> str:
+        """The IP address at the other end of the connection."""
+        return self._channel.link.wire.remote()[0]
+
     async def send(self, frame: Frame) -> None:
         """Send one frame; see :meth:`pyagent_node.base.mesh.FrameStream.send`."""
         prefix = frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
