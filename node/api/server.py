@@ -144,6 +144,17 @@ class _Connection:
         self.socket.close()
 
 
+class _Server(TCPServer):
+    """Hypercorn's connection, ended as soon as the client has closed it.
+
+    As shipped it lingers until the idle timeout when that happens between two requests.
+    """
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
 class ApiServer:
     """A listening API; :attr:`urls` are where it answers."""
 
@@ -155,7 +166,6 @@ class ApiServer:
         self._config = _config(options)
         self._app = wrap_app(app, self._config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
         self._context = WorkerContext(None)
-        self._slots = trio.CapacityLimiter(options.connections)
         self._open: set[_Connection] = set()
         self._closed = trio.Event()
         self._listeners = [
@@ -193,42 +203,44 @@ class ApiServer:
 
     async def _until_idle(self, scope: trio.CancelScope) -> None:
         while self._open:
-            self._closed = trio.Event()
-            await self._closed.wait()
+            await self._wait_closed()
         scope.cancel()
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         async with listener:
             while True:
-                async with self._slots:
-                    pass  # wait until a connection may be opened
+                while len(self._open) >= self._options.connections:
+                    await self._wait_closed()
                 try:
                     stream = await listener.accept()
                 except OSError as error:
                     log.warning("a connection could not be accepted: %s", error)
                     await trio.sleep(0.1)
                     continue
-                nursery.start_soon(self._serve_one, stream)
+                connection = _Connection(stream, self._options.write_seconds)
+                self._open.add(connection)
+                nursery.start_soon(self._serve_one, connection)
 
-    async def _serve_one(self, stream: trio.SocketStream) -> None:
-        connection = _Connection(stream, self._options.write_seconds)
+    async def _wait_closed(self) -> None:
+        self._closed = self._closed if not self._closed.is_set() else trio.Event()
+        await self._closed.wait()
+
+    async def _serve_one(self, connection: _Connection) -> None:
         state = ConnectionState(LifespanState({}))
-        async with self._slots:
-            self._open.add(connection)
-            try:
-                await TCPServer(
-                    self._app,
-                    self._config,
-                    self._context,
-                    state,
-                    connection,  # type: ignore[arg-type]
-                )
-            except Exception:
-                log.exception("a connection ended with an unexpected error")
-            finally:
-                self._open.discard(connection)
-                self._closed.set()
-                connection.abort()
+        try:
+            await _Server(
+                self._app,
+                self._config,
+                self._context,
+                state,
+                connection,  # type: ignore[arg-type]
+            )
+        except Exception:
+            log.exception("a connection ended with an unexpected error")
+        finally:
+            self._open.discard(connection)
+            self._closed.set()
+            connection.abort()
 
 
 def _config(options: ServerOptions) -> Config:
