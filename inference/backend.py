@@ -3,12 +3,15 @@
 A backend runs inside a runner process and is synchronous.  A *sequence* is a slot ``0 <= seq <
 n_seq`` with its own KV cells; positions count from 0 in each sequence.  Tokens always travel with
 their activations, so that a tail can penalise repetition and KV can be keyed by content.
+
+What a sequence gets never depends on the other sequences of a batch, to the bit.  Neighbouring
+sequences are batched better: give out the lowest free slot first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -19,6 +22,14 @@ from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 Tokens = NDArray[np.int32]
 Activations = NDArray[np.float32]
+
+PREFILL_CHUNK: Final = 512
+"""Prompts are cut at positions that are multiples of this, whoever else is served.
+
+A plain process with the same batch size cuts there too, so its results can be equal to the bit.
+"""
+MAX_DECODE_ROWS: Final = 8
+"""Up to so many rows count as decoding and may share a batch with other sequences."""
 
 
 class BackendInfo(msgspec.Struct, frozen=True):
@@ -159,15 +170,21 @@ class Backend(Protocol):
         ...
 
     def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
-        """Run the slice over ``steps`` (of distinct sequences) as one batch, in order."""
+        """Run the slice over ``steps`` (of distinct sequences) and return their outputs in order.
+
+        A step begins where its sequence ends.  When one fails all named sequences are put back.
+        """
         ...
 
     def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
         """Copy the cells of tokens ``[start, stop)`` out, layer by layer."""
         ...
 
-    def import_kv(self, seq: int, kv: KvRange) -> None:
-        """Write cells into a sequence that ends at ``kv.start``."""
+    def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
+        """Write cells into an empty sequence, or append them to one that ends at ``kv.start``.
+
+        ``tokens`` are those the cells were made from, shape (stop - start,).
+        """
         ...
 
     def close(self) -> None:

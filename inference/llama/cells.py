@@ -1,0 +1,182 @@
+"""Moving KV cells between sequences, slices and processes, in the format of ``kv_state``.
+
+llama.cpp reads and writes the cells of a sequence only as a whole, so a range costs a copy of all
+of them (about a millisecond for a thousand tokens of a small model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError, Unsupported
+from pyagent_node.base.types import Slice
+from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
+from pyagent_node.inference.llama import library
+from pyagent_node.inference.llama.context import LlamaContext, Rows
+from pyagent_node.inference.llama.kv_state import (
+    CellLayout,
+    Cells,
+    SequenceState,
+    build_state,
+    parse_state,
+)
+from pyagent_node.inference.llama.sequences import SequenceLog
+
+CODEC: Final = f"llama.cpp/{library.VERSION}/f16"
+"""Names the cell format of exported KV."""
+
+_F16: Final = 1
+"""``GGML_TYPE_F16``."""
+
+
+class CellStore:
+    """Reads and writes the cells of a context; ``layout`` is ``None`` when they cannot be moved."""
+
+    def __init__(
+        self, context: LlamaContext, part: Slice, layout: CellLayout | None, *, takes_tokens: bool
+    ) -> None:
+        self._context = context
+        self._part = part
+        self._layout = layout
+        self._takes_tokens = takes_tokens
+        self._shifted = False
+
+    def shift(self, log: SequenceLog, start: int, stop: int, delta: int) -> None:
+        """Move positions; errors as for :meth:`SequenceLog.shift`, or ``no_shift``."""
+        if not self._context.can_shift:
+            raise Unsupported("Positions in this model cannot be moved.", code="no_shift")
+        log.shift(start, stop, delta)
+        self._context.shift(log.seq, start, stop, delta)
+        self._shifted = True
+
+    def export(self, log: SequenceLog, start: int, stop: int) -> KvRange:
+        """Return the cells of positions ``[start, stop)``; errors as for the port."""
+        log.select(start, stop)
+        self._portable()
+        cells = _picked(self._state(log), start, stop)
+        layers = tuple(
+            LayerKv(self._part.first + i, k.tobytes(), v.tobytes())
+            for i, (k, v) in enumerate(zip(cells.keys, cells.values, strict=True))
+        )
+        return KvRange(CODEC, start, stop, layers)
+
+    def load(self, log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
+        """Append cells that came from elsewhere; errors as for the port."""
+        if kv.codec != CODEC:
+            raise Unsupported(
+                f"KV in the form {kv.codec[:64]!r} cannot be loaded here, only {CODEC!r}.",
+                code="kv_codec",
+                remedy="Run the same version on every node.",
+            )
+        layout = self._portable()
+        _check_append(log, kv.start, kv.stop)
+        count = kv.stop - kv.start
+        if tokens.shape != (count,) or tokens.dtype != np.int32:
+            raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
+        self._append(log, tokens, self._checked(layout, kv, count))
+
+    def copy(self, log: SequenceLog, source: SequenceLog, start: int, stop: int) -> None:
+        """Append cells of another sequence; errors as for :meth:`load`."""
+        if log is source:
+            raise InvalidRequest("A sequence cannot be copied to itself.", code="kv_range")
+        picked = source.select(start, stop)
+        self._portable()
+        _check_append(log, start, stop)
+        tokens = source.tokens[picked]
+        self._append(log, tokens, _picked(self._state(source), start, stop))
+
+    def _portable(self) -> CellLayout:
+        if self._layout is None:
+            raise Unsupported("The KV cache of this model cannot be moved.", code="kv_not_portable")
+        return self._layout
+
+    def _checked(self, layout: CellLayout, kv: KvRange, count: int) -> Cells:
+        expected = list(range(self._part.first, self._part.last))
+        if [layer.layer for layer in kv.layers] != expected:
+            raise CorruptData(
+                f"KV of the layers {self._part} was expected in order; {len(kv.layers)} came.",
+                code="kv_malformed",
+            )
+        keys: list[NDArray[np.uint8]] = []
+        values: list[NDArray[np.uint8]] = []
+        for layer, key, value in zip(kv.layers, layout.keys, layout.values, strict=True):
+            for kind, data, rows in ((key, layer.keys, keys), (value, layer.values, values)):
+                if len(data) != count * kind.nbytes:
+                    raise CorruptData(
+                        f"Layer {layer.layer} has {len(data)} bytes for {count} cells of"
+                        f" {kind.nbytes}.",
+                        code="kv_malformed",
+                        layer=layer.layer,
+                    )
+                if kind.type == _F16 and not np.isfinite(np.frombuffer(data, "<f2")).all():
+                    # it would stay behind and reach the next user of the sequence
+                    raise CorruptData(
+                        f"The KV of layer {layer.layer} is not all finite.", code="not_finite"
+                    )
+                rows.append(np.frombuffer(data, np.uint8).reshape(count, kind.nbytes))
+        positions = np.arange(kv.start, kv.stop, dtype=np.int32)
+        return Cells(positions, tuple(keys), tuple(values))
+
+    def _state(self, log: SequenceLog) -> SequenceState:
+        """Read all cells of a sequence that has some."""
+        if self._shifted:
+            self._settle(log)
+        state = parse_state(self._context.read_state(log.seq), self._context.n_seq)
+        assert state is not None, "a sequence with cells has a state"
+        return state
+
+    def _settle(self, log: SequenceLog) -> None:
+        """Make llama.cpp rotate the keys of shifted cells, which it puts off until a call."""
+        one = np.ones(1, np.int32)
+        context = self._context
+        tapped = None if self._part.head else np.empty((1, context.n_embd), np.float32)
+        rows = Rows(
+            one * log.seq,
+            one * log.end,
+            one * 0 if self._takes_tokens else None,
+            None if self._takes_tokens else np.zeros((1, context.n_embd), np.float32),
+            np.zeros(1, np.int8),
+        )
+        context.decode(rows, tapped, lone_threads=1)
+        context.drop(log.seq, log.end)
+        self._shifted = False
+
+    def _append(self, log: SequenceLog, tokens: Tokens, new: Cells) -> None:
+        """Write checked cells behind those that are there; they stay when that fails."""
+        layout, pieces = self._portable(), [new]
+        if log.count:
+            pieces.insert(0, self._state(log).cells)
+        context = self._context
+
+        def write(cells: Sequence[Cells]) -> None:
+            data = build_state(layout, cells, seq=log.seq, n_streams=context.n_seq)
+            context.write_state(log.seq, data)
+
+        try:
+            write(pieces)
+        except PyAgentError:
+            if log.count:
+                write(pieces[:1])
+            raise
+        log.append(int(new.positions[0]), tokens)
+
+
+def _picked(state: SequenceState, start: int, stop: int) -> Cells:
+    """Return the cells of positions ``[start, stop)``, by position."""
+    positions = state.cells.positions
+    inside = np.flatnonzero((positions >= start) & (positions < stop))
+    return state.cells.pick(inside[np.argsort(positions[inside])])
+
+
+def _check_append(log: SequenceLog, start: int, stop: int) -> None:
+    if not 0 <= start < stop or (log.count and log.end != start):
+        raise InvalidRequest(
+            f"Cells {start} to {stop} cannot follow a sequence that ends at {log.end}.",
+            code="kv_range",
+            seq=log.seq,
+        )
+    log.check_room(start, stop - start)

@@ -1,0 +1,49 @@
+"""From the parts of a call to the arrays that llama.cpp is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyagent_node.inference.backend import StepInput
+from pyagent_node.inference.llama.batching import Call
+from pyagent_node.inference.llama.context import Rows
+
+
+def call_rows(call: Call, steps: Sequence[StepInput]) -> Rows:
+    """Return the rows of one call of the plan for ``steps``."""
+    if len(call) == 1:
+        part = call[0]
+        step = steps[part.step]
+        span = slice(part.offset, part.offset + part.n)
+        start = step.position + part.offset
+        wanted = np.zeros(part.n, np.int8)
+        wanted[-1] = step.sample and span.stop == len(step.tokens)
+        return Rows(
+            np.full(part.n, step.seq, np.int32),
+            np.arange(start, start + part.n, dtype=np.int32),
+            np.ascontiguousarray(step.tokens[span]) if step.activations is None else None,
+            None if step.activations is None else np.ascontiguousarray(step.activations[span]),
+            wanted,
+        )
+    chosen = [steps[part.step] for part in call]
+    activations = [step.activations for step in chosen if step.activations is not None]
+    return Rows(
+        np.array([step.seq for step in chosen], np.int32),
+        np.array([step.position for step in chosen], np.int32),
+        None if activations else np.concatenate([step.tokens for step in chosen]),
+        np.concatenate(activations) if activations else None,
+        np.array([step.sample for step in chosen], np.int8),
+    )
+
+
+def with_companion(rows: Rows) -> Rows:
+    """Return a lone row and a copy of it at the next position."""
+    return Rows(
+        np.repeat(rows.seqs, 2),
+        np.array([rows.positions[0], rows.positions[0] + 1], np.int32),
+        None if rows.tokens is None else np.repeat(rows.tokens, 2),
+        None if rows.activations is None else np.repeat(rows.activations, 2, axis=0),
+        np.array([rows.wanted[0], 0], np.int8),
+    )
