@@ -8,15 +8,21 @@ refused in both.
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Callable
 
-from pyagent_node.base.errors import InvalidRequest, Refused
+import msgspec
+import trio
+
+from pyagent_node.base.errors import InvalidRequest, LimitExceeded, Refused
 from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.consensus.commands import RevokeMember
 from pyagent_node.consensus.port import ClusterState, Consensus
 from pyagent_node.node.certificates import Certificate, verify_certificate
 from pyagent_node.node.genesis import Role, check_name
 from pyagent_node.node.mesh.authoriser import PeerAdmission
 from pyagent_node.node.profiles import Clock, MeshProfile
+
+RECHECK_SECONDS = 60.0
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -94,3 +100,28 @@ class Membership:
                 code="revoked",
                 remedy="Ask whoever runs the mesh; a new identity and ticket are needed.",
             )
+
+
+async def enforce(
+    consensus: Consensus, recheck: Callable[[], None], *, seconds: float = RECHECK_SECONDS
+) -> None:
+    """Have every connected peer judged again after each revocation, and now and then; for ever.
+
+    ``recheck`` is the mesh adapter's: it disconnects who is refused.  The regular look catches
+    certificates that have expired since.
+    """
+    while True:
+        recheck()
+        with trio.move_on_after(seconds):
+            await _revocation(consensus)
+
+
+async def _revocation(consensus: Consensus) -> None:
+    """Return after the next revocation that is applied, or when the log cannot be followed."""
+    try:
+        async with consensus.applied(consensus.state.index) as entries:
+            async for entry in entries:
+                if isinstance(entry.command, RevokeMember) and entry.error is None:
+                    return
+    except LimitExceeded:  # fell behind: the recheck looks at the whole state anyway
+        return
