@@ -71,6 +71,11 @@ class MemoryStream:
         self._sending = trio.Lock()
         self._closed = False
 
+    @property
+    def over(self) -> bool:
+        """Whether this side has closed it, or the network did."""
+        return self._closed or self._in.broken is not None
+
     async def send(self, frame: Frame) -> None:
         """Send one frame; see :meth:`pyagent_node.base.mesh.FrameStream.send`."""
         frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
