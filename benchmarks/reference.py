@@ -4,9 +4,9 @@ It shares nothing with the pipeline but the noise of seeded sampling, so that eq
 something: it opens the unsliced file, renders the prompt with the file's own chat template,
 tokenises, decodes and picks tokens with a loop of its own.
 
-As a program (``python -m pyagent_node.benchmarks.reference``) it answers one JSON :class:`Job` a
-line on stdin with one JSON :class:`Answer` a line on stdout, so that llama.cpp never runs in the
-process that asks.
+As a program (``python -m pyagent_node.benchmarks.reference``) it answers one JSON ``Job`` a line
+on stdin with one JSON ``SingleAnswer`` a line on stdout (see ``single``), so that llama.cpp never
+runs in the process that asks.
 """
 
 from __future__ import annotations
@@ -24,34 +24,11 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
 
+from pyagent_node.benchmarks.single import Job, SingleAnswer
 from pyagent_node.native import gumbel
 
 BATCH = 512
 """Tokens of the prompt that are decoded at once."""
-
-
-class Job(msgspec.Struct, frozen=True):
-    """One generation; ``prompt`` is one user turn with ``chat``, plain text without."""
-
-    path: str
-    prompt: str
-    max_tokens: int
-    seed: int
-    temperature: float
-    n_ctx: int = 2048
-    threads: int = 0
-    chat: bool = True
-    ignore_eos: bool = False
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """What came out; times in seconds, ``tokens_per_second`` without the first token."""
-
-    prompt_tokens: int
-    token_ids: list[int]
-    text: str
-    ttft_seconds: float
-    tokens_per_second: float
 
 
 class Reference:
@@ -88,8 +65,8 @@ class Reference:
         rendered = formatter(messages=[{"role": "user", "content": prompt}])
         return self._llama.tokenize(rendered.prompt.encode(), add_bos=False, special=True)
 
-    def generate(self, job: Job) -> Answer:
-        """Answer ``job`` from an empty sequence."""
+    def generate(self, job: Job) -> SingleAnswer:
+        """SingleAnswer ``job`` from an empty sequence."""
         began = time.perf_counter()
         tokens = self.prompt_tokens(job.prompt, job.chat)
         memory = llama_cpp.llama_get_memory(self._llama.ctx)
@@ -100,9 +77,9 @@ class Reference:
             stamps.append(time.perf_counter())
             answer.append(token)
         rest = stamps[-1] - stamps[0] if stamps else 0.0
-        return Answer(
+        return SingleAnswer(
             prompt_tokens=len(tokens),
-            token_ids=answer,
+            token_ids=tuple(answer),
             text=self._llama.detokenize(answer, prev_tokens=tokens).decode("utf-8", "replace"),
             ttft_seconds=stamps[0] - began if stamps else 0.0,
             tokens_per_second=(len(stamps) - 1) / rest if rest > 0 else 0.0,
@@ -143,7 +120,7 @@ def choose(logits: NDArray[np.float32], temperature: float, seed: int, position:
 
 
 def main() -> None:
-    """Answer jobs from stdin until it ends; keep the last model loaded."""
+    """SingleAnswer jobs from stdin until it ends; keep the last model loaded."""
     # llama.cpp and its bindings may print; only answers go where the caller reads.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
