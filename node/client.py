@@ -91,10 +91,15 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Some more of an answer; ``text`` is empty while a token's text is held back."""
+    """Some more of an answer; ``text`` is empty while a token's text is held back.
+
+    ``step_seconds`` and ``compute_seconds`` are the times of each token (see ``Generated``).
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    step_seconds: tuple[float, ...] = ()
+    compute_seconds: tuple[float, ...] = ()
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,6 +153,8 @@ class _Choice(msgspec.Struct, frozen=True):
     text: str | None = None
     finish_reason: str | None = None
     token_ids: tuple[int, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    compute_seconds: tuple[float, ...] = ()
 
 
 class _Details(msgspec.Struct, frozen=True):
@@ -355,7 +362,7 @@ def _read_answer(lines: Iterator[str]) -> Iterator[Piece | Answer]:
             texts.append(text)
             tokens += choice.token_ids
             if text or choice.token_ids:
-                yield Piece(text, choice.token_ids)
+                yield Piece(text, choice.token_ids, choice.step_seconds, choice.compute_seconds)
         usage = chunk.usage or usage
         details = chunk.pyagent or details
     if details is None or usage is None:

@@ -149,6 +149,15 @@ def _characters(event: Generated) -> int:
     return len(event.piece.decode("utf-8", "ignore"))
 
 
+def _tokens(events: Sequence[Generated]) -> Json:
+    """Return token ids with their times, in seconds: the whole step, and what ranks computed."""
+    return {
+        "token_ids": [event.token for event in events],
+        "step_seconds": [event.step_seconds for event in events],
+        "compute_seconds": [event.compute_seconds for event in events],
+    }
+
+
 class Writer:
     """Builds the replies to one request.
 
@@ -205,7 +214,7 @@ class Writer:
             "finish_reason": None,
         }
         if self._plan.token_ids:
-            body["token_ids"] = [event.token]
+            body |= _tokens([event])
         return self._chunk([body])
 
     def usage_chunk(self) -> bytes:
@@ -226,7 +235,7 @@ class Writer:
                 "finish_reason": choice.finished.reason,
             }
             if self._plan.token_ids:
-                body["token_ids"] = [event.token for event in choice.events]
+                body |= _tokens(choice.events)
             choices.append(body)
         reply = self._envelope(self._style.whole_object, choices)
         reply["usage"] = self._usage()

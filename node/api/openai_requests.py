@@ -5,8 +5,8 @@ refused by name; fields that do not (``user``, ``metadata``, ...) and unknown on
 
 Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repetition_penalty``,
 ``ignore_eos``, ``max_tokens: -1`` (up to the context), and ``return_token_ids`` (adds
-``token_ids`` to every choice and a ``pyagent`` object with the placement and the times of the first
-choice to the end of the answer).
+``token_ids``, with ``step_seconds`` and ``compute_seconds`` of each, to every choice and a
+``pyagent`` object with the placement and the times of the first choice to the end of the answer).
 """
 
 from __future__ import annotations
