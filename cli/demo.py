@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_NODES = 16
 N_CTX = 2048
-NAME = "demo"
 
 
 class DemoRank(msgspec.Struct, frozen=True):
@@ -91,7 +90,7 @@ def demo_command(
     with interruptible():
         path = model_file(app, model)
         with local_swarm(nodes, say=app.out.note) as swarm:
-            placement = place(app, swarm, path, NAME, cuts=cuts)
+            placement = place(app, swarm, path, cuts=cuts)
             _show_ranks(app, placement)
             ask = Ask(
                 model=placement.name,
@@ -152,7 +151,6 @@ def place(
     app: App,
     swarm: list[LocalNode],
     path: Path,
-    what: str,
     *,
     cuts: tuple[int, ...] | None = None,
     ranks: int | None = None,
