@@ -1,7 +1,8 @@
 """Settings: flag > environment (``PYAGENT_<KEY>``) > ``config.toml`` > default.
 
-Each value knows its source.  ``config.toml`` is flat: ``key = value`` lines.  Unknown keys, wrong types and values out of range
-are a :class:`ConfigError` that names the file or variable, the key and the allowed values.
+Each value knows its source.  ``config.toml`` is flat: ``key = value`` lines.  Unknown keys, wrong
+types and values out of range are a :class:`ConfigError` that names the file or variable, the key
+and the allowed values.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_host: str
     api_port: int
     api_token_required: bool
+    api_allowed_hosts: tuple[str, ...]
+    api_allowed_origins: tuple[str, ...]
     log_level: str
+    log_format: str
     threads: int
     memory_limit: int
     model_dir: str
@@ -172,7 +176,7 @@ def change_setting(home: Home, key: str, text: str | None) -> None:
         after[key] = list(value) if isinstance(value, tuple) else value
     old = read_limited(path, _MAX_CONFIG).decode() if path.exists() else ""
     new = _edit(old, key, None if value is None else f"{key} = {_toml(value)}")
-    if tomllib.loads(new) != after:
+    if not _reads_as(new, after):
         raise ConfigError(
             f"{path} is laid out in a way that cannot be edited safely.",
             code="bad_config_file",
@@ -182,9 +186,16 @@ def change_setting(home: Home, key: str, text: str | None) -> None:
     write_atomic(path, new.encode())
 
 
+def _reads_as(text: str, expected: Mapping[str, object]) -> bool:
+    try:
+        return tomllib.loads(text) == expected
+    except tomllib.TOMLDecodeError:
+        return False
+
+
 def _edit(text: str, key: str, line: str | None) -> str:
     """Replace the assignment of a top-level ``key``, which may span lines, by ``line``."""
-    lines = text.splitlines()
+    lines = text.rstrip("\n").split("\n") if text else []
     start = next((i for i, s in enumerate(lines) if re.match(rf"\s*{key}\s*=", s)), None)
     added = [] if line is None else [line]
     if start is None:
