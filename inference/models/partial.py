@@ -20,6 +20,8 @@ from pyagent_node.inference.models.manifest import ModelManifest
 from pyagent_node.inference.models.model_file import ModelFile
 from pyagent_node.native import blake3
 
+PARTIAL: Final = "partial.gguf"
+BITMAP: Final = "partial.chunks"
 CHECKSUM_BYTES: Final = 32
 SYNC_CHUNKS: Final = 32
 """Chunks written between two writes of the bitmap: the most work that a crash can undo."""
@@ -34,12 +36,13 @@ class PartialModel:
 
     def __init__(self, folder: Path, manifest: ModelManifest) -> None:
         self.manifest = manifest
-        self.path = folder / "partial.gguf"
-        self._bitmap = folder / "partial.chunks"
+        self.path = folder / PARTIAL
+        self._bitmap = folder / BITMAP
         self._lock = threading.Lock()
         self._unsynced = 0
+        """Changes that the bitmap on disk does not know."""
         self._header: GgufHeader | None = None
-        self._have = self._read_bitmap()
+        self._have = read_bitmap(folder, manifest)
         with mapped(self.path, "opening"):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             self._file = os.fdopen(fd, "r+b", buffering=0)
@@ -94,6 +97,7 @@ class PartialModel:
                 self.manifest.check_chunk(index, data)
             except CorruptData:
                 self._have.discard(index)
+                self._unsynced += 1
                 self._sync()
                 raise not_held(self.manifest, index) from None
         return data
@@ -138,19 +142,22 @@ class PartialModel:
             )
 
     def _sync(self) -> None:
+        if not self._unsynced:  # another process may know more than we do
+            return
         with mapped(self.path, "writing"):
             os.fsync(self._file.fileno())
         bits = self._have.to_bytes()
         write_atomic(self._bitmap, blake3(bits) + bits)
         self._unsynced = 0
 
-    def _read_bitmap(self) -> ChunkSet:
-        limit = CHECKSUM_BYTES + self.manifest.count
-        with contextlib.suppress(PyAgentError):
-            data = read_limited(self._bitmap, limit)
-            if blake3(data[CHECKSUM_BYTES:]) == data[:CHECKSUM_BYTES]:
-                return ChunkSet(self.manifest.count, data[CHECKSUM_BYTES:])
-        return ChunkSet(self.manifest.count)
+
+def read_bitmap(folder: Path, manifest: ModelManifest) -> ChunkSet:
+    """Return which chunks the bitmap in ``folder`` names; none if there is no sound one."""
+    with contextlib.suppress(PyAgentError):
+        data = read_limited(folder / BITMAP, CHECKSUM_BYTES + manifest.count)
+        if blake3(data[CHECKSUM_BYTES:]) == data[:CHECKSUM_BYTES]:
+            return ChunkSet(manifest.count, data[CHECKSUM_BYTES:])
+    return ChunkSet(manifest.count)
 
 
 def not_held(manifest: ModelManifest, index: int) -> NotFound:

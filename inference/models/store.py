@@ -54,7 +54,13 @@ from pyagent_node.inference.models.manifest import (
     decode_manifest,
 )
 from pyagent_node.inference.models.model_file import ModelFile
-from pyagent_node.inference.models.partial import PartialModel, not_held
+from pyagent_node.inference.models.partial import (
+    BITMAP,
+    PARTIAL,
+    PartialModel,
+    not_held,
+    read_bitmap,
+)
 from pyagent_node.inference.models.slicing import (
     SLICE_FORMAT,
     VOCABULARY,
@@ -70,6 +76,7 @@ from pyagent_node.inference.models.stored_model import (
 )
 
 MODEL_FILE: Final = "model.gguf"
+MANIFEST: Final = "manifest"
 _DOWNLOADS: Final = ".downloads"
 _TRASH: Final = ".trash-"
 
@@ -162,11 +169,12 @@ class ModelStore:
         folder = self._folder(digest)
         with self._lock:
             known = self._manifests.get(digest)
-        if known is not None:
+        if known is not None and (folder / MANIFEST).exists():
             return known
         try:
-            data = read_limited(folder / "manifest", MAX_MANIFEST_BYTES)
+            data = read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
         except NotFound:
+            self._forget(digest)  # another process removed it
             raise unknown_model(digest) from None
         try:
             manifest = decode_manifest(data)
@@ -276,7 +284,7 @@ class ModelStore:
                 return known
             self._forget_partial(manifest.digest)
             shutil.rmtree(folder / "slices", ignore_errors=True)
-            write_atomic(folder / "manifest", manifest.encode())
+            write_atomic(folder / MANIFEST, manifest.encode())
             self._manifests[manifest.digest] = manifest
             if name is not None:
                 write_about(folder, About(name))
@@ -388,11 +396,7 @@ class ModelStore:
         with self._lock:
             if not folder.is_dir():
                 raise unknown_model(digest)
-            partial = self._partials.pop(digest, None)
-            if partial is not None:
-                partial.close(sync=False)
-            self._manifests.pop(digest, None)
-            self._whole.pop(digest, None)
+            self._forget(digest)
             with mapped(folder, "removing"):
                 trash = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
                 os.replace(folder, trash / digest)
@@ -438,14 +442,12 @@ class ModelStore:
         return (self._folder(digest) / MODEL_FILE).is_file()
 
     def _bytes_held(self, manifest: ModelManifest) -> int:
-        folder = self._folder(manifest.digest)
-        if manifest.digest not in self._partials and not (folder / "partial.gguf").is_file():
-            return 0
-        held = self.partial(manifest.digest).have
-        last = manifest.count - 1
-        return len(held) * manifest.chunk_bytes - (
-            manifest.count * manifest.chunk_bytes - manifest.size if last in held else 0
-        )
+        """Count the bytes of a partial file, without opening it for writing."""
+        open_here = self._partials.get(manifest.digest)
+        held = open_here.have if open_here else read_bitmap(self._folder(manifest.digest), manifest)
+        last = manifest.range(manifest.count - 1)
+        short = manifest.chunk_bytes - (last.stop - last.start)
+        return len(held) * manifest.chunk_bytes - (short if manifest.count - 1 in held else 0)
 
     def _make(self, digest: Digest, what: str, file: ModelFile, plan: CopyPlan) -> Path:
         path = self._slice_path(digest, what)
@@ -484,8 +486,17 @@ class ModelStore:
             partial.close(sync=False)
         folder = self._folder(digest)
         with mapped(folder, "removing"):
-            (folder / "partial.chunks").unlink(missing_ok=True)
-            (folder / "partial.gguf").unlink(missing_ok=True)
+            (folder / BITMAP).unlink(missing_ok=True)
+            (folder / PARTIAL).unlink(missing_ok=True)
+
+    def _forget(self, digest: Digest) -> None:
+        """Close and forget what is kept in memory of a model."""
+        with self._lock:
+            partial = self._partials.pop(digest, None)
+            if partial is not None:
+                partial.close(sync=False)
+            self._manifests.pop(digest, None)
+            self._whole.pop(digest, None)
 
 
 def _sync_file(path: Path) -> None:
