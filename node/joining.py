@@ -198,7 +198,7 @@ async def _dial_libp2p(
 
     config = MeshConfig(key=key, membership=Membership(profile, clock=time.time), psk=profile.psk)
     async with open_mesh(config) as mesh:
-        stream = await mesh.open_unauthorised(address, PROTOCOL)
+        stream = await mesh.open_join(address)
         try:
             yield stream
         finally:
