@@ -97,8 +97,8 @@ def hash_file(
     Every chunk but the last has ``chunk_bytes`` bytes; an empty file has no chunk.  ``progress`` is
     called with the bytes done so far about once a mebibyte; what it raises ends the work and is
     passed on, and so are signals such as Ctrl-C.  Raises ``OSError`` (with the file's name) when
-    the file cannot be read, ``ValueError`` when it is not a regular file or ``chunk_bytes`` is out
-    of range.
+    the file cannot be read, ``ValueError`` when it is not a regular file, ``chunk_bytes`` is out
+    of range or there are more than 2**20 chunks.
     """
 
 def hash_chain(parent: Buffer, tokens: NDArray[np.int32], block: int) -> bytes:
@@ -112,11 +112,12 @@ def hash_chain(parent: Buffer, tokens: NDArray[np.int32], block: int) -> bytes:
 def gumbel(seed: int, position: int, n: int) -> NDArray[np.float64]:
     """Return the Gumbel noise of the tokens ``0 <= token < n`` at a position.
 
-    ``seed`` and ``position`` are unsigned 64-bit integers.  The generator is Philox4x32-10 (Salmon
-    et al., SC 2011) with the seed as key (low word first) and the counter ``(token // 2, position
-    low word, position high word, 0)``.  An even token takes the first two output words, an odd one
-    the last two, as one number with its first word on top; the upper 52 bits ``b`` of that give
-    ``u = (b + 0.5) / 2**52``, and the noise is ``-ln(-ln(u))``: the same bits on every platform.
+    ``seed`` and ``position`` are unsigned 64-bit integers, ``n`` is at most 2**24.  The generator
+    is Philox4x32-10 (Salmon et al., SC 2011) with the seed as key (low word first) and the counter
+    ``(token // 2, position low word, position high word, 0)``.  An even token takes the first two
+    output words, an odd one the last two, as one number with its first word on top; the upper 52
+    bits ``b`` of that give ``u = (b + 0.5) / 2**52``, and the noise is ``-ln(-ln(u))``: the same
+    bits on every platform.
     """
 
 def sample(

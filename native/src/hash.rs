@@ -37,9 +37,13 @@ fn chain(parent: [u8; DIGEST], tokens: &[i32], block: usize) -> Vec<u8> {
     out
 }
 
+/// The most chunks that a file may have: their digests take 32 MiB.
+const MAX_CHUNKS: usize = 1 << 20;
+
 /// Why hashing a file stopped.
 enum FileError<E> {
     Io(io::Error),
+    TooManyChunks,
     Stopped(E),
 }
 
@@ -76,6 +80,9 @@ fn digest_reader<E>(
             chunk.update(now);
             rest = later;
             if chunk.count() == chunk_bytes {
+                if chunks.len() == MAX_CHUNKS * DIGEST {
+                    return Err(FileError::TooManyChunks);
+                }
                 chunks.extend_from_slice(chunk.finalize().as_bytes());
                 chunk.reset();
             }
@@ -212,6 +219,10 @@ pub fn hash_file<'py>(
             PyBytes::new(py, &digests.chunks),
         )),
         Err(FileError::Io(error)) => Err(os_error(&error, &path)),
+        Err(FileError::TooManyChunks) => Err(PyValueError::new_err(format!(
+            "{} has more than {MAX_CHUNKS} chunks of {chunk_bytes} bytes; use larger chunks",
+            path.display()
+        ))),
         Err(FileError::Stopped(error)) => Err(error),
     }
 }

@@ -6,7 +6,7 @@
 //! output, an odd one the last two, as one number with the first word on top. Its upper 52
 //! bits `b` give `u = (b + 0.5) / 2^52`, and the noise is `-ln(-ln(u))` with `libm`'s `ln`.
 
-use numpy::{PyArray1, PyArrayMethods};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -113,8 +113,8 @@ impl Noise {
     }
 }
 
-/// The largest vocabulary that token ids (`int32`) can count.
-pub const MAX_TOKENS: usize = i32::MAX as usize;
+/// The largest vocabulary: many times those of today, and few enough to fit into memory.
+pub const MAX_TOKENS: usize = 1 << 24;
 
 /// The Gumbel noise of tokens `0..n`.
 #[pyfunction]
@@ -131,20 +131,11 @@ pub fn gumbel<'py>(
             "n is {n}; it may be at most {MAX_TOKENS}"
         )));
     }
-    let array = PyArray1::<f64>::zeros(py, n, false);
-    {
-        let mut view = array.readwrite();
-        let out = view.as_slice_mut()?;
-        py.detach(|| {
-            for (group, part) in out.chunks_mut(GROUP).enumerate() {
-                let draws = noise.draws(group as u32);
-                for (to, draw) in part.iter_mut().zip(draws) {
-                    *to = gumbel_of_draw(draw);
-                }
-            }
-        });
-    }
-    Ok(array)
+    let values: Vec<f64> = py.detach(|| {
+        let draws = (0..n.div_ceil(GROUP) as u32).flat_map(|group| noise.draws(group));
+        draws.take(n).map(gumbel_of_draw).collect()
+    });
+    Ok(values.into_pyarray(py))
 }
 
 #[cfg(test)]

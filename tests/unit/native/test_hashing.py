@@ -132,6 +132,17 @@ def test_chunk_sizes_out_of_range_are_refused(tmp_path: Path, chunk: int) -> Non
     assert native.hash_file(str(path), 1) == (native.blake3(b""), b"")
 
 
+def test_a_file_of_too_many_chunks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**20))
+    assert len(native.hash_file(path, 1)[1]) == 32 * 2**20
+    with path.open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(ValueError, match="more than 1048576 chunks of 1 bytes"):
+        native.hash_file(path, 1)
+    assert len(native.hash_file(path, 2)[1]) == 32 * (2**19 + 1)
+
+
 @given(st.binary(min_size=32, max_size=32), TOKENS, st.integers(1, 20))
 def test_hash_chain_equals_the_reference(parent: bytes, tokens: np.ndarray, block: int) -> None:
     assert native.hash_chain(parent, tokens, block) == reference.hash_chain(parent, tokens, block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ REFUSED: list[tuple[str, Any, type[Exception], str]] = [
     ("logits", f32(1, math.nan, 2), ValueError, r"logits\[1\] is NaN"),
     ("logits", f32(1, 2, math.inf), ValueError, r"logits\[2\] is inf"),
     ("logits", f32(*[-math.inf] * 3), ValueError, "every token has the logit -inf"),
+    ("logits", np.zeros(2**24 + 1, np.float32), ValueError, "at most 16777216 tokens"),
     ("logits", np.zeros(3), TypeError, "logits must be .* of float32, not .* of float64"),
     ("logits", np.zeros(3, np.float16), TypeError, "of float16"),
     ("logits", np.zeros(3, ">f4"), TypeError, "of >f4"),
@@ -123,6 +125,18 @@ def test_numpy_scalars_are_welcome() -> None:
     assert call(seed=np.uint64(7), position=np.int64(3), temperature=np.float64(0.8)) == call()
 
 
+def test_threads_do_not_meet() -> None:
+    logits = [np.random.default_rng(i).standard_normal(5000).astype(np.float32) for i in range(8)]
+    history = np.arange(500, dtype=np.int32)
+
+    def run(i: int) -> list[int]:
+        shape = {"logits": logits[i], "history": history, "presence_penalty": 0.5}
+        return [call(**shape, position=position)[0] for position in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(8))) == [run(i) for i in range(8)]
+
+
 def test_read_only_arrays_are_welcome() -> None:
     logits = GOOD["logits"].copy()
     logits.flags.writeable = False
@@ -135,7 +149,8 @@ def test_read_only_arrays_are_welcome() -> None:
         ((-1, 0, 1), ValueError, "seed must lie between"),
         ((0, 2**64, 1), ValueError, "position must lie between"),
         ((0, 0, -1), ValueError, "n must lie between"),
-        ((0, 0, 2**31), ValueError, "n is 2147483648; it may be at most 2147483647"),
+        ((0, 0, 2**31), ValueError, "n is 2147483648; it may be at most 16777216"),
+        ((0, 0, 2**32), ValueError, "n must lie between"),
         ((0, 0, "n"), TypeError, "n must be an integer, not str"),
     ],
 )
