@@ -81,6 +81,7 @@ class Connection:
         self._serving = 0
         self._served = trio.Event()
         self._auth_begun = outbound
+        self._exchanging = outbound
         self._decided = trio.Event()
         self._refusal: PyAgentError | None = None
         self.joining = 0
@@ -101,7 +102,8 @@ class Connection:
         except Exception:
             log.exception("the connection to %s failed", self.peer)
         finally:
-            self._decide(None)
+            if not self._exchanging:  # it may still hold the peer's verdict, unread
+                self._decide(None)
             self._fell_idle()
 
     # Authorisation -----------------------------------------------------------------------------
@@ -124,6 +126,7 @@ class Connection:
             )
 
     async def _exchange(self, stream: ChannelStream) -> None:
+        self._exchanging = True
         try:
             admission, credentials = await auth.exchange(stream, self._host.authoriser)
         except PyAgentError as error:
