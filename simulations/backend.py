@@ -81,7 +81,7 @@ def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _
 def _logits(row: _Ints) -> NDArray[np.float32]:
     weights = np.arange(1, N_VOCAB + 1, dtype=np.int64)[:, None] * np.arange(3, 3 + N_EMBD)
     mixed = ((weights * row).sum(axis=1) * weights[:, 0]) % PRIME
-    logits = (mixed / PRIME * 8).astype(np.float32)
+    logits: NDArray[np.float32] = (mixed / PRIME * 8).astype(np.float32)
     logits[END_TOKEN] -= 4
     return logits
 

@@ -38,6 +38,12 @@ from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 
 LOOKUP_ROWS: Final = 64
 """Embedding rows looked up before other tasks get a turn."""
+RETRY_SECONDS: Final = 0.25
+"""Pause before a request that found a rank restarting is sent again."""
+READY_SECONDS: Final = 30.0
+"""How long a request waits for a rank to come back before its error is shown."""
+_PASSING: Final = frozenset({"stage_not_ready", "stale_epoch"})
+"""Errors that a restart or a new placement causes, and that pass."""
 
 
 def new_session_id() -> SessionId:
@@ -46,11 +52,12 @@ def new_session_id() -> SessionId:
 
 
 class _Session:
-    __slots__ = ("core", "model", "wake")
+    __slots__ = ("core", "model", "request", "wake")
 
-    def __init__(self, core: HeadCore, model: HeadModel) -> None:
+    def __init__(self, core: HeadCore, model: HeadModel, request: GenerationRequest) -> None:
         self.core = core
         self.model = model
+        self.request = request
         self.wake = trio.Event()
 
 
@@ -77,6 +84,7 @@ class PipelineEngine:
         self._step_seconds = step_seconds
         self._models: dict[Digest, HeadModel] = {}
         self._sessions: dict[SessionId, _Session] = {}
+        self._running = 0
 
     # ---- models ----------------------------------------------------------------------------
 
@@ -161,25 +169,21 @@ class PipelineEngine:
         # Placed anew while the prompt was tokenised: use what holds now.
         model = self._find(request.model)
         core = self._plan(model, request, prompt, started)
-        if len(self._sessions) >= MAX_SESSIONS_PER_PEER:
+        if self._running >= MAX_SESSIONS_PER_PEER:
             raise LimitExceeded(
-                f"This node heads {len(self._sessions)} requests already.",
+                f"This node heads {self._running} requests already.",
                 code="too_many_sessions",
                 remedy="Wait until another request has ended.",
                 limit=MAX_SESSIONS_PER_PEER,
             )
-        session = _Session(core, model)
-        self._sessions[core.plan.session] = session
+        session = _Session(core, model, request)
+        self._running += 1
         try:
-            self._send(core.open())
-            await self._prefill(session)
+            await self._begin(session)
             yield _Events(self, session)
         finally:
-            # Sending only queues, so this cannot be cancelled half way.
-            del self._sessions[core.plan.session]
-            self._links.forget(core.plan.placement.ranks[0].peer_id, core.plan.session)
-            for out in core.close():
-                self._send(out)
+            self._running -= 1
+            self._end(session.core)
 
     def _plan(
         self, model: HeadModel, request: GenerationRequest, prompt: Tokens, started: float
@@ -251,6 +255,28 @@ class PipelineEngine:
     def _send(self, out: Outgoing) -> None:
         self._links.send(out.peer, out.message, out.tail)
 
+    async def _begin(self, session: _Session) -> None:
+        self._sessions[session.core.plan.session] = session
+        self._send(session.core.open())
+        await self._prefill(session)
+
+    def _end(self, core: HeadCore) -> None:
+        """Close a session on every rank; sending only queues, so this cannot be cancelled."""
+        plan = core.plan
+        self._sessions.pop(plan.session, None)
+        self._links.forget(plan.placement.ranks[0].peer_id, plan.session)
+        for out in core.close():
+            self._send(out)
+
+    async def _begin_again(self, session: _Session) -> None:
+        """Start a session anew that was refused before its first token."""
+        old = session.core
+        self._end(old)
+        await trio.sleep(RETRY_SECONDS)
+        session.model = self._find(session.request.model)
+        session.core = self._plan(session.model, session.request, old.prompt, old.started)
+        await self._begin(session)
+
     async def _prefill(self, session: _Session) -> None:
         core = session.core
         while (chunk := core.next_chunk()) is not None:
@@ -271,9 +297,16 @@ class PipelineEngine:
 
     async def next_event(self, session: _Session) -> GenerationEvent | None:
         """Return the next event of ``session``, or ``None`` when it is over."""
-        core = session.core
         while True:
-            event, step = core.take(trio.current_time())
+            core, now = session.core, trio.current_time()
+            try:
+                event, step = core.take(now)
+            except PyAgentError as error:
+                early = core.first_token is None and now < core.started + READY_SECONDS
+                if not early or error.code not in _PASSING:
+                    raise
+                await self._begin_again(session)
+                continue
             if step is not None:
                 self._send(step)
             if event is not None:

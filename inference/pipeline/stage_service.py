@@ -65,9 +65,18 @@ class StageService:
         """Serve one stage until cancelled, or until its runner dies: then return why.
 
         The stage takes frames from the moment of the call.  However it ends, every session of it
-        has been told.
+        has been told.  Raises :class:`Conflict` (``stale_epoch``) when the rank is served at this
+        epoch or a later one.
         """
         key = (spec.model, spec.rank)
+        known = self._stages.get(key)
+        if known is not None and known.core.spec.epoch >= spec.epoch:
+            raise Conflict(
+                f"Rank {spec.rank} is served at epoch {known.core.spec.epoch} already.",
+                code="stale_epoch",
+                epoch=known.core.spec.epoch,
+                frame_epoch=spec.epoch,
+            )
         stage = _Stage(StageCore(spec, self._limits))
         self._stages[key] = stage
         failure: RunnerFailed | None = None

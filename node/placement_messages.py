@@ -1,0 +1,70 @@
+"""What nodes tell each other about their ranks, over ``node.rpc``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from pyagent_node.base.errors import ErrorInfo
+from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.inference.pipeline.plan_types import NodeFacts
+from pyagent_node.inference.pipeline.stage_types import StageView
+
+HostState = Literal["fetching", "loading", "ready", "failed"]
+
+
+class RankReport(msgspec.Struct, frozen=True):
+    """One rank that the reporting node is to hold, and how far it is.
+
+    ``done`` and ``total`` count the bytes of the slice while it is fetched.  ``failures`` counts
+    the attempts that ended in ``error``.  ``tokens_per_second`` is the stage's throughput lately.
+    """
+
+    model: Digest
+    epoch: int
+    rank: int
+    state: HostState
+    error: ErrorInfo | None = None
+    failures: int = 0
+    done: int = 0
+    total: int | None = None
+    memory_bytes: int | None = None
+    load: StageView | None = None
+    tokens_per_second: float = 0.0
+
+
+class HeadReport(msgspec.Struct, frozen=True):
+    """Whether the reporting node can be head for a placed model, and how far it is."""
+
+    model: Digest
+    epoch: int
+    state: HostState
+    error: ErrorInfo | None = None
+    failures: int = 0
+    done: int = 0
+    total: int | None = None
+
+
+class AskPlacements(msgspec.Struct, frozen=True, tag="ask_placements"):
+    """Ask a node what it holds."""
+
+
+class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
+    """Everything that the node hosts of the current placements."""
+
+    ranks: tuple[RankReport, ...]
+    heads: tuple[HeadReport, ...]
+
+
+class AskFacts(msgspec.Struct, frozen=True, tag="ask_facts"):
+    """Ask a node what a planner needs to know of it with regard to ``model``."""
+
+    model: Digest
+
+
+class FactsReply(msgspec.Struct, frozen=True, tag="facts"):
+    """A node's facts and its round-trip times in milliseconds."""
+
+    facts: NodeFacts
+    rtt_ms: dict[PeerId, float]
