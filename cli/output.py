@@ -118,7 +118,13 @@ def short(text: str) -> str:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console  # noqa: PLC0415  (kept out of the start-up path)
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    class PipeConsole(Console):
+        """Lets a broken pipe reach the top of the program, which knows its exit code."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    console = PipeConsole(stderr=stderr, highlight=False, soft_wrap=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     return console

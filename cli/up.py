@@ -184,7 +184,19 @@ def _foreground(app: App, settings: Settings, with_parent: bool) -> None:
                 nursery.start_soon(stop_with_stdin)
             _banner(app, hint="Ctrl-C stops it.")
 
-    trio.run(run)
+    try:
+        trio.run(run)
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that a nursery wrapped: one of ours where there is one."""
+    ours = group.subgroup(PyAgentError)
+    error: BaseException = ours or group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _banner(app: App, hint: str) -> None:
