@@ -20,6 +20,8 @@ Kind = Literal["text", "list", "integer", "number", "switch", "size"]
 MAX_CONTEXT = 1 << 24
 _SIZES = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": KIB * MIB, "T": MIB * MIB}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
+_HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _LIST_LIMIT = 64
@@ -48,7 +50,7 @@ class Option(msgspec.Struct, frozen=True):
         if self.kind == "switch":
             return "true or false"
         if self.kind == "text":
-            return "a text"
+            return "a text on one line"
         if self.kind == "list":
             return f"a list of up to {_LIST_LIMIT} texts"
         noun = {"integer": "a whole number", "number": "a number"}.get(self.kind, "a size (4GiB)")
@@ -81,7 +83,7 @@ class Option(msgspec.Struct, frozen=True):
         if self.kind == "list":
             return _texts(raw)
         if self.kind == "text":
-            if not isinstance(raw, str) or len(raw) > 4 * KIB or "\0" in raw:
+            if not isinstance(raw, str) or len(raw) > 4 * KIB or not raw.isprintable():
                 raise ValueError
             return raw
         if isinstance(raw, bool):
@@ -153,6 +155,16 @@ def _dial(text: str) -> None:
     check_address(text, peer=True)
 
 
+def _host(text: str) -> None:
+    if not _HOST.fullmatch(text):
+        raise ValueError
+
+
+def _origin(text: str) -> None:
+    if not _ORIGIN.fullmatch(text):
+        raise ValueError
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         "name", "text", "", "This node's name in the mesh; empty: the host's.", check=_node_name
@@ -184,11 +196,32 @@ OPTIONS: tuple[Option, ...] = (
         "Ask for the bearer token on loopback too (elsewhere it is always asked for).",
     ),
     Option(
+        "api_allowed_hosts",
+        "list",
+        (),
+        "Names besides loopback ones that the HTTP API may be called by without a token.",
+        check=_host,
+    ),
+    Option(
+        "api_allowed_origins",
+        "list",
+        (),
+        "Web origins (https://chat.example) whose pages may call the HTTP API.",
+        check=_origin,
+    ),
+    Option(
         "log_level",
         "text",
         "info",
         "How much the daemon logs.",
         choices=("debug", "info", "warning", "error"),
+    ),
+    Option(
+        "log_format",
+        "text",
+        "text",
+        "Whether log lines are text or JSON objects.",
+        choices=("text", "json"),
     ),
     Option(
         "threads",
