@@ -94,7 +94,7 @@ def check_host(host: str | None, allowed: tuple[str, ...]) -> None:
         raise Refused(
             f"The Host header {name[:100]!r} is not a loopback name.",
             code="host_refused",
-            remedy="Use 127.0.0.1, or list the name in the setting api.allowed_hosts.",
+            remedy="Use 127.0.0.1, or list the name in the setting api_allowed_hosts.",
         )
 
 
@@ -113,7 +113,7 @@ def check_origin(headers: Mapping[str, str], allowed: tuple[str, ...]) -> str | 
             raise Refused(
                 f"Web pages of {origin[:100]!r} may not call this API.",
                 code="origin_refused",
-                remedy="List the origin in the setting api.allowed_origins to permit it.",
+                remedy="List the origin in the setting api_allowed_origins to permit it.",
             )
     elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise Refused("Web pages of other sites may not call this API.", code="origin_refused")
@@ -131,7 +131,7 @@ def check_token(authorization: str | None, token: str) -> None:
         raise Refused(
             "This request needs the node's API token.",
             code="unauthorized",
-            remedy="Send 'Authorization: Bearer <token>'; the token is in the file api-token of"
+            remedy="Send 'Authorization: Bearer <token>'; the token is in the file api.token of"
             " the node's home.",
         )
 

@@ -173,6 +173,8 @@ class ApiServer:
         ]
         self.port = _port(sockets)
         self.urls = tuple(_url(sock) for sock in sockets)
+        self.local_url = _local(self.urls[0])
+        """Where a client on this machine reaches the API."""
 
     @property
     def connections(self) -> int:
@@ -258,14 +260,22 @@ def _url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _local(url: str) -> str:
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
 @asynccontextmanager
 async def open_api(app: ASGIApp, options: ServerOptions, drain: Drain) -> AsyncIterator[ApiServer]:
     """Listen and serve in the background; leaving begins the drain and waits for its end."""
     sockets = bind(options.host, options.port)
     server = ApiServer(app, sockets, options, drain)
+    failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve)
         try:
             yield server
-        finally:
-            drain.expire()
+        except BaseException as error:  # raised again below, not in a group
+            failure = error
+        drain.expire()
+    if failure is not None:
+        raise failure
