@@ -8,6 +8,7 @@ mod buffers;
 mod choice;
 mod hash;
 mod philox;
+mod problem;
 mod sampling;
 mod select;
 mod tap;
