@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 LAST_LAYER = 29
 TOKENS = [1, 9690, 198, 2683, 359, 260, 5356, 30, 28, 314, 260]
 
-GGML = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))))
+LIBRARIES = (Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*")
+GGML = ctypes.CDLL(str(min(LIBRARIES, key=lambda path: len(path.name))))
 GGML.ggml_get_name.argtypes, GGML.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
 GGML.ggml_nbytes.argtypes, GGML.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
 GGML.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_size_t] * 2
