@@ -210,9 +210,7 @@ def _await_up(node: LocalNode, deadline: float) -> None:
 
 def _join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
     """Let a node redeem a fresh ticket, given through stdin, where no one else sees it."""
-    invitation = first.client.invite(
-        InviteRequest(role="voter", ttl_seconds=TICKET_SECONDS, name=node.name)
-    )
+    invitation = first.client.invite(InviteRequest(role="voter", ttl_seconds=TICKET_SECONDS))
     with _open_log(node) as log:
         process = subprocess.Popen(
             _command("join", "--name", node.name),

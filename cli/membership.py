@@ -44,10 +44,9 @@ class Span(click.ParamType[float]):
     help="What the new node may do: hold slices and vote, hold slices, only ask.",
 )
 @click.option("--expires", type=Span(), metavar="TIME", help="Life of the ticket: 30m, 24h, 7d.")
-@click.option("--name", metavar="NAME", help="The name that the new node gets.")
 @json_option
 @pass_app
-def invite_command(app: App, role: str, expires: float | None, name: str | None) -> None:
+def invite_command(app: App, role: str, expires: float | None) -> None:
     """Make a single-use ticket that lets another node join.
 
     Whoever holds the ticket can join: pass it on as you would a password.
@@ -55,7 +54,7 @@ def invite_command(app: App, role: str, expires: float | None, name: str | None)
     from pyagent_node.node.api.schema import InviteRequest  # noqa: PLC0415
 
     seconds = expires if expires is not None else app.settings().ticket_hours * 3600
-    reply = app.client().invite(InviteRequest(role=role, ttl_seconds=int(seconds), name=name))
+    reply = app.client().invite(InviteRequest(role=role, ttl_seconds=int(seconds)))
     value = {"ticket": reply.ticket, "expires": reply.expires, "role": role}
 
     def show() -> None:

@@ -119,7 +119,6 @@ class InviteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str = "voter"
     ttl_seconds: int = 3600
-    name: str | None = None
 
 
 class InviteReply(msgspec.Struct, frozen=True):
