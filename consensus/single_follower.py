@@ -215,12 +215,12 @@ class Follower:
         wait = RETRY_FIRST
         while True:
             self._leader_came = trio.Event()
-            before = self.counters.sessions
+            begun = trio.current_time()
             try:
                 await self._connect()
             except PyAgentError as error:
                 self._note(error)
-            if self.counters.sessions > before:
+            if trio.current_time() - begun > RETRY_MOST:  # it was a session, not an attempt
                 wait = RETRY_FIRST
             with trio.move_on_after(wait * self._rng.uniform(0.5, 1.0)):
                 await self._leader_came.wait()

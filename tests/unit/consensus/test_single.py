@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,8 +49,11 @@ from pyagent_node.consensus.single_messages import (
     frame,
 )
 from pyagent_node.consensus.state import encode_snapshot
+from pyagent_node.node.identity import NodeKey
 
-LEADER = PeerId("leader")
+LEADER = NodeKey(hashlib.sha256(b"leader").digest()).peer_id
+A = NodeKey(hashlib.sha256(b"a").digest()).peer_id
+B = NodeKey(hashlib.sha256(b"b").digest()).peer_id
 
 
 def model(n: int) -> RegisterModel:
@@ -69,12 +73,21 @@ def model(n: int) -> RegisterModel:
     )
 
 
-@asynccontextmanager
-async def engine(mesh, store=None, **options) -> AsyncIterator[SingleEngine]:
-    options.setdefault("role", mesh.role)
-    rng = random.Random(1)
-    async with open_single(mesh, store or MemoryLog(), leader=LEADER, rng=rng, **options) as it:
-        yield it
+@pytest.fixture
+def engine(network):
+    """A node that runs the engine for as long as the block lasts."""
+
+    @asynccontextmanager
+    async def run(place, store=None, **options) -> AsyncIterator[SingleEngine]:
+        options.setdefault("role", place.role)
+        rng = random.Random(1)
+        async with (
+            network.started(place) as mesh,
+            open_single(mesh, store or MemoryLog(), leader=LEADER, rng=rng, **options) as it,
+        ):
+            yield it
+
+    return run
 
 
 def same(*engines: SingleEngine) -> bool:
@@ -85,7 +98,7 @@ async def reach(engine: SingleEngine, index: int) -> None:
     await engine._journal.wait_for(index)
 
 
-async def test_leader_alone(network, autojump_clock):
+async def test_leader_alone(network, engine, autojump_clock):
     async with engine(network.node("leader", "voter")) as leader:
         applied = await leader.propose(model(1))
         assert applied == Applied(1, model(1))
@@ -95,7 +108,7 @@ async def test_leader_alone(network, autojump_clock):
         await leader.read_barrier()
 
 
-async def test_follower_follows_and_forwards(network, autojump_clock):
+async def test_follower_follows_and_forwards(network, engine, autojump_clock):
     async with (
         engine(network.node("leader", "voter")) as leader,
         engine(network.node("a")) as a,
@@ -110,10 +123,10 @@ async def test_follower_follows_and_forwards(network, autojump_clock):
         assert b.status().role == "follower"
         assert a.status().leader == LEADER
         await trio.sleep(0.1)
-        assert leader.followers == {PeerId("a"): 2, PeerId("b"): 2}
+        assert leader.followers == {A: 2, B: 2}
 
 
-async def test_refusal_of_the_state_machine_reaches_the_proposer(network, autojump_clock):
+async def test_refusal_of_the_state_machine_reaches_the_proposer(network, engine, autojump_clock):
     async with engine(network.node("leader", "voter")) as leader, engine(network.node("a")) as a:
         for who in (leader, a):
             with pytest.raises(NotFound) as caught:
@@ -123,7 +136,7 @@ async def test_refusal_of_the_state_machine_reaches_the_proposer(network, autoju
         assert leader.counters.refused_proposals == 2
 
 
-async def test_bad_commands_are_refused_before_they_are_appended(network, autojump_clock):
+async def test_bad_commands_are_refused_before_they_are_appended(network, engine, autojump_clock):
     async with engine(network.node("leader", "voter")) as leader, engine(network.node("a")) as a:
         bad = SetPlacement(Digest("xyz"), (), 0, 0, -1)
         for who in (leader, a):
@@ -153,14 +166,14 @@ async def test_bad_commands_are_refused_before_they_are_appended(network, autoju
         RevokeMember(PeerId("x"), "because"),
     ],
 )
-async def test_membership_is_the_leaders_business(network, autojump_clock, command):
+async def test_membership_is_the_leaders_business(network, engine, autojump_clock, command):
     async with engine(network.node("leader", "voter")), engine(network.node("a", "voter")) as a:
         with pytest.raises(Refused) as caught:
             await a.propose(command)
         assert caught.value.code == "not_authority"
 
 
-async def test_client_may_not_propose_but_reads(network, autojump_clock):
+async def test_client_may_not_propose_but_reads(network, engine, autojump_clock):
     async with (
         engine(network.node("leader", "voter")) as leader,
         engine(network.node("c", "client")) as client,
@@ -174,11 +187,11 @@ async def test_client_may_not_propose_but_reads(network, autojump_clock):
         assert client.status().role == "client"
 
 
-async def test_revoked_member_loses_its_stream_and_is_refused(network, autojump_clock):
+async def test_revoked_member_loses_its_stream_and_is_refused(network, engine, autojump_clock):
     async with engine(network.node("leader", "voter")) as leader, engine(network.node("a")) as a:
-        await leader.propose(AdmitMember(PeerId("a"), "a", "learner", b"c"))
+        await leader.propose(AdmitMember(A, "a", "learner", b"c"))
         await a.read_barrier()
-        await leader.propose(RevokeMember(PeerId("a"), "lost laptop"))
+        await leader.propose(RevokeMember(A, "lost laptop"))
         with pytest.raises((Refused, Unavailable)) as caught:
             await a.propose(model(1))
         assert caught.value.code in ("revoked", "no_leader")
@@ -190,7 +203,7 @@ async def test_revoked_member_loses_its_stream_and_is_refused(network, autojump_
             await leader.propose(RevokeMember(LEADER, "suicide"))
 
 
-async def test_no_leader_is_named_with_a_remedy(network, autojump_clock):
+async def test_no_leader_is_named_with_a_remedy(network, engine, autojump_clock):
     async with engine(network.node("a")) as a:
         with pytest.raises(Unavailable) as caught:
             await a.propose(model(1))
@@ -201,7 +214,7 @@ async def test_no_leader_is_named_with_a_remedy(network, autojump_clock):
             await a.read_barrier()
 
 
-async def test_catches_up_after_a_cut_and_survives_restarts(network, autojump_clock):
+async def test_catches_up_after_a_cut_and_survives_restarts(network, engine, autojump_clock):
     lead, node = network.node("leader", "voter"), network.node("a")
     leader_log, node_log = MemoryLog(), MemoryLog()
     async with engine(lead, leader_log) as leader:
@@ -225,7 +238,7 @@ async def test_catches_up_after_a_cut_and_survives_restarts(network, autojump_cl
         assert same(leader, a)
 
 
-async def test_leader_restart_in_mid_proposal(network, autojump_clock, nursery):
+async def test_leader_restart_in_mid_proposal(network, engine, autojump_clock, nursery):
     lead, node = network.node("leader", "voter"), network.node("a")
     store = MemoryLog()
     done = trio.Event()
@@ -246,12 +259,10 @@ async def test_leader_restart_in_mid_proposal(network, autojump_clock, nursery):
             await done.wait()
 
 
-async def test_lost_answer_does_not_apply_a_proposal_twice(network, autojump_clock):
+async def test_lost_answer_does_not_apply_a_proposal_twice(network, engine, autojump_clock):
     """The link breaks after the leader took the proposal: sent again, found again."""
     lead, node = network.node("leader", "voter"), network.node("a")
-    placement = SetPlacement(
-        model(1).model.digest, (Rank(0, Slice(0, 4, True), PeerId("a")),), 64, 1, 0
-    )
+    placement = SetPlacement(model(1).model.digest, (Rank(0, Slice(0, 4, True), A),), 64, 1, 0)
     async with engine(lead) as leader, engine(node) as a:
         await a.propose(model(1))
         commit = leader._journal.commit
@@ -277,7 +288,9 @@ async def test_lost_answer_does_not_apply_a_proposal_twice(network, autojump_clo
         assert leader.state.index == a.state.index == 2
 
 
-async def test_snapshot_brings_a_far_behind_follower_up(network, autojump_clock, monkeypatch):
+async def test_snapshot_brings_a_far_behind_follower_up(
+    network, engine, autojump_clock, monkeypatch
+):
     monkeypatch.setattr("pyagent_node.consensus.journal.WINDOW", 8)
     lead, node = network.node("leader", "voter"), network.node("a")
     leader_log, node_log = MemoryLog(), MemoryLog()
@@ -300,7 +313,7 @@ async def test_snapshot_brings_a_far_behind_follower_up(network, autojump_clock,
         assert same(leader, a)
 
 
-async def test_applied_follows_in_order(network, autojump_clock):
+async def test_applied_follows_in_order(network, engine, autojump_clock):
     async with engine(network.node("leader", "voter")) as leader, engine(network.node("a")) as a:
         seen: list[int] = []
         async with trio.open_nursery() as nursery, a.applied(0) as entries:
@@ -319,7 +332,7 @@ async def test_applied_follows_in_order(network, autojump_clock):
         assert same(leader, a)
 
 
-async def test_two_burns_at_once_one_wins(network, autojump_clock):
+async def test_two_burns_at_once_one_wins(network, engine, autojump_clock):
     outcomes: list[object] = []
     async with engine(network.node("leader", "voter")) as leader:
 
@@ -337,7 +350,7 @@ async def test_two_burns_at_once_one_wins(network, autojump_clock):
     assert sorted(map(str, outcomes)) == ["ticket_used", "won"]
 
 
-async def test_log_of_a_follower_that_is_ahead_is_reported(network, autojump_clock):
+async def test_log_of_a_follower_that_is_ahead_is_reported(network, engine, autojump_clock):
     lead, node = network.node("leader", "voter"), network.node("a")
     node_log = MemoryLog()
     async with engine(lead) as leader, engine(node, node_log) as a:
@@ -372,9 +385,11 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("first", GARBAGE)
-async def test_garbage_ends_the_stream_and_the_loop_lives(network, autojump_clock, first):
-    node = network.node("evil")
-    async with engine(network.node("leader", "voter")) as leader:
+async def test_garbage_ends_the_stream_and_the_loop_lives(network, engine, autojump_clock, first):
+    async with (
+        engine(network.node("leader", "voter")) as leader,
+        network.started(network.node("evil")) as node,
+    ):
         stream = await node.open(LEADER, PROTOCOL)
         await stream.send(first)
         answer = await stream.receive()
@@ -395,9 +410,11 @@ AFTER_WELCOME = [
 
 
 @pytest.mark.parametrize("second", AFTER_WELCOME)
-async def test_garbage_after_the_welcome(network, autojump_clock, second):
-    node = network.node("evil")
-    async with engine(network.node("leader", "voter")) as leader:
+async def test_garbage_after_the_welcome(network, engine, autojump_clock, second):
+    async with (
+        engine(network.node("leader", "voter")) as leader,
+        network.started(network.node("evil")) as node,
+    ):
         stream = await node.open(LEADER, PROTOCOL)
         await stream.send(frame(Follow(0, bytes(32))))
         welcome = await stream.receive()
@@ -410,9 +427,11 @@ async def test_garbage_after_the_welcome(network, autojump_clock, second):
         assert (await leader.propose(model(1))).index == 1
 
 
-async def test_garbage_commands_are_answered_with_errors(network, autojump_clock):
-    node = network.node("evil")
-    async with engine(network.node("leader", "voter")) as leader:
+async def test_garbage_commands_are_answered_with_errors(network, engine, autojump_clock):
+    async with (
+        engine(network.node("leader", "voter")) as leader,
+        network.started(network.node("evil")) as node,
+    ):
         stream = await node.open(LEADER, PROTOCOL)
         await stream.send(frame(Follow(0, bytes(32))))
         await stream.receive()
@@ -439,7 +458,7 @@ async def test_garbage_commands_are_answered_with_errors(network, autojump_clock
         assert leader.state.index == 0
 
 
-async def test_follower_refuses_a_lying_leader_and_tries_again(network, autojump_clock):
+async def test_follower_refuses_a_lying_leader_and_tries_again(network, engine, autojump_clock):
     lead, node = network.node("leader", "voter"), network.node("a")
     attempts = 0
 
@@ -451,9 +470,10 @@ async def test_follower_refuses_a_lying_leader_and_tries_again(network, autojump
         await stream.send(entries_frame([LogEntry(5, 1, b"nonsense")]))
         await stream.receive()
 
-    lead.handle(PROTOCOL, lie)
     async with engine(node) as a:
-        await trio.sleep(3)
+        async with network.started(lead) as mesh:
+            mesh.handle(PROTOCOL, lie)
+            await trio.sleep(3)
         assert attempts > 1
         assert a.state.index == 0
         assert a.counters.refused_messages == attempts
@@ -466,7 +486,7 @@ async def test_follower_refuses_a_lying_leader_and_tries_again(network, autojump
             assert a.status().problem is None
 
 
-async def test_silent_leader_meets_the_deadline(network, autojump_clock):
+async def test_silent_leader_meets_the_deadline(network, engine, autojump_clock):
     lead, node = network.node("leader", "voter"), network.node("a")
 
     async def mute(stream) -> None:
@@ -475,14 +495,14 @@ async def test_silent_leader_meets_the_deadline(network, autojump_clock):
         while await stream.receive() is not None:
             pass
 
-    lead.handle(PROTOCOL, mute)
-    async with engine(node, propose_seconds=4) as a:
+    async with network.started(lead) as mesh, engine(node, propose_seconds=4) as a:
+        mesh.handle(PROTOCOL, mute)
         with pytest.raises(DeadlineExceeded) as caught:
             await a.propose(model(1))
         assert caught.value.code == "propose_timeout"
 
 
-async def test_disk_failure_refuses_and_the_writer_lives(network, autojump_clock):
+async def test_disk_failure_refuses_and_the_writer_lives(network, engine, autojump_clock):
     class Failing(MemoryLog):
         fail = False
 
@@ -507,7 +527,7 @@ async def test_disk_failure_refuses_and_the_writer_lives(network, autojump_clock
         assert same(leader, a)
 
 
-async def test_proposals_of_one_node_are_bounded(network, autojump_clock):
+async def test_proposals_of_one_node_are_bounded(network, engine, autojump_clock):
     async with engine(network.node("a")) as a:
         refused = 0
 
@@ -526,7 +546,7 @@ async def test_proposals_of_one_node_are_bounded(network, autojump_clock):
         assert refused == 44
 
 
-async def test_on_disk(network, tmp_path: Path):
+async def test_on_disk(network, engine, tmp_path: Path):
     lead, node = network.node("leader", "voter"), network.node("a")
     for start in (0, 10):
         async with (
