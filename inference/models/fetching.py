@@ -26,6 +26,8 @@ PEERS_AT_ONCE: Final = 8
 """Peers that are fetched from at the same time."""
 ATTEMPTS: Final = 4
 """Tries in a row with a peer that gives nothing before it is left alone."""
+RETRY_SECONDS: Final = 0.25
+"""Wait before the second try with a peer; doubled for each further one."""
 REFRESH_SECONDS: Final = 2.0
 """How often an idle peer is asked again what it holds (it may be fetching too)."""
 STALL_SECONDS: Final = 90.0
@@ -62,12 +64,14 @@ class ChunkFetch:
         wanted: Iterable[int],
         *,
         stats: TransferStats,
+        banned: set[PeerId],
         progress: Callable[[int], None],
     ) -> None:
         self._mesh = mesh
         self._partial = partial
         self._model = partial.manifest.digest
         self._stats = stats
+        self._banned = banned
         self._progress = progress
         self._plan = ChunkScheduler(partial.have.missing(wanted))
         self._last_error: PyAgentError | None = None
@@ -80,11 +84,13 @@ class ChunkFetch:
     async def run(self, peers: Sequence[PeerId]) -> None:
         """Fetch every missing chunk or raise why that cannot be done.
 
+        Peers that send wrong bytes join the banned ones and are left out from then on.
         :class:`CorruptData` (``chunk_corrupt``) when the only peers left sent wrong bytes,
         :class:`Unavailable` (``no_source``) when nobody holds what is missing, and the errors of
         the disk.  What came is kept.
         """
-        self._waiting.extend(dict.fromkeys(p for p in peers if p != self._mesh.peer_id))
+        left_out = {self._mesh.peer_id, *self._banned}
+        self._waiting.extend(dict.fromkeys(peer for peer in peers if peer not in left_out))
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(min(PEERS_AT_ONCE, len(self._waiting))):
@@ -101,7 +107,7 @@ class ChunkFetch:
     async def _watch(self) -> None:
         """Return when all is there, when nobody is left to ask, or when nothing moves."""
         before = 0
-        while self._plan.missing != before:
+        while self._plan.missing not in (0, before):
             before = self._plan.missing
             with trio.move_on_after(STALL_SECONDS):
                 while self._plan.missing == before and self._working and not self._fault:
@@ -139,13 +145,14 @@ class ChunkFetch:
             finally:
                 self._plan.drop(peer)
                 self._touch()
-            await trio.sleep(0.25 * 2**attempt)
+            await trio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
 
     def _give_up(self, peer: PeerId, error: PyAgentError) -> None:
         _log.info("transfer from %s: %s", peer, error)
         self._last_error = error
         self._stats.dropped[peer] = error.code
         if isinstance(error, CorruptData):
+            self._banned.add(peer)
             self._stats.chunks_corrupt += error.code == "chunk_corrupt"
             _log.warning("peer %s sent wrong bytes and is not asked again: %s", peer, error)
 

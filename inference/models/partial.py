@@ -43,13 +43,12 @@ class PartialModel:
         """Changes that the bitmap on disk does not know."""
         self._header: GgufHeader | None = None
         self._have = read_bitmap(folder, manifest)
+        self._closed = False
         with mapped(self.path, "opening"):
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            self._file = os.fdopen(fd, "r+b", buffering=0)
-            if os.fstat(fd).st_size != manifest.size:
+            if not self.path.exists() or self.path.stat().st_size != manifest.size:
                 self._have = ChunkSet(manifest.count)
-                self._file.truncate(0)
-                self._file.truncate(manifest.size)
+                with self.path.open("wb") as file:
+                    file.truncate(manifest.size)
 
     @property
     def have(self) -> ChunkSet:
@@ -68,11 +67,11 @@ class PartialModel:
             self._check_open()
             if index in self._have:
                 return False
-            with mapped(self.path, "writing"):
-                self._file.seek(self.manifest.range(index).start)
+            with mapped(self.path, "writing"), self.path.open("r+b", buffering=0) as file:
+                file.seek(self.manifest.range(index).start)
                 view = memoryview(data)
                 while view:
-                    view = view[self._file.write(view) or 0 :]
+                    view = view[file.write(view) :]
             self._have.add(index)
             self._unsynced += 1
             if self._unsynced >= SYNC_CHUNKS:
@@ -90,9 +89,9 @@ class PartialModel:
             if index not in self._have:
                 raise not_held(self.manifest, index)
             place = self.manifest.range(index)
-            with mapped(self.path, "reading"):
-                self._file.seek(place.start)
-                data = self._file.read(place.stop - place.start) or b""
+            with mapped(self.path, "reading"), self.path.open("rb", buffering=0) as file:
+                file.seek(place.start)
+                data = file.read(place.stop - place.start)
             try:
                 self.manifest.check_chunk(index, data)
             except CorruptData:
@@ -105,7 +104,7 @@ class PartialModel:
     def sync(self) -> None:
         """Make what was written durable."""
         with self._lock:
-            if not self._file.closed:
+            if not self._closed:
                 self._sync()
 
     def model_file(self) -> ModelFile:
@@ -123,19 +122,13 @@ class PartialModel:
             self._header = parse_header(data, self.manifest.size)
         return ModelFile(self.path, self._header, have, self.manifest.chunk_bytes)
 
-    def close(self, *, sync: bool = True) -> None:
-        """Sync and close; idempotent."""
+    def close(self) -> None:
+        """Refuse every further use: the files are removed or become something else."""
         with self._lock:
-            if not self._file.closed:
-                try:
-                    if sync:
-                        with contextlib.suppress(PyAgentError):
-                            self._sync()
-                finally:
-                    self._file.close()
+            self._closed = True
 
     def _check_open(self) -> None:
-        if self._file.closed:
+        if self._closed:
             raise NotFound(
                 f"Model {self.manifest.digest[:16]} was removed from this node.",
                 code="model_not_found",
@@ -144,8 +137,8 @@ class PartialModel:
     def _sync(self) -> None:
         if not self._unsynced:  # another process may know more than we do
             return
-        with mapped(self.path, "writing"):
-            os.fsync(self._file.fileno())
+        with mapped(self.path, "writing"), self.path.open("r+b") as file:
+            os.fsync(file.fileno())
         bits = self._have.to_bytes()
         write_atomic(self._bitmap, blake3(bits) + bits)
         self._unsynced = 0

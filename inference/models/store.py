@@ -334,6 +334,7 @@ class ModelStore:
                     remedy="The manifest is wrong: remove the model and register it again.",
                 )
             with mapped(path, "writing"):
+                partial.close()
                 os.replace(partial.path, path)
                 sync_dir(path.parent)
             self._forget_partial(digest)
@@ -401,13 +402,6 @@ class ModelStore:
                 trash = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
                 os.replace(folder, trash / digest)
         shutil.rmtree(trash, ignore_errors=True)
-
-    def close(self) -> None:
-        """Sync and close every partial file; the store can be used again."""
-        with self._lock:
-            for partial in self._partials.values():
-                partial.close()
-            self._partials.clear()
 
     def downloads(self) -> Path:
         """Return the folder of unfinished downloads, creating it."""
@@ -483,7 +477,7 @@ class ModelStore:
     def _forget_partial(self, digest: Digest) -> None:
         partial = self._partials.pop(digest, None)
         if partial is not None:
-            partial.close(sync=False)
+            partial.close()
         folder = self._folder(digest)
         with mapped(folder, "removing"):
             (folder / BITMAP).unlink(missing_ok=True)
@@ -494,7 +488,7 @@ class ModelStore:
         with self._lock:
             partial = self._partials.pop(digest, None)
             if partial is not None:
-                partial.close(sync=False)
+                partial.close()
             self._manifests.pop(digest, None)
             self._whole.pop(digest, None)
 

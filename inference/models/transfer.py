@@ -197,6 +197,7 @@ class _Fetch:
         self._peers = peers
         self._progress = progress
         self._stats = stats if stats is not None else TransferStats()
+        self._banned: set[PeerId] = set()
 
     async def header(self) -> None:
         """Make the header be here."""
@@ -223,9 +224,15 @@ class _Fetch:
         if missing:
             await trio.to_thread.run_sync(store.check_room, sum(sizes[i] for i in missing))
             partial = await trio.to_thread.run_sync(store.partial, manifest.digest)
-            await ChunkFetch(self._mesh, partial, missing, stats=self._stats, progress=advance).run(
-                self._peers
+            fetch = ChunkFetch(
+                self._mesh,
+                partial,
+                missing,
+                stats=self._stats,
+                banned=self._banned,
+                progress=advance,
             )
+            await fetch.run(self._peers)
         advance(0)
 
 

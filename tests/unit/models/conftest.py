@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from pyagent_node.inference.models import fetching
+from pyagent_node.simulations.mesh import open_network
 
 
 def _beside(name: str) -> ModuleType:
@@ -33,3 +38,34 @@ def llama() -> ModuleType:
 def tiny() -> ModuleType:
     """The module ``tiny_models``: makes small random models."""
     return _beside("tiny_models")
+
+
+@pytest.fixture(scope="session")
+def swarm_module() -> ModuleType:
+    """The module ``swarm``: a simulated swarm with a small model."""
+    return _beside("swarm")
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small whole model."""
+    path: Path = tiny.tiny_model(tmp_path_factory.mktemp("source") / "tiny.gguf", tokens=True)
+    return path
+
+
+@pytest.fixture
+def swarming(
+    swarm_module: ModuleType,
+    tiny_source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., object]:
+    """Open a swarm: ``async with swarming(latency=0.001) as swarm``."""
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.001)
+
+    @asynccontextmanager
+    async def make(latency: float = 0.0) -> AsyncIterator[object]:
+        async with open_network(latency=latency) as network:
+            yield swarm_module.Swarm(network, tiny_source, tmp_path)
+
+    return make
