@@ -66,9 +66,10 @@ class ToyTokenizer:
         ids = [min(ord(c), 127) for c in text]
         return [BOS_TOKEN, *ids] if add_special else ids
 
-    async def render(self, messages: Sequence[ChatMessage]) -> str:
+    async def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return ``role:content`` lines."""
-        return "".join(f"{m.role}:{m.content}\n" for m in messages)
+        text = "".join(f"{m.role}:{m.content}\n" for m in messages)
+        return await self.tokenize(text, add_special=False, parse_special=False)
 
 
 def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _Ints]:

@@ -353,8 +353,7 @@ async def _prompt(model: HeadModel, request: GenerationRequest) -> Tokens:
         ids = await model.tokenizer.tokenize(request.prompt, add_special=True, parse_special=True)
     else:
         assert request.messages is not None, "check_request has seen that one of three is given"
-        text = await model.tokenizer.render(request.messages)
-        ids = await model.tokenizer.tokenize(text, add_special=False, parse_special=True)
+        ids = await model.tokenizer.chat(request.messages)
     if not ids:
         raise InvalidRequest("The prompt is empty.", code="bad_parameter", parameter="prompt")
     return cast("Tokens", np.array(ids, dtype=np.int32))

@@ -64,8 +64,8 @@ class Tokenizer(Protocol):
         """
         ...
 
-    async def render(self, messages: Sequence[ChatMessage]) -> str:
-        """Return the conversation in the model's chat template, ready for the answer."""
+    async def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the tokens of a conversation in the model's template, ready for the answer."""
         ...
 
 

@@ -1,0 +1,113 @@
+"""Where slices, runners and head assets come from: the store, the peers, child processes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import trio
+
+from pyagent_node.base.errors import RunnerFailed
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.consensus.commands import ModelRecord
+from pyagent_node.inference.models.embeddings import EmbeddingTable
+from pyagent_node.inference.models.fetching import TransferStats
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.transfer import ensure_head_assets, ensure_slice
+from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.ports import StageRunner
+from pyagent_node.inference.runner import (
+    RunnerSpec,
+    TokenizerRunner,
+    open_slice_runner,
+    open_tokenizer_runner,
+)
+from pyagent_node.node.placements import HeadParts, HostProgress
+
+
+class _HeadParts(NamedTuple):
+    vocabulary: Vocabulary
+    tokenizer: TokenizerRunner
+    embeddings: EmbeddingTable | None
+
+    @property
+    def failed(self) -> trio.Event:
+        return self.tokenizer.failed
+
+    @property
+    def failure(self) -> RunnerFailed | None:
+        return self.tokenizer.failure
+
+
+class LocalAssets:
+    """Implements ``placements.Assets``.
+
+    Fetches what is missing from every connected peer; ``stats`` counts that.  ``threads`` is what
+    each slice computes with (``None``: the runner's default).
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        store: ModelStore,
+        *,
+        threads: int | None = None,
+        stats: TransferStats | None = None,
+    ) -> None:
+        self.stats = stats or TransferStats()
+        self._mesh = mesh
+        self._store = store
+        self._threads = threads
+
+    def _peers(self) -> list[PeerId]:
+        return [peer.peer_id for peer in self._mesh.peers()]
+
+    @asynccontextmanager
+    async def runner(
+        self, model: ModelRecord, placement: Placement, rank: Rank, progress: HostProgress
+    ) -> AsyncIterator[StageRunner]:
+        """Fetch a slice and run it while the context lasts."""
+        path = await ensure_slice(
+            self._mesh,
+            self._store,
+            model,
+            rank.slice,
+            self._peers(),
+            progress=lambda done, total: progress("fetching", done, total),
+            stats=self.stats,
+        )
+        progress("loading")
+        spec = RunnerSpec(
+            kind="slice",
+            path=str(path),
+            slice=rank.slice,
+            n_ctx=placement.n_ctx,
+            n_seq=placement.n_seq,
+            threads=self._threads,
+        )
+        async with open_slice_runner(spec) as runner:
+            yield runner
+
+    @asynccontextmanager
+    async def head(
+        self, model: ModelRecord, placement: Placement, progress: HostProgress
+    ) -> AsyncIterator[HeadParts]:
+        """Fetch header and embeddings and run a tokenizer while the context lasts."""
+        assets = await ensure_head_assets(
+            self._mesh,
+            self._store,
+            model,
+            self._peers(),
+            progress=lambda done, total: progress("fetching", done, total),
+            stats=self.stats,
+        )
+        progress("loading")
+        with assets:
+            async with open_tokenizer_runner(str(assets.tokenizer)) as tokenizer:
+                vocabulary = Vocabulary(
+                    pieces=tuple(await tokenizer.pieces()),
+                    end_tokens=frozenset(tokenizer.info.end_tokens),
+                )
+                yield _HeadParts(vocabulary, tokenizer, assets.embeddings)

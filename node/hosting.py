@@ -1,0 +1,110 @@
+"""Puts a node's model services together: hosting of placements, answers to peers, operations."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.inference.models.architectures import model_shape
+from pyagent_node.inference.models.blob_server import BlobServer
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.pipeline.pipeline import Pipeline
+from pyagent_node.node.assets import LocalAssets
+from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.models import ModelDefaults, NodeModels
+from pyagent_node.node.nurseries import background
+from pyagent_node.node.placement_board import PlacementBoard
+from pyagent_node.node.placement_messages import (
+    AskFacts,
+    AskPlacements,
+    FactsReply,
+    PlacementReports,
+)
+from pyagent_node.node.placements import Assets, PlacementController
+from pyagent_node.node.planning import facts_reply
+from pyagent_node.node.rpc import Rpc
+
+_SLICE: Final = re.compile(r"[0-9]{1,6}-[0-9]{1,6}(\+head)?", re.ASCII)
+
+
+@asynccontextmanager
+async def open_models(
+    *,
+    mesh: Mesh,
+    consensus: Consensus,
+    rpc: Rpc,
+    pipeline: Pipeline,
+    store: ModelStore,
+    name: str,
+    defaults: ModelDefaults | None = None,
+    threads: int | None = None,
+    memory: Callable[[], int] | None = None,
+    assets: Assets | None = None,
+    clock: Callable[[], float] = time.time,
+) -> AsyncIterator[NodeModels]:
+    """Host this node's parts of all placements, and serve models and facts to peers.
+
+    ``name`` is the node's; ``threads`` is what each slice computes with and ``memory`` what models
+    may take (``None``: what is free).  ``assets`` is for tests.
+    """
+
+    def held(digest: Digest) -> tuple[Slice, ...]:
+        return _held(store, digest)
+
+    peer_id: PeerId = mesh.peer_id
+    if memory is None:
+        facts = FactsProvider(peer_id, name, held, threads=threads)
+    else:
+        facts = FactsProvider(peer_id, name, held, threads=threads, memory=memory)
+    controller = PlacementController(
+        peer_id, consensus, pipeline, assets or LocalAssets(mesh, store, threads=threads)
+    )
+    board = PlacementBoard(mesh, rpc, consensus, controller)
+
+    async def answer_facts(peer: PeerId, ask: AskFacts, tail: bytes) -> tuple[FactsReply, bytes]:
+        return await facts_reply(mesh, facts, ask.model), b""
+
+    async def answer_placements(
+        peer: PeerId, ask: AskPlacements, tail: bytes
+    ) -> tuple[PlacementReports, bytes]:
+        return controller.reports(), b""
+
+    rpc.register(AskFacts, answer_facts)
+    rpc.register(AskPlacements, answer_placements)
+    BlobServer(store).attach(mesh)
+    async with background() as nursery:
+        nursery.start_soon(controller.run)
+        yield NodeModels(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            store=store,
+            facts=facts,
+            board=board,
+            defaults=defaults or ModelDefaults(),
+            clock=clock,
+        )
+
+
+def _held(store: ModelStore, digest: Digest) -> tuple[Slice, ...]:
+    """Return the slices whose bytes lie here: all layers of a whole file, or those written out."""
+    try:
+        stored = store.get(digest)
+        if stored.path is None:
+            return tuple(map(_parse_slice, filter(_SLICE.fullmatch, stored.slices)))
+        return (Slice(0, model_shape(store.model_file(digest).header).n_layers, True),)
+    except PyAgentError:
+        return ()
+
+
+def _parse_slice(text: str) -> Slice:
+    layers, _, head = text.partition("+")
+    first, _, last = layers.partition("-")
+    return Slice(int(first), int(last), head == "head")

@@ -1,0 +1,354 @@
+"""The models of a node and of its mesh: pull, load, unload, remove, list.
+
+``load`` asks every node for its facts, plans, proposes the placement and waits until every rank is
+ready; a placement that cannot get ready is taken back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import msgspec
+import trio
+
+from pyagent_node.base.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PyAgentError,
+    Unsupported,
+)
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import Digest, Placement
+from pyagent_node.consensus.commands import (
+    ForgetModel,
+    ModelRecord,
+    RegisterModel,
+    RemovePlacement,
+    SetPlacement,
+)
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.inference.models.architectures import check_sliceable, model_shape
+from pyagent_node.inference.models.gguf_header import GgufHeader
+from pyagent_node.inference.models.pull import pull
+from pyagent_node.inference.models.sources import CATALOGUE
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.stored_model import StoredModel
+from pyagent_node.inference.models.transfer import ensure_head_assets, ensure_model
+from pyagent_node.inference.pipeline.plan_types import Plan
+from pyagent_node.inference.pipeline.planner import plan
+from pyagent_node.node.api.schema import (
+    LoadRequest,
+    ModelView,
+    PlacementView,
+    Progress,
+    PullRequest,
+)
+from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.placement_board import PlacementBoard, Report
+from pyagent_node.node.planning import choose_nodes, planner_shape, survey
+from pyagent_node.node.rpc import Rpc
+
+logger = logging.getLogger("pyagent_node.models")
+
+UNLOAD_SECONDS: Final = 15.0
+"""Longest wait for the nodes to stop what was unloaded; they go on stopping after it."""
+DEFAULT_N_CTX: Final = 2048
+DEFAULT_N_SEQ: Final = 8
+
+T = TypeVar("T")
+
+
+class ModelDefaults(msgspec.Struct, frozen=True):
+    """Context length and number of sessions where a load request names none."""
+
+    n_ctx: int = DEFAULT_N_CTX
+    n_seq: int = DEFAULT_N_SEQ
+
+
+class NodeModels:
+    """What a node can do with models; get one from :func:`open_models`."""
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        consensus: Consensus,
+        rpc: Rpc,
+        store: ModelStore,
+        facts: FactsProvider,
+        board: PlacementBoard,
+        defaults: ModelDefaults,
+        clock: Callable[[], float],
+    ) -> None:
+        self._mesh = mesh
+        self._consensus = consensus
+        self._rpc = rpc
+        self._store = store
+        self._facts = facts
+        self._board = board
+        self._defaults = defaults
+        self._clock = clock
+
+    # ---- looking ---------------------------------------------------------------------------
+
+    async def placements(self) -> tuple[PlacementView, ...]:
+        """Return every placement with the state and load of its ranks."""
+        return await self._board.views()
+
+    async def list(self) -> tuple[ModelView, ...]:
+        """Return the models that the mesh knows or this node holds, by name."""
+        stored = {m.digest: m for m in await trio.to_thread.run_sync(self._store.list)}
+        digests = {*stored, *self._consensus.state.models}
+        views = [self._view(digest, stored.get(digest)) for digest in digests]
+        return tuple(sorted(views, key=lambda view: (view.name, view.digest)))
+
+    def _view(self, digest: Digest, stored: StoredModel | None) -> ModelView:
+        state = self._consensus.state
+        record, placement = state.models.get(digest), state.placements.get(digest)
+        known = record or stored
+        assert known is not None, "a listed model is known somewhere"
+        return ModelView(
+            digest=digest,
+            name=known.name,
+            size=known.size,
+            local_bytes=stored.bytes_held if stored is not None else 0,
+            registered=record is not None,
+            architecture=record.architecture if record is not None else None,
+            n_layers=record.n_layers if record is not None else None,
+            n_ctx_train=record.n_ctx_train if record is not None else None,
+            epoch=placement.epoch if placement is not None else None,
+        )
+
+    # ---- pull ------------------------------------------------------------------------------
+
+    async def pull(self, request: PullRequest, report: Report) -> ModelView:
+        """Bring a model here: from its source, or from peers if the mesh knows it by that name.
+
+        The mesh learns of it, unless it cannot decide now.  Raises what ``inference.models.pull``
+        and ``inference.models.transfer`` raise.
+        """
+
+        def progress(done: int, total: int | None) -> None:
+            report(Progress(step="download", text=request.source, done=done, total=total))
+
+        record = self._registered(request.source)
+        if record is not None and request.source not in CATALOGUE:
+            peers = [p.peer_id for p in self._mesh.peers()]
+            await ensure_model(self._mesh, self._store, record, peers, progress=progress)
+            stored = await self._in_thread(self._store.get, record.digest)
+        else:
+            stored = await pull(
+                self._store, request.source, sha256=request.sha256, progress=progress
+            )
+        try:
+            await self._register(stored)
+        except PyAgentError as error:
+            # The model is here, which is what was asked for; loading it tries again.
+            logger.warning("the mesh did not learn of %s: %s", stored.name, error)
+            report(Progress(step="register", text=f"the mesh does not know it yet: {error}"))
+        return self._view(stored.digest, stored)
+
+    async def _register(self, stored: StoredModel) -> ModelRecord:
+        known = self._consensus.state.models.get(stored.digest)
+        if known is not None:
+            return known
+        file = await self._in_thread(self._store.model_file, stored.digest)
+        shape = model_shape(file.header)
+        record = ModelRecord(
+            digest=stored.digest,
+            name=stored.name,
+            size=stored.size,
+            architecture=shape.architecture,
+            n_layers=shape.n_layers,
+            n_embd=shape.n_embd,
+            n_vocab=shape.n_vocab,
+            n_ctx_train=shape.n_ctx_train,
+            manifest=stored.manifest,
+            created=int(self._clock()),
+        )
+        try:
+            await self._consensus.propose(RegisterModel(record))
+        except Conflict:
+            # Registered by another node meanwhile, maybe under another name.
+            if stored.digest not in self._consensus.state.models:
+                raise
+        return self._consensus.state.models[stored.digest]
+
+    def _registered(self, name: str) -> ModelRecord | None:
+        for record in self._consensus.state.models.values():
+            if name in (record.name, record.digest):
+                return record
+        return None
+
+    async def _find(self, name: str) -> ModelRecord:
+        """Return the record of a model by name or digest, registering one that lies here."""
+        record = self._registered(name)
+        if record is not None:
+            return record
+        try:
+            stored = await self._in_thread(self._store.find, name)
+        except NotFound:
+            raise NotFound(
+                f"Neither this node nor its mesh has a model {name[:80]!r}.",
+                code="model_not_found",
+                remedy="Get it with 'pyagent-node model pull'; see 'pyagent-node model list'.",
+            ) from None
+        return await self._register(stored)
+
+    # ---- load ------------------------------------------------------------------------------
+
+    async def load(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Place a model and wait until every rank, and the head here, is ready.
+
+        A model that is placed already is placed anew if the request says how, else it stays.
+        Raises :class:`NotFound` (``model_not_found``), the errors of ``planner.plan`` and of
+        ``PlacementBoard.wait_ready``; the placement is then taken back.
+        """
+        record = await self._find(request.model)
+        current = self._consensus.state.placements.get(record.digest)
+        chosen = (request.ranks, request.layers, request.nodes, request.n_ctx, request.n_seq)
+        if current is not None and all(value is None for value in chosen):
+            await self._board.wait_ready(current, report)
+            return await self._placed(current)
+        best = await self._plan(record, request, report)
+        for line in best.explanation:
+            logger.info("%s: %s", record.name, line)
+        placement = await self._place(record, request, best)
+        report(
+            Progress(
+                step="place",
+                text=f"placed at epoch {placement.epoch}: " + "; ".join(best.explanation),
+            )
+        )
+        try:
+            await self._board.wait_ready(placement, report)
+        except PyAgentError:
+            await self._take_back(placement)
+            raise
+        return await self._placed(placement)
+
+    async def _plan(self, record: ModelRecord, request: LoadRequest, report: Report) -> Plan:
+        n_ctx, n_seq = self._sizes(record, request)
+        report(Progress(step="plan", text="measuring the nodes"))
+        header = await self._header(record, report)
+        swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
+        nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
+        try:
+            check_sliceable(header)
+        except Unsupported:
+            if options.boundaries or (options.ranks or 1) > 1:
+                raise
+            options = msgspec.structs.replace(options, ranks=1)
+        return plan(
+            planner_shape(header, record.name),
+            nodes,
+            swarm.rtt_ms,
+            options,
+            head=self._mesh.peer_id,
+        )
+
+    def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
+        n_ctx = request.n_ctx
+        if n_ctx is None:
+            n_ctx = min(self._defaults.n_ctx, record.n_ctx_train)
+        elif not 1 <= n_ctx <= record.n_ctx_train:
+            raise InvalidRequest(
+                f"n_ctx is {n_ctx}; {record.name} was trained for 1 to {record.n_ctx_train}.",
+                code="bad_parameter",
+                parameter="n_ctx",
+            )
+        return n_ctx, self._defaults.n_seq if request.n_seq is None else request.n_seq
+
+    async def _header(self, record: ModelRecord, report: Report) -> GgufHeader:
+        """Return the model's header, fetching the head's assets (which a load needs anyway)."""
+        try:
+            return (await self._in_thread(self._store.model_file, record.digest)).header
+        except NotFound:
+            peers = [p.peer_id for p in self._mesh.peers()]
+
+            def progress(done: int, total: int | None) -> None:
+                report(Progress(step="fetch", text="embeddings", done=done, total=total))
+
+            assets = await ensure_head_assets(
+                self._mesh, self._store, record, peers, progress=progress
+            )
+            assets.close()
+            return (await self._in_thread(self._store.model_file, record.digest)).header
+
+    async def _place(self, record: ModelRecord, request: LoadRequest, best: Plan) -> Placement:
+        n_ctx, n_seq = self._sizes(record, request)
+        before = self._consensus.state.placements.get(record.digest)
+        await self._consensus.propose(
+            SetPlacement(
+                model=record.digest,
+                ranks=best.ranks,
+                n_ctx=n_ctx,
+                n_seq=n_seq,
+                after_epoch=before.epoch if before is not None else 0,
+            )
+        )
+        placement = self._consensus.state.placements.get(record.digest)
+        if placement is None or placement.ranks != best.ranks:
+            raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
+        return placement
+
+    async def _take_back(self, placement: Placement) -> None:
+        try:
+            await self._consensus.propose(RemovePlacement(placement.model, placement.epoch))
+        except PyAgentError as error:
+            logger.warning("epoch %d was not taken back: %s", placement.epoch, error)
+
+    async def _placed(self, placement: Placement) -> PlacementView:
+        for view in await self._board.views():
+            if (view.model, view.epoch) == (placement.model, placement.epoch):
+                return view
+        raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
+
+    # ---- unload, remove --------------------------------------------------------------------
+
+    async def unload(self, model: str) -> None:
+        """Remove a placement and wait until the nodes have let go of it (or a deadline).
+
+        Raises :class:`NotFound` (``model_not_found``, ``placement_not_found``).
+        """
+        record = self._registered(model)
+        if record is None:
+            raise NotFound(f"The mesh knows no model {model[:80]!r}.", code="model_not_found")
+        placement = self._consensus.state.placements.get(record.digest)
+        if placement is None:
+            raise NotFound(
+                f"{record.name} is not loaded.",
+                code="placement_not_found",
+                remedy="See 'pyagent-node status' for what is.",
+            )
+        await self._consensus.propose(RemovePlacement(record.digest, placement.epoch))
+        with trio.move_on_after(UNLOAD_SECONDS):
+            await self._board.wait_gone(placement)
+
+    async def remove(self, digest: Digest) -> None:
+        """Delete a model's files here, and let the mesh forget it.
+
+        Raises :class:`Conflict` (``model_placed``) while it is loaded and :class:`NotFound`
+        (``model_not_found``).
+        """
+        state = self._consensus.state
+        if digest in state.placements:
+            raise Conflict(
+                "The model is loaded.",
+                code="model_placed",
+                remedy="Unload it first: 'pyagent-node model unload'.",
+            )
+        registered = digest in state.models
+        try:
+            await self._in_thread(self._store.remove, digest)
+        except NotFound:
+            if not registered:
+                raise
+        if registered:
+            await self._consensus.propose(ForgetModel(digest))
+
+    async def _in_thread(self, work: Callable[[Digest], T], digest: Digest | str) -> T:
+        return await trio.to_thread.run_sync(work, Digest(digest))

@@ -1,0 +1,246 @@
+"""How far placements are, over all nodes: for ``status``, and to wait until one is ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import trio
+
+from pyagent_node.base.errors import (
+    Conflict,
+    CorruptData,
+    DeadlineExceeded,
+    ErrorInfo,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PyAgentError,
+    Unsupported,
+    error_from_info,
+)
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.node.api.schema import PlacementView, Progress, RankState, RankView
+from pyagent_node.node.placement_messages import (
+    AskPlacements,
+    HeadReport,
+    PlacementReports,
+    RankReport,
+)
+from pyagent_node.node.placements import PlacementController, not_hosted
+from pyagent_node.node.rpc import Rpc
+
+logger = logging.getLogger("pyagent_node.placements")
+
+POLL_SECONDS: Final = 0.25
+"""How often the nodes are asked while a placement is waited for."""
+ASK_SECONDS: Final = 3.0
+"""Longest wait for one node's report."""
+LOST_SECONDS: Final = 30.0
+"""A node that has not answered for so long will not get ready."""
+STALL_SECONDS: Final = 600.0
+"""A placement of which nothing has moved for so long will not get ready."""
+ATTEMPTS: Final = 3
+"""Failures of a rank that may pass by themselves, before it is given up."""
+
+_FINAL: Final = (InvalidRequest, Unsupported, CorruptData, LimitExceeded, NotFound)
+"""Errors that another attempt does not change."""
+
+Report = Callable[[Progress], None]
+
+
+class PlacementBoard:
+    """Asks nodes for their reports and puts them together."""
+
+    def __init__(
+        self, mesh: Mesh, rpc: Rpc, consensus: Consensus, controller: PlacementController
+    ) -> None:
+        self._mesh = mesh
+        self._rpc = rpc
+        self._consensus = consensus
+        self._controller = controller
+
+    async def reports(self, peers: Iterable[PeerId]) -> dict[PeerId, PlacementReports]:
+        """Return the reports of those of ``peers`` that answer."""
+        found: dict[PeerId, PlacementReports] = {}
+
+        async def ask(peer: PeerId) -> None:
+            try:
+                found[peer], _ = await self._rpc.call(
+                    peer, AskPlacements(), PlacementReports, seconds=ASK_SECONDS
+                )
+            except PyAgentError as error:
+                logger.debug("no report from %s: %s", peer, error)
+
+        async with trio.open_nursery() as nursery:
+            for peer in set(peers):
+                if peer == self._mesh.peer_id:
+                    found[peer] = self._controller.reports()
+                else:
+                    nursery.start_soon(ask, peer)
+        return found
+
+    async def views(self) -> tuple[PlacementView, ...]:
+        """Return every placement with its ranks' states, as ``status`` shows them."""
+        placements = list(self._consensus.state.placements.values())
+        reports = await self.reports(r.peer_id for p in placements for r in p.ranks)
+        return tuple(self._view(placement, reports) for placement in placements)
+
+    def _view(self, placement: Placement, reports: dict[PeerId, PlacementReports]) -> PlacementView:
+        state = self._consensus.state
+        record = state.models.get(placement.model)
+        ranks = []
+        for rank in placement.ranks:
+            member = state.members.get(rank.peer_id)
+            name = member.name if member is not None else rank.peer_id[-8:]
+            ranks.append(_rank_view(rank, name, _report_of(placement, rank, reports)))
+        return PlacementView(
+            model=placement.model,
+            name=record.name if record is not None else placement.model[:12],
+            epoch=placement.epoch,
+            n_ctx=placement.n_ctx,
+            n_seq=placement.n_seq,
+            ready=all(rank.state == "ready" for rank in ranks),
+            ranks=tuple(ranks),
+        )
+
+    async def wait_ready(self, placement: Placement, report: Report) -> None:
+        """Wait until every rank, and the head on this node, is ready.
+
+        Raises the error of a rank that cannot get ready (facts ``rank`` and ``peer_id``),
+        :class:`Unavailable` (``peer_lost``) for a node that does not answer, :class:`Conflict`
+        (``stale_epoch``) when the model is placed anew meanwhile, and :class:`DeadlineExceeded`.
+        """
+        peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
+        heard = dict.fromkeys(peers, trio.current_time())
+        moved, last = trio.current_time(), None
+        while True:
+            current = self._consensus.state.placements.get(placement.model)
+            if current is None or current.epoch != placement.epoch:
+                raise Conflict(
+                    "The model was unloaded or placed anew meanwhile.", code="stale_epoch"
+                )
+            reports = await self.reports(peers)
+            now = trio.current_time()
+            heard.update(dict.fromkeys(reports, now))
+            ranks = [_report_of(placement, rank, reports) for rank in placement.ranks]
+            head = _head_of(placement, reports.get(self._mesh.peer_id))
+            for rank, found in zip(placement.ranks, ranks, strict=True):
+                if now - heard[rank.peer_id] > LOST_SECONDS:
+                    raise not_hosted(rank.rank, rank.peer_id)
+                if found is not None:
+                    _raise_if_final(found, f"Rank {rank.rank} on {rank.peer_id}", rank)
+            if head is not None:
+                _raise_if_final(head, "The head on this node", None)
+            ready = [r is not None and r.state == "ready" for r in ranks]
+            _tell(report, [r for r in (*ranks, head) if r is not None], sum(ready), len(ranks))
+            if all(ready) and head is not None and head.state == "ready":
+                return
+            picture = [(r.state, r.done, r.failures) if r else None for r in (*ranks, head)]
+            if picture != last:
+                moved, last = now, picture
+            if now - moved > STALL_SECONDS:
+                raise DeadlineExceeded(
+                    f"{sum(ready)} of {len(ranks)} ranks are ready, and nothing has moved for"
+                    f" {STALL_SECONDS:.0f} s.",
+                    code="load_stalled",
+                    remedy="See the logs of the nodes whose ranks are not ready.",
+                )
+            await trio.sleep(POLL_SECONDS)
+
+    async def wait_gone(self, placement: Placement) -> None:
+        """Wait until no node that answers still holds a part of ``placement``."""
+        peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
+        while True:
+            reports = await self.reports(peers)
+            wanted = (placement.model, placement.epoch)
+            ranks = [(r.model, r.epoch) for told in reports.values() for r in told.ranks]
+            heads = [(h.model, h.epoch) for told in reports.values() for h in told.heads]
+            if wanted not in (*ranks, *heads):
+                return
+            await trio.sleep(POLL_SECONDS)
+
+
+def _report_of(
+    placement: Placement, rank: Rank, reports: dict[PeerId, PlacementReports]
+) -> RankReport | None:
+    told = reports.get(rank.peer_id)
+    wanted = (placement.model, placement.epoch, rank.rank)
+    for found in told.ranks if told is not None else ():
+        if (found.model, found.epoch, found.rank) == wanted:
+            return found
+    return None
+
+
+def _head_of(placement: Placement, told: PlacementReports | None) -> HeadReport | None:
+    for found in told.heads if told is not None else ():
+        if (found.model, found.epoch) == (placement.model, placement.epoch):
+            return found
+    return None
+
+
+def _raise_if_final(found: RankReport | HeadReport, who: str, rank: Rank | None) -> None:
+    if found.state != "failed" or found.error is None:
+        return
+    error = error_from_info(found.error)
+    if not isinstance(error, _FINAL) and found.failures < ATTEMPTS:
+        return
+    error.message = f"{who} cannot get ready: {error.message}"
+    if rank is not None:
+        error.facts.update(rank=rank.rank, peer_id=rank.peer_id)
+    raise error
+
+
+def _tell(report: Report, parts: list[RankReport | HeadReport], ready: int, count: int) -> None:
+    fetching = [p for p in parts if p.state == "fetching" and p.total]
+    if fetching:
+        report(
+            Progress(
+                step="fetch",
+                text="fetching layers from peers",
+                done=sum(p.done for p in fetching),
+                total=sum(p.total or 0 for p in fetching),
+            )
+        )
+    report(
+        Progress(
+            step="ready",
+            text=f"{ready} of {count} ranks ready",
+            done=ready,
+            total=count,
+            unit="ranks",
+        )
+    )
+
+
+def _rank_view(rank: Rank, name: str, found: RankReport | None) -> RankView:
+    state: RankState = "unknown"
+    detail: str | None = "its node has not answered"
+    if found is not None:
+        state = found.state if found.state in ("ready", "failed") else "loading"
+        detail = _detail(found.error, found)
+    load = found.load if found is not None else None
+    return RankView(
+        rank=rank.rank,
+        layers=(rank.slice.first, rank.slice.last),
+        head=rank.slice.head,
+        peer_id=rank.peer_id,
+        name=name,
+        state=state,
+        detail=detail,
+        sessions=load.sessions if load is not None else None,
+        queued=load.queued if load is not None else None,
+        memory_bytes=found.memory_bytes if found is not None else None,
+        tokens_per_second=found.tokens_per_second if load is not None and found else None,
+    )
+
+
+def _detail(error: ErrorInfo | None, found: RankReport) -> str | None:
+    if error is not None:
+        return error.message
+    if found.state == "fetching":
+        return f"fetching, {found.done} of {found.total or '?'} bytes"
+    return found.state if found.state != "ready" else None

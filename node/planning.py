@@ -1,0 +1,132 @@
+"""From a load request to a plan: sizes from the model's header, facts from the nodes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import NamedTuple
+
+import trio
+
+from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.inference.llama.memory import kv_bytes_per_token
+from pyagent_node.inference.models.architectures import EMBEDDING, layer_of, model_shape
+from pyagent_node.inference.models.gguf_header import GgufHeader
+from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts, PlanOptions
+from pyagent_node.node.api.schema import LoadRequest
+from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.placement_messages import AskFacts, FactsReply
+from pyagent_node.node.rpc import Rpc
+
+logger = logging.getLogger("pyagent_node.placements")
+
+FACTS_SECONDS = 10.0
+"""Longest wait for a node's facts; one that does not answer takes no part."""
+
+
+class Swarm(NamedTuple):
+    """The nodes that can take a model, and their distances."""
+
+    nodes: list[NodeFacts]
+    rtt_ms: dict[tuple[PeerId, PeerId], float]
+
+
+def planner_shape(header: GgufHeader, name: str) -> ModelShape:
+    """Return the sizes that placing a model depends on.
+
+    A token multiplies every weight matrix once: two operations an element.
+    """
+    shape = model_shape(header)
+    sizes = [0] * shape.n_layers
+    flops = [0] * shape.n_layers
+    head_bytes = head_flops = 0
+    embedding = header.tensor(EMBEDDING)
+    for tensor in header.tensors.values():
+        elements = 2 * math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
+        place = layer_of(tensor.name)
+        if place is not None and place[0] < shape.n_layers:
+            sizes[place[0]] += tensor.nbytes
+            flops[place[0]] += elements
+        elif tensor.name != EMBEDDING or shape.tied:
+            head_bytes += tensor.nbytes
+            head_flops += elements
+    return ModelShape(
+        name=name,
+        layer_bytes=tuple(sizes),
+        layer_flops=tuple(flops),
+        head_bytes=head_bytes,
+        head_flops=head_flops,
+        embedding_bytes=0 if shape.tied else embedding.nbytes,
+        kv_bytes=-(-kv_bytes_per_token(header) // shape.n_layers),
+    )
+
+
+async def survey(mesh: Mesh, rpc: Rpc, facts: FactsProvider, model: Digest) -> Swarm:
+    """Ask every connected member for its facts; those that do not answer are left out."""
+    swarm = Swarm([], {})
+
+    async def ask(peer: PeerId) -> None:
+        try:
+            reply, _ = await rpc.call(peer, AskFacts(model), FactsReply, seconds=FACTS_SECONDS)
+        except PyAgentError as error:
+            logger.info("node %s gave no facts: %s", peer, error)
+            return
+        if reply.facts.peer_id == peer:
+            take(reply)
+
+    def take(reply: FactsReply) -> None:
+        swarm.nodes.append(reply.facts)
+        for other, rtt in reply.rtt_ms.items():
+            if math.isfinite(rtt) and rtt >= 0:
+                swarm.rtt_ms[reply.facts.peer_id, other] = rtt
+
+    async with trio.open_nursery() as nursery:
+        for peer in mesh.peers():
+            if peer.role != "client":
+                nursery.start_soon(ask, peer.peer_id)
+        take(await facts_reply(mesh, facts, model))
+    return swarm
+
+
+async def facts_reply(mesh: Mesh, facts: FactsProvider, model: Digest) -> FactsReply:
+    """Return what this node answers to :class:`AskFacts`."""
+    rtt = {p.peer_id: p.rtt_ms for p in mesh.peers() if p.rtt_ms is not None}
+    return FactsReply(await facts.facts(model), rtt)
+
+
+def choose_nodes(
+    request: LoadRequest, swarm: Swarm, *, n_ctx: int, n_seq: int
+) -> tuple[list[NodeFacts], PlanOptions]:
+    """Return the nodes to plan with, and the options, as ``request`` has them.
+
+    As many nodes as ranks are taken in that order; any other number only restricts the choice.
+    Raises :class:`InvalidRequest` (``unknown_node``, ``ambiguous_node``).
+    """
+    options = PlanOptions(n_ctx=n_ctx, n_seq=n_seq, ranks=request.ranks, boundaries=request.layers)
+    if request.nodes is None:
+        return swarm.nodes, options
+    chosen = [_resolve(name, swarm.nodes) for name in request.nodes]
+    count = request.ranks if request.layers is None else len(request.layers) + 1
+    if count == len(chosen):
+        options = PlanOptions(
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            ranks=request.ranks,
+            boundaries=request.layers,
+            nodes=tuple(node.peer_id for node in chosen),
+        )
+    return list({node.peer_id: node for node in chosen}.values()), options
+
+
+def _resolve(name: str, nodes: list[NodeFacts]) -> NodeFacts:
+    found = [node for node in nodes if name in (node.peer_id, node.name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(sorted(node.name for node in nodes))
+    raise InvalidRequest(
+        f"{name[:80]!r} names {len(found)} of the nodes that can take a model now: {known}.",
+        code="ambiguous_node" if found else "unknown_node",
+        remedy="Use a peer id; see 'pyagent-node peers'.",
+    )
