@@ -14,6 +14,7 @@ import trio
 from pyagent_node.base.errors import LimitExceeded, Unavailable
 from pyagent_node.base.limits import MAX_STREAMS_PER_PEER
 from pyagent_node.node.mesh import yamux
+from pyagent_node.node.mesh.faults import stream_closed
 from pyagent_node.node.mesh.handshake import MAX_PACKET, Secured
 from pyagent_node.node.mesh.negotiation import EndOfBytes
 from pyagent_node.node.mesh.wire import RECEIVE_BYTES, Wire, WireClosed
@@ -21,11 +22,6 @@ from pyagent_node.node.mesh.yamux import Yamux, YamuxError, YamuxStream
 
 _SCRATCH: Final = bytearray(RECEIVE_BYTES)
 """Where every wire of the process receives to; used only between two awaits."""
-
-
-def stream_closed(reason: str) -> Unavailable:
-    """Return the error for a stream that is gone."""
-    return Unavailable(f"The stream to the peer is closed: {reason}.", code="stream_closed")
 
 
 class Link:

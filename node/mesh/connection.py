@@ -14,7 +14,8 @@ from pyagent_node.base.mesh import StreamHandler
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.mesh import auth
 from pyagent_node.node.mesh.authoriser import Authoriser, PeerAdmission
-from pyagent_node.node.mesh.channels import Channel, Link, stream_closed
+from pyagent_node.node.mesh.channels import Channel, Link
+from pyagent_node.node.mesh.faults import stream_closed
 from pyagent_node.node.mesh.handshake import Secured
 from pyagent_node.node.mesh.negotiation import (
     EndOfBytes,
@@ -95,6 +96,11 @@ class Connection:
             on_refuse=self._refuse,
         )
         nursery.start_soon(self._run_link)
+
+    @property
+    def name(self) -> str:
+        """The name that the peer goes by, empty before it is authorised."""
+        return self.admission.name if self.admission else ""
 
     async def _run_link(self) -> None:
         try:

@@ -17,7 +17,7 @@ from pyagent_node.base.errors import LimitExceeded
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import Frame, frame_prefix
-from pyagent_node.node.mesh.channels import stream_closed
+from pyagent_node.node.mesh.faults import stream_closed
 
 WINDOW: Final = MIB
 """Bytes under way in one direction before its sender waits."""

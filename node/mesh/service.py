@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final
 
 import trio
 
@@ -13,17 +12,15 @@ from pyagent_node.base.errors import (
     ConfigError,
     Conflict,
     DeadlineExceeded,
-    LimitExceeded,
     PyAgentError,
     Refused,
     Unavailable,
 )
 from pyagent_node.base.mesh import FrameStream, PeerEvents, PeerInfo, StreamHandler
 from pyagent_node.base.types import PeerId
-from pyagent_node.base.wire import Frame
 from pyagent_node.node.addresses import check_address, peer_of, without_peer
 from pyagent_node.node.mesh import gossip, mdns, ping, sockets
-from pyagent_node.node.mesh.authoriser import Authoriser, PeerAdmission
+from pyagent_node.node.mesh.authoriser import Authoriser
 from pyagent_node.node.mesh.book import Book, Source
 from pyagent_node.node.mesh.connection import (
     GRACE_SECONDS,
@@ -32,10 +29,11 @@ from pyagent_node.node.mesh.connection import (
     Connection,
 )
 from pyagent_node.node.mesh.dialling import Dialler
-from pyagent_node.node.mesh.events import EventHub
+from pyagent_node.node.mesh.gossip import Gossip
 from pyagent_node.node.mesh.handshake import Identity, secure
 from pyagent_node.node.mesh.memory import MemoryStream, memory_pair
 from pyagent_node.node.mesh.psk import PskCipher
+from pyagent_node.node.mesh.roster import Doorkeeper, Roster
 from pyagent_node.node.mesh.settings import MeshConfig
 from pyagent_node.node.mesh.streams import ChannelStream
 from pyagent_node.node.mesh.wire import Wire
@@ -43,61 +41,37 @@ from pyagent_node.node.nurseries import background, deadline
 
 log = logging.getLogger("pyagent_node.mesh")
 
-RETIRE_SECONDS: Final = 2.0
-"""Shortest life of a surplus connection, so that both sides know of the better one."""
-RECORDS_A_MESSAGE: Final = 8
-
-
-class _Doorkeeper:
-    """The authoriser, and the limit on peers."""
-
-    def __init__(self, inner: Authoriser, mesh: Libp2pMesh) -> None:
-        self._inner = inner
-        self._mesh = mesh
-
-    def credentials(self) -> bytes:
-        return self._inner.credentials()
-
-    def judge(self, peer: PeerId, credentials: bytes) -> PeerAdmission:
-        self._mesh.check_room(peer)
-        return self._inner.judge(peer, credentials)
-
 
 class Libp2pMesh:
     """The real :class:`~pyagent_node.base.mesh.Mesh`; get one from :func:`open_mesh`."""
 
     def __init__(self, config: MeshConfig, nursery: trio.Nursery) -> None:
-        self.limits = config.limits
+        me = config.key.peer_id
+        limits = config.limits
+        self.limits = limits
         self.metrics = config.metrics
-        self.authoriser: Authoriser = _Doorkeeper(config.membership, self)
-        self.handlers: dict[str, StreamHandler] = {}
-        self.system: dict[str, Callable[[ChannelStream], Awaitable[None]]] = {
-            ping.PROTOCOL: ping.answer_pings,
-            gossip.PROTOCOL: self._hear,
-        }
         self._config = config
         self._nursery = nursery
         self._identity = Identity(config.key.seed)
-        self._connections: dict[PeerId, list[Connection]] = {}
-        self._announced: dict[PeerId, list[str]] = {}
-        self._lost: set[PeerId] = set()
-        self._addresses: list[str] = []
-        self._told = trio.Event()
-        self._unauthorised = 0
-        self._hub = EventHub()
-        self._book = Book(
-            config.key.peer_id,
-            config.rng,
-            first=config.limits.backoff_first,
-            most=config.limits.backoff_most,
+        self._book = Book(me, config.rng, first=limits.backoff_first, most=limits.backoff_most)
+        self._roster = Roster(
+            me, self._book, self.metrics, nursery, limit=limits.max_peers, on_lost=self._on_lost
         )
+        self._gossip = Gossip(me, self._learn)
         self._dialler = Dialler(
             self._book,
             self.metrics,
             nursery,
-            present=self._present,
+            present=self._roster.to,
             dial_one=self._dial_one,
         )
+        self._unauthorised = 0
+        self.authoriser: Authoriser = Doorkeeper(config.membership, self._roster)
+        self.handlers: dict[str, StreamHandler] = {}
+        self.system: dict[str, Callable[[ChannelStream], Awaitable[None]]] = {
+            ping.PROTOCOL: ping.answer_pings,
+            gossip.PROTOCOL: self._gossip.hear,
+        }
 
     # The port ----------------------------------------------------------------------------------
 
@@ -109,21 +83,20 @@ class Libp2pMesh:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial this node, each ending in ``/p2p/<peer id>``."""
-        return tuple(f"{address}/p2p/{self.peer_id}" for address in self._addresses)
+        return tuple(f"{address}/p2p/{self.peer_id}" for address in self._gossip.own)
 
     def peers(self) -> Sequence[PeerInfo]:
         """Return the connected, authorised peers."""
-        return [self._info(held[0]) for held in self._connections.values()]
+        return [self._info(connection) for connection in self._roster.first()]
 
     def _info(self, connection: Connection) -> PeerInfo:
-        admission = connection.admission
-        name, role = (admission.name, admission.role) if admission else ("", "")
-        addresses = self._announced.get(connection.peer) or self._book.addresses(connection.peer)
+        peer = connection.peer
+        addresses = self._gossip.announced(peer) or self._book.addresses(peer)
         return PeerInfo(
-            peer_id=connection.peer,
-            name=name,
-            role=role,
-            addresses=tuple(f"{address}/p2p/{connection.peer}" for address in addresses),
+            peer_id=peer,
+            name=connection.name,
+            role=connection.admission.role if connection.admission else "",
+            addresses=tuple(f"{address}/p2p/{peer}" for address in addresses),
             rtt_ms=connection.rtt_ms,
             outbound=connection.outbound,
         )
@@ -178,7 +151,7 @@ class Libp2pMesh:
 
     def events(self) -> AbstractAsyncContextManager[PeerEvents]:
         """Subscribe to peer events; see :meth:`pyagent_node.base.mesh.Mesh.events`."""
-        return self._hub.subscribe(list(self._connections))
+        return self._roster.subscribe()
 
     # Beyond the port ---------------------------------------------------------------------------
 
@@ -202,29 +175,17 @@ class Libp2pMesh:
     def disconnect(self, peer: PeerId, reason: str) -> None:
         """Close every connection to ``peer`` and do not dial it again by ourselves."""
         self._book.forget(peer)
-        for connection in list(self._connections.get(peer, ())):
-            connection.link.close(reason)
+        self._roster.drop(peer, reason)
 
     def recheck(self) -> None:
         """Judge every connected peer again (a certificate was revoked or has expired)."""
-        for held in list(self._connections.values()):
-            for connection in list(held):
-                try:
-                    self._config.membership.judge(connection.peer, connection.credentials)
-                except Refused as error:
-                    log.warning("disconnecting %s: %s", connection.peer, error)
-                    self.metrics.refused[error.code] += 1
-                    self.disconnect(connection.peer, error.message)
-
-    def check_room(self, peer: PeerId) -> None:
-        """Raise :class:`LimitExceeded` (``too_many_peers``) when there is no room for ``peer``."""
-        limit = self.limits.max_peers
-        if peer not in self._connections and len(self._connections) >= limit:
-            raise LimitExceeded(
-                f"The node has {limit} peers, which is its limit.",
-                code="too_many_peers",
-                limit=limit,
-            )
+        for connection in self._roster.all():
+            try:
+                self._config.membership.judge(connection.peer, connection.credentials)
+            except Refused as error:
+                log.warning("disconnecting %s: %s", connection.peer, error)
+                self.metrics.refused[error.code] += 1
+                self.disconnect(connection.peer, error.message)
 
     # Streams to self ---------------------------------------------------------------------------
 
@@ -261,12 +222,6 @@ class Libp2pMesh:
         if peer is None:
             raise ConfigError(f"{address} names no peer.", code="bad_address")
         return peer
-
-    def _present(self, peer: PeerId) -> Connection | None:
-        for connection in self._connections.get(peer, ()):
-            if not connection.link.ended.is_set():
-                return connection
-        return None
 
     def _cipher(self) -> PskCipher | None:
         return None if self._config.psk is None else PskCipher(self._config.psk)
@@ -314,9 +269,9 @@ class Libp2pMesh:
                 nursery.start_soon(wire.run_writer)
                 connection = await self._establish(wire, expected, joining, nursery)
                 if not joining:
-                    self._up(connection)
+                    self._roster.add(connection)
                     nursery.start_soon(self._measure, connection)
-                    nursery.start_soon(self._tell, connection)
+                    nursery.start_soon(self._gossip.tell, connection)
                 task_status.started(connection)
                 await self._until_over(connection, joining)
         except PyAgentError:
@@ -331,7 +286,7 @@ class Libp2pMesh:
             wire.close()
             if connection is not None:
                 connection.link.close()
-                self._down(connection)
+                self._roster.remove(connection)
 
     async def _establish(
         self, wire: Wire, expected: PeerId | None, joining: bool, nursery: trio.Nursery
@@ -384,52 +339,6 @@ class Libp2pMesh:
         with trio.move_on_after(GRACE_SECONDS):
             await connection.served()
 
-    def _up(self, connection: Connection) -> None:
-        """Take in an authorised connection; of two to one peer both sides prefer the same."""
-        peer = connection.peer
-        held = self._connections.setdefault(peer, [])
-        if connection.outbound:
-            self.metrics.connections_out += 1
-        else:
-            self.metrics.connections_in += 1
-        if not held:
-            held.append(connection)
-            self.metrics.reconnects += peer in self._lost
-            self._lost.discard(peer)
-            self._book.connected(peer)
-            self._hub.put(peer, "up")
-            log.info("connected to %s (%s)", peer, self._info(connection).name)
-            return
-        current = held[0]
-        if connection.outbound == current.outbound:
-            held.insert(0, connection)
-            current.link.close("the peer connected anew")
-            return
-        dialled_by_smaller = connection.outbound == (self.peer_id < peer)
-        held.insert(0 if dialled_by_smaller else 1, connection)
-        self._nursery.start_soon(self._retire, current if dialled_by_smaller else connection)
-
-    async def _retire(self, surplus: Connection) -> None:
-        """Close the lesser of two connections to one peer once nobody uses it."""
-        await trio.sleep(RETIRE_SECONDS)
-        while surplus.users and not surplus.link.ended.is_set():
-            await surplus.idle.wait()
-        surplus.link.close("two connections crossed")
-
-    def _down(self, connection: Connection) -> None:
-        held = self._connections.get(connection.peer, [])
-        if connection not in held:
-            return
-        held.remove(connection)
-        if not held:
-            del self._connections[connection.peer]
-            self._announced.pop(connection.peer, None)
-            self._lost.add(connection.peer)
-            self._book.lost(connection.peer, trio.current_time())
-            self._hub.put(connection.peer, "down")
-            log.info("lost %s: %s", connection.peer, connection.link.reason)
-            self._dialler.wake()
-
     # Upkeep ------------------------------------------------------------------------------------
 
     async def _measure(self, connection: Connection) -> None:
@@ -441,42 +350,15 @@ class Libp2pMesh:
             silence=limits.silence_seconds,
         )
 
-    async def _tell(self, connection: Connection) -> None:
-        """Tell a peer our addresses and those of other members, now and when they change."""
-        told: dict[PeerId, list[str]] = {}
-        try:
-            stream = await connection.open(gossip.PROTOCOL)
-            while True:
-                changed = self._told
-                known = {self.peer_id: self._addresses} | self._announced
-                known.pop(connection.peer, None)
-                news = [(p, a) for p, a in known.items() if a and told.get(p) != a]
-                for at in range(0, len(news), RECORDS_A_MESSAGE):
-                    part = news[at : at + RECORDS_A_MESSAGE]
-                    records = tuple(gossip.PeerRecord(p, tuple(a)) for p, a in part)
-                    await stream.send(Frame(gossip.PEERS.encode(gossip.PeerExchange(records))))
-                    told.update(part)
-                await changed.wait()
-        except PyAgentError as error:
-            log.debug("telling %s of peers ended: %s", connection.peer, error)
-
-    async def _hear(self, stream: ChannelStream) -> None:
-        """Take in the addresses that a peer tells."""
-        while (frame := await stream.receive()) is not None:
-            message = gossip.PEERS.decode(frame.header)
-            now = trio.current_time()
-            for peer, addresses in gossip.usable_records(message, stream.remote, self.peer_id):
-                if peer == stream.peer and self._announced.get(peer) != addresses:
-                    self._announced[peer] = addresses
-                    self._told.set()
-                    self._told = trio.Event()
-                self._learn(peer, addresses, now)
-
-    def _learn(self, peer: PeerId, addresses: list[str], now: float) -> None:
-        if self._book.learn(peer, addresses, Source.HEARD, now):
-            if self._present(peer) is not None:
+    def _learn(self, peer: PeerId, addresses: list[str]) -> None:
+        if self._book.learn(peer, addresses, Source.HEARD, trio.current_time()):
+            if peer in self._roster:
                 self._book.connected(peer)
             self._dialler.wake()
+
+    def _on_lost(self, peer: PeerId) -> None:
+        self._gossip.forget(peer)
+        self._dialler.wake()
 
     # Life --------------------------------------------------------------------------------------
 
@@ -492,10 +374,10 @@ class Libp2pMesh:
                 listener.socket.close()
             raise
         for listener in listeners:
-            self._addresses += sockets.listened_addresses(listener)
+            self._gossip.own += sockets.listened_addresses(listener)
             self._nursery.start_soon(self._serve_listener, listener)
         if config.announce:
-            self._addresses = [check_address(a, peer=False) for a in config.announce]
+            self._gossip.own = [check_address(a, peer=False) for a in config.announce]
         now = trio.current_time()
         for address in config.bootstrap:
             peer = self._peer_in(address)
@@ -503,20 +385,16 @@ class Libp2pMesh:
         self._nursery.start_soon(self._dialler.keep)
         if config.mdns:
             self._nursery.start_soon(
-                mdns.discover, config.fingerprint, self.peer_id, list(self._addresses), self._seen
+                mdns.discover, config.fingerprint, self.peer_id, self._gossip.own, self._learn
             )
-
-    def _seen(self, peer: PeerId, addresses: list[str]) -> None:
-        self._learn(peer, addresses, trio.current_time())
 
     async def _serve_listener(self, listener: trio.SocketListener) -> None:
         await trio.serve_listeners(self._inbound, [listener], handler_nursery=self._nursery)
 
     def stop(self) -> None:
         """Say goodbye to every peer; called by :func:`open_mesh`."""
-        for held in list(self._connections.values()):
-            for connection in list(held):
-                connection.link.close("this node leaves the mesh")
+        for connection in self._roster.all():
+            connection.link.close("this node leaves the mesh")
 
 
 @asynccontextmanager

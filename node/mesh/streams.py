@@ -10,7 +10,8 @@ import trio
 from pyagent_node.base.errors import LimitExceeded
 from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import PREFIX, Frame, FrameDecoder, frame_prefix
-from pyagent_node.node.mesh.channels import Channel, stream_closed
+from pyagent_node.node.mesh.channels import Channel
+from pyagent_node.node.mesh.faults import stream_closed
 from pyagent_node.node.mesh.settings import MeshMetrics
 from pyagent_node.node.mesh.yamux import MAX_PAYLOAD
 
