@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -27,6 +28,11 @@ class App:
     def __init__(self) -> None:
         self.out = Output()
         self.home_dir: str | None = None
+        self._open = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """Close the clients that were opened."""
+        self._open.close()
 
     @cached_property
     def home(self) -> Home:
@@ -53,13 +59,13 @@ class App:
         return load_settings(self.home, flags=flags)
 
     def client(self) -> Client:
-        """Return a client of the daemon that runs on this home.
+        """Return a client of the daemon that runs on this home; :meth:`close` closes it.
 
         Raises :class:`Unavailable` (``daemon_not_running``) with how to start one.
         """
         from pyagent_node.node.client import Client  # noqa: PLC0415
 
-        return Client.from_home(self.home)
+        return self._open.enter_context(Client.from_home(self.home))
 
 
 pass_app = click.make_pass_decorator(App, ensure=True)

@@ -20,10 +20,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def _loaded(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     try:
-        placements = context.ensure_object(App).client().status().placements
+        names = [card.id for card in context.ensure_object(App).client().loaded()]
     except PyAgentError:
         return []
-    return [CompletionItem(p.name) for p in placements if p.name.startswith(incomplete)]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
 def sampling_options(command: F) -> F:
@@ -66,7 +66,7 @@ def choose_model(client: Client, wanted: object) -> str:
     """Return the model to ask: the one named, else the only one that is loaded."""
     if isinstance(wanted, str) and wanted:
         return wanted
-    names = [placement.name for placement in client.status().placements]
+    names = [card.id for card in client.loaded()]
     if not names:
         raise NotFound(
             "No model is loaded.",

@@ -140,6 +140,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             )
         )
         return INTERNAL
+    finally:
+        app.close()
 
 
 def _usage(app: App, arguments: Sequence[str], error: click.ClickException) -> int:

@@ -58,8 +58,9 @@ def _views(app: App, interval: float) -> Iterator[RenderableType]:
     foot = Text("Ctrl-C to leave", style="dim")
     while True:
         try:
-            for last in app.client().events(interval):
-                yield Group(status_view(last), Text(""), foot)
+            with app.client() as client:
+                for last in client.events(interval):
+                    yield Group(status_view(last), Text(""), foot)
             raise Unavailable("The daemon ended the stream.", code="stream_closed")
         except Unavailable as error:
             lines: list[RenderableType] = [Text(f"{error.message} Trying again.", style="red")]
