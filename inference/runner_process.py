@@ -62,13 +62,13 @@ COMMAND: Final = ("-P", "-X", "faulthandler", "-m", "pyagent_node.inference.runn
 def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a runner: the daemon's, without its settings and secrets.
 
-    OpenMP threads spin between two steps of a computation for ``GOMP_SPINCOUNT`` rounds and sleep
-    then.  libgomp's own choice is to spin long, which takes the processor from the next rank when
-    several runners share a machine; not to spin at all (``OMP_WAIT_POLICY=passive``) makes a token
-    four times slower.  See ``benchmarks/runner_threads.py``.
+    OpenMP threads spin between two steps of a computation for ``GOMP_SPINCOUNT`` rounds and then
+    sleep.  libgomp's own choice, 300,000 rounds, keeps the processor from the next rank when several
+    runners share a machine: three runners of two threads on two processors needed 35 ms a token
+    instead of 6.5 ms; without spinning it was 12.6 ms.  See ``benchmarks/runner_threads.py``.
     """
     env = {name: value for name, value in environ.items() if not name.startswith("PYAGENT_")}
-    env.setdefault("GOMP_SPINCOUNT", "20000")
+    env.setdefault("GOMP_SPINCOUNT", "1000")
     env["PYTHONUNBUFFERED"] = "1"
     return env
 
