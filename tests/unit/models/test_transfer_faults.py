@@ -20,7 +20,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, PeerId, Slice
 from pyagent_node.base.wire import Frame
-from pyagent_node.inference.models import blob_client, fetching, partial
+from pyagent_node.inference.models import blob_client, blob_server, fetching, partial
 from pyagent_node.inference.models.blob_messages import (
     REPLIES,
     BlobReply,
