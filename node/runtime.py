@@ -1,0 +1,217 @@
+"""Composes one running node: mesh, membership, log, requests, pipeline, models.
+
+Each part is opened after what it needs and closed before it.  A background task of a part guards
+itself against whatever peers do; if it fails all the same, the node as a whole fails with
+``subsystem_failed``, because half a node would answer wrongly for a long time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+import trio
+
+from pyagent_node.base.errors import PyAgentError, Unsupported
+from pyagent_node.consensus.log import FileLog
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.single import open_single
+from pyagent_node.inference.llama.memory import available_memory
+from pyagent_node.inference.models.fetching import TransferStats
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
+from pyagent_node.node.assets import LocalAssets
+from pyagent_node.node.config import Settings
+from pyagent_node.node.home import Home
+from pyagent_node.node.hosting import open_models
+from pyagent_node.node.identity import NodeKey
+from pyagent_node.node.joining import keep_fresh, merge_bootstrap
+from pyagent_node.node.logs import Redactor
+from pyagent_node.node.membership import Membership, enforce
+from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
+from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits, MeshMetrics
+from pyagent_node.node.models import ModelDefaults, NodeModels
+from pyagent_node.node.nurseries import background
+from pyagent_node.node.profiles import MeshProfile, active_profile
+from pyagent_node.node.registrar import Registrar
+from pyagent_node.node.rpc import Rpc, open_rpc
+
+log = logging.getLogger("pyagent_node.daemon")
+
+IDLE_LOOK_SECONDS: Final = 0.05
+"""How often a node that is ending looks whether its sessions are over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The parts of a running node, for the API in front of them."""
+
+    settings: Settings
+    home: Home
+    key: NodeKey
+    membership: Membership
+    mesh: Libp2pMesh
+    metrics: MeshMetrics
+    consensus: Consensus
+    rpc: Rpc
+    pipeline: Pipeline
+    models: NodeModels
+    transfers: TransferStats
+    started: float
+
+    @property
+    def engine(self) -> PipelineEngine:
+        """Answers generation requests."""
+        return self.pipeline.engine
+
+    async def idle(self) -> None:
+        """Wait until no session is in progress on this node, as head or as rank."""
+        while self.engine.sessions():  # noqa: ASYNC110 - of three owners, none tells
+            await trio.sleep(IDLE_LOOK_SECONDS)
+
+
+@asynccontextmanager
+async def open_node(settings: Settings, home: Home, redactor: Redactor) -> AsyncIterator[Node]:
+    """Run a node while the context lasts.
+
+    Raises what its parts raise when they cannot start: :class:`NotFound` (``no_mesh``),
+    :class:`CorruptData` (``log_corrupt``, ``bad_profile``), :class:`ConfigError`
+    (``cannot_listen``), :class:`Unsupported` (``unknown_engine``).
+    """
+    key = home.node_key()
+    profile = active_profile(home, settings.mesh)
+    if profile.psk is not None:
+        redactor.hide(profile.psk.hex())
+    membership = Membership(profile, clock=time.time)
+    metrics = MeshMetrics()
+    config = MeshConfig(
+        key=key,
+        membership=membership,
+        psk=profile.psk,
+        listen=settings.listen,
+        announce=settings.announce,
+        bootstrap=merge_bootstrap(profile, settings.bootstrap),
+        mdns=settings.mdns,
+        fingerprint=profile.genesis.fingerprint,
+        limits=MeshLimits(max_peers=settings.max_peers),
+        metrics=metrics,
+    )
+    store = await trio.to_thread.run_sync(ModelStore, settings.models_dir(home))
+    transfers = TransferStats()
+    threads = settings.threads or None
+    async with (
+        open_mesh(config) as mesh,
+        open_consensus(mesh, home, profile) as consensus,
+        open_rpc(mesh) as rpc,
+        open_pipeline(mesh) as pipeline,
+        open_models(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            pipeline=pipeline,
+            store=store,
+            name=profile.name,
+            defaults=ModelDefaults(settings.n_ctx, settings.n_seq),
+            threads=threads,
+            memory=memory_budget(settings.memory_limit),
+            assets=LocalAssets(mesh, store, threads=threads, stats=transfers),
+        ) as models,
+        background() as nursery,
+    ):
+        membership.bind(consensus)
+        registrar = _registrar(mesh, membership, consensus, key)
+        tasks: dict[str, Callable[[], Awaitable[None]]] = {
+            "membership": lambda: enforce(consensus, mesh.recheck),
+            "certificate": lambda: keep_fresh(
+                home, membership, mesh, key, clock=time.time, registrar=registrar
+            ),
+        }
+        if registrar is not None:
+            tasks["registrar"] = registrar.admit_self
+        for name, task in tasks.items():
+            nursery.start_soon(_guard, name, task)
+        yield Node(
+            settings=settings,
+            home=home,
+            key=key,
+            membership=membership,
+            mesh=mesh,
+            metrics=metrics,
+            consensus=consensus,
+            rpc=rpc,
+            pipeline=pipeline,
+            models=models,
+            transfers=transfers,
+            started=time.time(),
+        )
+
+
+def open_consensus(
+    mesh: Libp2pMesh, home: Home, profile: MeshProfile
+) -> AbstractAsyncContextManager[Consensus]:
+    """Open the engine that the mesh's genesis names.
+
+    Raises :class:`Unsupported` (``unknown_engine``).
+    """
+    genesis = profile.genesis
+    if genesis.engine != "single":
+        raise Unsupported(
+            f"The mesh {genesis.name} uses the consensus engine {genesis.engine!r}.",
+            code="unknown_engine",
+            remedy="Update pyagent-node on this machine.",
+        )
+    store = FileLog(home.log_dir(profile.mesh_id))
+    return open_single(mesh, store, leader=genesis.writer, role=profile.role)
+
+
+def memory_budget(limit: int) -> Callable[[], int]:
+    """Return a function that tells how much memory a model may take now.
+
+    ``limit`` bounds what all runners use together; 0 means whatever is free.
+    """
+
+    def free() -> int:
+        if not limit:
+            return available_memory()
+        return max(0, min(available_memory(), limit - runner_bytes()))
+
+    return free
+
+
+def runner_bytes() -> int:
+    """Return the resident memory of this process's children: the runners."""
+    used = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            used += int(child.memory_info().rss)
+    return used
+
+
+def _registrar(
+    mesh: Libp2pMesh, membership: Membership, consensus: Consensus, key: NodeKey
+) -> Registrar | None:
+    if membership.profile.authority_key is None:
+        return None
+    registrar = Registrar(membership, consensus, key.peer_id, clock=time.time)
+    registrar.attach(mesh)
+    return registrar
+
+
+async def _guard(name: str, task: Callable[[], Awaitable[None]]) -> None:
+    """Run a part; its failure ends the node, with a line that says which part it was."""
+    try:
+        await task()
+    except Exception as error:
+        log.critical("the %s failed, the node cannot go on: %s", name, error, exc_info=error)
+        raise PyAgentError(
+            f"The node's {name} failed: {error}",
+            code="subsystem_failed",
+            remedy="See the log; if it happens again, please report it.",
+            subsystem=name,
+        ) from error

@@ -1,0 +1,220 @@
+"""What the HTTP API asks of a running node; implements :class:`ApiServices`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.base.types import Digest
+from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.node.api.schema import (
+    ConnectReply,
+    DoctorReply,
+    InviteReply,
+    InviteRequest,
+    LoadRequest,
+    MeshView,
+    ModelsReply,
+    ModelView,
+    NodeView,
+    PlacementView,
+    PullRequest,
+    Readiness,
+    StatusView,
+)
+from pyagent_node.node.api.services import Report
+from pyagent_node.node.certificates import read_certificate
+from pyagent_node.node.genesis import ROLES
+from pyagent_node.node.runtime import Node
+from pyagent_node.node.self_check import examine
+from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
+from pyagent_node.node.tickets import make_ticket
+from pyagent_node.node.version import VERSION
+
+
+class NodeServices:
+    """A running node as its API sees it.
+
+    ``shutdown`` begins the daemon's end; ``api_url`` is set once the API listens.
+    """
+
+    def __init__(self, node: Node, *, shutdown: Callable[[], None]) -> None:
+        self._node = node
+        self._shutdown = shutdown
+        self.api_url = ""
+        self.telemetry = Telemetry()
+        self.telemetry.bridge(self._mesh_samples)
+        self.telemetry.bridge(self._pipeline_samples)
+
+    @property
+    def engine(self) -> PipelineEngine:
+        """See :class:`ApiServices`."""
+        return self._node.engine
+
+    def shutdown(self) -> None:
+        """See :class:`ApiServices`."""
+        self._shutdown()
+
+    # The node ----------------------------------------------------------------------------------
+
+    def readiness(self) -> Readiness:
+        """Ready when a request for a loaded model could be answered."""
+        node = self._node
+        reasons = []
+        consensus = node.consensus.status()
+        if consensus.leader is None:
+            reasons.append("the mesh has no leader that this node knows of")
+        placements = node.consensus.state.placements
+        offered = {model.digest for model in node.engine.models()}
+        reasons += [
+            f"{self._model_name(digest)} is placed, but this node cannot be its head yet"
+            for digest in placements
+            if digest not in offered
+        ]
+        return Readiness(not reasons, tuple(reasons))
+
+    async def status(self) -> StatusView:
+        """See :class:`ApiServices`."""
+        node = self._node
+        return StatusView(
+            time=time.time(),
+            node=self._node_view(),
+            mesh=self._mesh_view(),
+            consensus=node.consensus.status(),
+            peers=tuple(node.mesh.peers()),
+            placements=await node.models.placements(),
+            sessions=tuple(node.engine.sessions()),
+        )
+
+    def _node_view(self) -> NodeView:
+        node = self._node
+        memory = psutil.virtual_memory()
+        return NodeView(
+            peer_id=node.mesh.peer_id,
+            name=node.membership.profile.name,
+            version=VERSION,
+            pid=os.getpid(),
+            started=node.started,
+            api=self.api_url,
+            addresses=node.mesh.addresses,
+            memory_bytes=resident_bytes(),
+            system_memory_bytes=memory.total,
+            system_memory_available_bytes=memory.available,
+            cpus=os.cpu_count() or 1,
+        )
+
+    def _mesh_view(self) -> MeshView:
+        profile = self._node.membership.profile
+        genesis = profile.genesis
+        expires = (
+            float(read_certificate(profile.certificate).expires) if profile.certificate else None
+        )
+        return MeshView(
+            mesh_id=profile.mesh_id,
+            name=genesis.name,
+            visibility=genesis.visibility,
+            engine=genesis.engine,
+            authority=genesis.writer,
+            role=profile.role,
+            certificate_expires=expires,
+        )
+
+    async def doctor(self) -> DoctorReply:
+        """See :class:`ApiServices`."""
+        return DoctorReply(tuple(await examine(self._node)))
+
+    # The mesh ----------------------------------------------------------------------------------
+
+    async def connect(self, address: str) -> ConnectReply:
+        """See :class:`ApiServices`."""
+        return ConnectReply(await self._node.mesh.connect(address))
+
+    async def invite(self, request: InviteRequest) -> InviteReply:
+        """See :class:`ApiServices`."""
+        role = next((role for role in ROLES if role == request.role), None)
+        if role is None:
+            raise InvalidRequest(
+                f"role is {request.role[:40]!r}; it must be one of {', '.join(ROLES)}.",
+                code="bad_parameter",
+                parameter="role",
+            )
+        ticket = make_ticket(
+            self._node.membership.profile,
+            role=role,
+            seconds=request.ttl_seconds,
+            addresses=self._node.mesh.addresses,
+            now=time.time(),
+        )
+        return InviteReply(ticket.text, ticket.expires)
+
+    # Models ------------------------------------------------------------------------------------
+
+    async def models(self) -> ModelsReply:
+        """See :class:`ApiServices`."""
+        return ModelsReply(await self._node.models.list())
+
+    async def pull(self, request: PullRequest, report: Report) -> ModelView:
+        """See :class:`ApiServices`."""
+        return await self._node.models.pull(request, report)
+
+    async def load(self, request: LoadRequest, report: Report) -> PlacementView:
+        """See :class:`ApiServices`."""
+        return await self._node.models.load(request, report)
+
+    async def unload(self, model: str) -> None:
+        """See :class:`ApiServices`."""
+        await self._node.models.unload(model)
+
+    async def remove(self, digest: Digest) -> None:
+        """See :class:`ApiServices`."""
+        await self._node.models.remove(digest)
+
+    def _model_name(self, digest: Digest) -> str:
+        record = self._node.consensus.state.models.get(digest)
+        return record.name if record is not None else digest[:12]
+
+    # Metrics -----------------------------------------------------------------------------------
+
+    def _mesh_samples(self) -> Iterator[Sample]:
+        node, m = self._node, self._node.metrics
+        yield Sample("peers", "Connected, authorised peers.", len(node.mesh.peers()), "gauge")
+        yield Sample("log_index", "Last applied log entry.", node.consensus.state.index, "gauge")
+        directions = ((m.frames_in, m.bytes_in, "in"), (m.frames_out, m.bytes_out, "out"))
+        for frames, size, way in directions:
+            labels = {"direction": way}
+            yield Sample("mesh_frames", "Frames on the mesh.", frames, labels=labels)
+            yield Sample("mesh_bytes", "Bytes of frames on the mesh.", size, labels=labels)
+        for count, way in ((m.connections_in, "in"), (m.connections_out, "out")):
+            labels = {"direction": way}
+            yield Sample("mesh_connections", "Authorised connections.", count, labels=labels)
+        yield Sample("mesh_dial_failures", "Dials that failed.", m.dial_failures)
+        yield Sample("mesh_reconnects", "Lost peers connected again.", m.reconnects)
+        yield Sample("mesh_handler_errors", "Streams whose handler failed.", m.handler_errors)
+        for code, count in m.refused.items():
+            labels = {"code": code}
+            yield Sample("mesh_refused", "Refused connections and streams.", count, labels=labels)
+
+    def _pipeline_samples(self) -> Iterator[Sample]:
+        node = self._node
+        yield Sample("sessions", "Sessions on this node.", len(node.engine.sessions()), "gauge")
+        for view in node.pipeline.stages.views():
+            labels = {"model": self._model_name(view.model), "rank": str(view.rank)}
+            gauges = (
+                ("stage_sessions", "Sessions of a stage.", view.sessions),
+                ("stage_queued_steps", "Steps waiting in a stage.", view.queued),
+                ("stage_epoch", "Epoch of a stage.", view.epoch),
+            )
+            for name, text, value in gauges:
+                yield Sample(name, text, value, "gauge", labels)
+            counters = (
+                ("stage_tokens", "Tokens computed by a stage.", float(view.tokens)),
+                ("stage_batches", "Batches computed by a stage.", float(view.batches)),
+                ("stage_busy_seconds", "Time a stage's runner computed.", view.busy_seconds),
+                ("stage_refused", "Frames refused by a stage.", float(view.refused)),
+            )
+            for name, text, number in counters:
+                yield Sample(name, text, number, labels=labels)
