@@ -16,6 +16,10 @@ import hypothesis
 import psutil
 import pytest
 
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.inference.models.sources import DEFAULT_MODEL
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.node import offline
 from pyagent_node.node.home import Home
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
@@ -101,11 +105,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 def bundled_model() -> Path:
     """Return the file of the default model, SmolLM2-135M-Instruct in Q4_1.
 
-    ``PYAGENT_TEST_MODEL`` names it.
+    ``PYAGENT_TEST_MODEL`` names it; else it comes from the user's own model store, fetched into it
+    once (98 MB) when it is not there.
     """
     named = os.environ.get("PYAGENT_TEST_MODEL")
-    if not named:
-        pytest.fail("The default model is missing: set PYAGENT_TEST_MODEL to its file.")
-    path = Path(named)
-    assert path.is_file(), f"PYAGENT_TEST_MODEL is {named!r}, which is no file."
-    return path
+    if named:
+        path = Path(named)
+        assert path.is_file(), f"PYAGENT_TEST_MODEL is {named!r}, which is no file."
+        return path
+    store = ModelStore(Home.default({}).models_dir)
+    try:
+        offline.pull_model(store, DEFAULT_MODEL)
+    except PyAgentError as error:
+        pytest.fail(f"The default model is missing and could not be fetched: {error}")
+    path_in_store = offline.model_path(store, DEFAULT_MODEL)
+    store.close()
+    assert path_in_store is not None
+    return path_in_store
