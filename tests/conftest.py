@@ -119,6 +119,5 @@ def bundled_model() -> Path:
     except PyAgentError as error:
         pytest.fail(f"The default model is missing and could not be fetched: {error}")
     path_in_store = offline.model_path(store, DEFAULT_MODEL)
-    store.close()
     assert path_in_store is not None
     return path_in_store
