@@ -192,7 +192,7 @@ def test_change_creates_the_file_and_refuses_nonsense(empty: Home) -> None:
 
 
 def test_change_gives_up_on_what_it_cannot_edit(empty: Home) -> None:
-    text = "model_dir = '''\nn_ctx = 9\n'''\nn_ctx = 64\n"
+    text = '"n_ctx" = 64\n'
     write(empty, text)
     with pytest.raises(ConfigError) as caught:
         change_setting(empty, "n_ctx", "128")
