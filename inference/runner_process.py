@@ -63,8 +63,8 @@ def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a runner: the daemon's, without its settings and secrets.
 
     OpenMP threads spin between two steps of a computation for ``GOMP_SPINCOUNT`` rounds and then
-    sleep.  libgomp's own choice, 300,000 rounds, keeps the processor from the next rank when several
-    runners share a machine: three runners of two threads on two processors needed 35 ms a token
+    sleep.  libgomp's own choice, 300,000 rounds, keeps the processor from the next rank when
+    several runners share a machine: three runners of two threads on two processors needed 35 ms a token
     instead of 6.5 ms; without spinning it was 12.6 ms.  See ``benchmarks/runner_threads.py``.
     """
     env = {name: value for name, value in environ.items() if not name.startswith("PYAGENT_")}
@@ -249,13 +249,14 @@ class RunnerProcess:
         self._reason = self._reason or "closed"
         with trio.CancelScope(shield=True):
             await self._stdin.aclose()
+            # Not ``failed``: the task that sets it may have been cancelled before us.
             with trio.move_on_after(CLOSE_SECONDS):
-                await self.failed.wait()
-            if not self.failed.is_set():
+                await self._process.wait()
+            if self._process.returncode is None:
                 log.warning("The runner %d did not end by itself and is killed.", self.pid)
                 self._process.kill()
                 with trio.move_on_after(KILL_SECONDS):
-                    await self.failed.wait()
+                    await self._process.wait()
             await self._stdout.aclose()
 
 
@@ -279,9 +280,17 @@ async def start_process(label: str) -> AsyncIterator[RunnerProcess]:
         ) from error
     runner = RunnerProcess(process, label)
     failure: Exception | None = None
+    # A cancelled owner must not stop those who wait for the process to end in good order.
+    tending = trio.CancelScope(shield=True)
+
+    async def tend() -> None:
+        with tending:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(runner.watch)
+                nursery.start_soon(runner.read_stderr)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(runner.watch)
-        nursery.start_soon(runner.read_stderr)
+        nursery.start_soon(tend)
         try:
             _widen(process)
             yield runner
@@ -289,7 +298,7 @@ async def start_process(label: str) -> AsyncIterator[RunnerProcess]:
             failure = error  # raised below, or the nursery would wrap it in a group
         finally:
             await runner.close()
-            nursery.cancel_scope.cancel()
+            tending.cancel()
     if failure is not None:
         raise failure
 

@@ -247,6 +247,8 @@ class ToyRunner:
             out[i] = row
         self.tokens_done += len(step.tokens)
         if not self._part.head:
+            if step.sample:
+                raise InvalidRequest("a slice without the output head cannot sample")
             return StepOutput(activations=out)
         if not step.sample:
             return StepOutput()

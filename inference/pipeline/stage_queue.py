@@ -81,7 +81,8 @@ class Batch(NamedTuple):
 class StageQueue:
     """Slots, waiting steps and turns of one stage.
 
-    ``sampling`` says whether the runner is told sampling parameters (it has the output head).
+    ``sampling`` says whether the runner has the output head: only then it is told sampling
+    parameters and asked for tokens.
     """
 
     def __init__(self, *, slots: int, width: int, sampling: bool) -> None:
@@ -170,7 +171,13 @@ class StageQueue:
         ops = tuple(self._ops)
         self._ops.clear()
         inputs = tuple(
-            StepInput(_slot(s), q.message.position, q.tokens, q.activations, q.message.sample)
+            StepInput(
+                _slot(s),
+                q.message.position,
+                q.tokens,
+                q.activations,
+                q.message.sample and self._sampling,
+            )
             for s, q in work
         )
         return Batch(ops, inputs, tuple(work))
