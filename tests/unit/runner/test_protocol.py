@@ -1,0 +1,111 @@
+"""Runner messages: arrays survive the trip, and lengths that do not fit are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyagent_node.base.errors import CorruptData
+from pyagent_node.inference.backend import KvRange, LayerKv, StepInput, StepOutput
+from pyagent_node.inference.runner_protocol import (
+    REPLIES,
+    REQUESTS,
+    Decode,
+    Decoded,
+    OutputHeader,
+    StepHeader,
+    pack_kv,
+    pack_outputs,
+    pack_pieces,
+    pack_steps,
+    unpack_kv,
+    unpack_outputs,
+    unpack_pieces,
+    unpack_steps,
+    unpack_tokens,
+)
+from pyagent_node.inference.sampling import Sampled
+
+N_EMBD = 3
+
+
+def step(seq: int, n: int, *, rows: bool) -> StepInput:
+    tokens = np.arange(n, dtype=np.int32) + seq
+    activations = np.random.default_rng(seq).random((n, N_EMBD), np.float32) if rows else None
+    return StepInput(seq, 10 * seq, tokens, activations, seq % 2 == 0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=6))
+def test_steps_survive(shapes: list[tuple[int, bool]]) -> None:
+    steps = [step(seq, n, rows=rows) for seq, (n, rows) in enumerate(shapes)]
+    headers, tail = pack_steps(steps)
+    request = REQUESTS.decode(REQUESTS.encode(Decode(7, headers)))
+    assert isinstance(request, Decode)
+    for before, after in zip(steps, unpack_steps(request.steps, tail, N_EMBD), strict=True):
+        assert (before.seq, before.position, before.sample) == (
+            after.seq,
+            after.position,
+            after.sample,
+        )
+        assert np.array_equal(before.tokens, after.tokens)
+        if before.activations is None:
+            assert after.activations is None
+        else:
+            assert after.activations is not None
+            assert np.array_equal(before.activations, after.activations)
+
+
+def test_outputs_survive() -> None:
+    rows = np.random.default_rng(0).random((2, N_EMBD), np.float32)
+    sampled = Sampled(5, -0.25, ((5, -0.25), (6, -2.0)))
+    outputs = [StepOutput(rows), StepOutput(), StepOutput(sampled=sampled)]
+    headers, tail = pack_outputs(outputs)
+    reply = REPLIES.decode(REPLIES.encode(Decoded(1, headers)))
+    assert isinstance(reply, Decoded)
+    first, second, third = unpack_outputs(reply.outputs, tail, N_EMBD)
+    assert first.activations is not None
+    assert np.array_equal(first.activations, rows)
+    assert second == StepOutput()
+    assert third.sampled == sampled
+
+
+def test_kv_survives_with_and_without_tokens() -> None:
+    layers = (LayerKv(4, b"ab", b"cd"), LayerKv(5, b"", b"xyz"))
+    kv = KvRange("codec", 3, 5, layers)
+    packed = pack_kv(kv)
+    again, tokens = unpack_kv("codec", 3, 5, packed.layers, packed.tail, with_tokens=False)
+    assert again == kv
+    assert len(tokens) == 0
+    packed = pack_kv(kv, np.array([7, 8], np.int32))
+    again, tokens = unpack_kv("codec", 3, 5, packed.layers, packed.tail, with_tokens=True)
+    assert again == kv
+    assert tokens.tolist() == [7, 8]
+
+
+@given(st.lists(st.binary(max_size=9), max_size=20))
+def test_pieces_survive(pieces: list[bytes]) -> None:
+    assert unpack_pieces(len(pieces), pack_pieces(pieces)) == pieces
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_lengths_that_do_not_fit_are_refused(change: int) -> None:
+    headers, tail = pack_steps([step(0, 2, rows=True)])
+    bent = tail[:change] if change < 0 else tail + b"x"
+    with pytest.raises(CorruptData):
+        unpack_steps(headers, bent, N_EMBD)
+    with pytest.raises(CorruptData):
+        unpack_outputs([OutputHeader(2, None)], bent, N_EMBD)
+    with pytest.raises(CorruptData):
+        unpack_pieces(1, b"\xff\xff\xff\xff" + b"x" * (1 + change))
+    with pytest.raises(CorruptData):
+        unpack_tokens(b"x" * (4 + change))
+
+
+def test_negative_and_huge_counts_are_refused() -> None:
+    for n in (-1, 2**40):
+        with pytest.raises(CorruptData):
+            unpack_steps([StepHeader(0, 0, n, activations=True, sample=False)], b"1234", N_EMBD)
+        with pytest.raises(CorruptData):
+            unpack_outputs([OutputHeader(n, None)], b"1234", N_EMBD)
