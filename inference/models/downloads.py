@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import urljoin, urlsplit
@@ -27,7 +28,6 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.files import mapped, read_limited, write_atomic
-from pyagent_node.base.limits import MIB
 from pyagent_node.inference.models.sources import HttpSource
 from pyagent_node.inference.models.store import ModelStore
 
@@ -39,9 +39,10 @@ MAX_MODEL_BYTES: Final = 1 << 40
 MAX_REDIRECTS: Final = 5
 ATTEMPTS: Final = 5
 """Tries in a row without one new byte before a download is given up."""
+RETRY_SECONDS: Final = 0.5
+"""Wait before the second try; doubled for each further one, up to half a minute."""
 IDLE_SECONDS: Final = 60.0
 """Longest silence of a server."""
-_BLOCK: Final = 1 * MIB
 _RANGE: Final = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", re.ASCII)
 
 _log = logging.getLogger("pyagent_node.models.downloads")
@@ -71,9 +72,10 @@ async def download(
     """Download ``source`` to ``target``, going on from what ``target`` holds if that is sound.
 
     ``token`` is sent to the source's own host only.  Raises :class:`NotFound`
-    (``source_not_found``), :class:`Refused` (``source_refused``), :class:`Unavailable`
-    (``download_failed``, ``disk_full``), :class:`LimitExceeded` (``model_too_large``) and
-    :class:`CorruptData` (``download_corrupt``).  When cancelled, what was received stays.
+    (``source_not_found``), :class:`Refused` (``source_refused``, ``certificate_untrusted``),
+    :class:`Unavailable` (``download_failed``, ``disk_full``), :class:`LimitExceeded`
+    (``model_too_large``) and :class:`CorruptData` (``download_corrupt``).  When cancelled, what was
+    received stays.
     """
     timeout = httpx.Timeout(IDLE_SECONDS, connect=20.0)
     headers = {"Accept-Encoding": "identity", "User-Agent": "pyagent-node"}
@@ -87,6 +89,13 @@ async def download(
                 await _attempt(client, source, target, store, token=token, progress=progress)
                 return
             except (httpx.HTTPError, _TryAgain) as error:
+                if any(isinstance(e, ssl.SSLCertVerificationError) for e in _causes(error)):
+                    raise Refused(
+                        f"The certificate of {urlsplit(source.url).hostname} is not trusted:"
+                        f" {_reason(error)}.",
+                        code="certificate_untrusted",
+                        remedy="Behind a proxy of your own, name its certificate: SSL_CERT_FILE.",
+                    ) from None
                 attempt = 1 if _size(target) > before else attempt + 1
                 reason = _reason(error)
                 if attempt >= ATTEMPTS:
@@ -97,7 +106,7 @@ async def download(
                         received=_size(target),
                     ) from None
                 _log.warning("download interrupted (%s); attempt %d", reason, attempt + 1)
-            await trio.sleep(min(30.0, 0.5 * 2**attempt))
+            await trio.sleep(min(30.0, RETRY_SECONDS * 2 ** (attempt - 1)))
 
 
 async def _attempt(
@@ -201,20 +210,33 @@ async def _receive(
     done = start
     with mapped(target, "opening"):
         file = await trio.open_file(target, "r+b" if start else "wb", buffering=0)
+    failure: PyAgentError | None = None
     async with file:
         with mapped(target, "writing"):
             await file.seek(start)
             await file.truncate()
-        async for block in response.aiter_raw(_BLOCK):
-            done += len(block)
-            if done > MAX_MODEL_BYTES:
-                raise _too_large()
-            with mapped(target, "writing"):
-                view = memoryview(block)
-                while view:
-                    view = view[await file.write(view) :]
-            if progress is not None:
-                progress(done, total)
+        # A fault of ours ends the loop by cancelling the next read, not by leaving it: only so are
+        # the generators inside httpx unwound at once.
+        with trio.CancelScope() as scope:
+            async for block in response.aiter_raw():
+                if failure is not None:
+                    continue
+                try:
+                    with mapped(target, "writing"):
+                        view = memoryview(block)
+                        while view:
+                            view = view[await file.write(view) :]
+                    done += len(block)
+                    if done > MAX_MODEL_BYTES:
+                        raise _too_large()
+                except PyAgentError as error:
+                    failure = error
+                    scope.cancel()
+                    continue
+                if progress is not None:
+                    progress(done, total)
+    if failure is not None:
+        raise failure
     return done
 
 
@@ -235,8 +257,16 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what led to it (httpx often says nothing itself)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
 def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
+    text = next((str(e) for e in _causes(error) if str(e)), type(error).__name__)
     return re.sub(r"https?://\S+", "(address)", text)[:200]
 
 

