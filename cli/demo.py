@@ -155,7 +155,10 @@ def place(
     cuts: tuple[int, ...] | None = None,
     ranks: int | None = None,
 ) -> PlacementView:
-    """Give a model file to the first node and split it over ``ranks`` nodes (default: all)."""
+    """Give a model file to the first node and split it over ``ranks`` nodes (default: all).
+
+    Every node gets one slice; ``cuts`` are the layers where the next begins (default: evenly).
+    """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
     from pyagent_node.node.api.schema import LoadRequest, PullRequest  # noqa: PLC0415
 
@@ -163,6 +166,8 @@ def place(
     count = ranks or len(swarm)
     with Reporter(app.out, stream_json=False) as report:
         model = client.pull(PullRequest(source=f"file:{path}"), report)
+        if cuts is None and model.n_layers is not None:
+            cuts = even_cuts(model.n_layers, count)
         request = LoadRequest(
             model=model.digest,
             ranks=count,
@@ -171,6 +176,11 @@ def place(
             n_ctx=N_CTX,
         )
         return client.load(request, report)
+
+
+def even_cuts(n_layers: int, ranks: int) -> tuple[int, ...]:
+    """Return the layers where ranks of even size begin, the first rank's left out."""
+    return tuple(n_layers * rank // ranks for rank in range(1, ranks))
 
 
 def stream_answer(app: App, node: LocalNode, ask: object) -> Answer:
