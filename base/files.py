@@ -129,7 +129,7 @@ def write_atomic(path: Path, data: bytes, mode: int = OWNER_ONLY) -> None:
 def create_exclusive(path: Path, data: bytes, mode: int = OWNER_ONLY) -> bool:
     """Write ``path`` only if there is none; of several callers at once exactly one gets ``True``.
 
-    A reader sees no file or the whole of it.
+    A reader sees no file or the whole of it (where the file system knows hard links).
     """
     with mapped(path, "writing"):
         if path.exists():
@@ -139,10 +139,25 @@ def create_exclusive(path: Path, data: bytes, mode: int = OWNER_ONLY) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links
+            return _create_in_place(path, data, mode)
         finally:
             _unlink(temporary)
         sync_dir(path.parent)
         return True
+
+
+def _create_in_place(path: Path, data: bytes, mode: int) -> bool:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    except FileExistsError:
+        return False
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        sync_file(file.fileno())
+    sync_dir(path.parent)
+    return True
 
 
 def read_limited(path: Path, limit: int) -> bytes:

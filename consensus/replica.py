@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from pyagent_node.base.errors import CorruptData, PyAgentError, error_from_info
+from pyagent_node.base.errors import CorruptData, PyAgentError, Unsupported, error_from_info
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.checks import decode_command
 from pyagent_node.consensus.commands import Command
@@ -75,8 +75,8 @@ class Replica:
     def apply(self, entry: LogEntry) -> tuple[Record, Applied]:
         """Apply the next entry of the log.
 
-        Raises :class:`CorruptData` (``log_gap``, ``bad_entry``) and whatever
-        :func:`decode_command` raises for a command that this version does not know; the replica is
+        Raises :class:`CorruptData` (``log_gap``, ``bad_entry``, ``malformed_message``) and
+        :class:`Unsupported` (``unknown_command``) for a command of a later version; the replica is
         then unchanged.
         """
         if entry.index != self.state.index + 1:
@@ -90,7 +90,15 @@ class Replica:
             raise CorruptData(
                 f"Entry {entry.index} of the log is malformed.", code="bad_entry"
             ) from None
-        command = decode_command(record.command)
+        try:
+            command = decode_command(record.command)
+        except Unsupported as unknown:
+            raise Unsupported(
+                f"Entry {entry.index} of the log: {unknown.message}",
+                code="unknown_command",
+                remedy="Upgrade pyagent-node on this machine.",
+                index=entry.index,
+            ) from None
         state, error = apply(self.state, command)
         self._advance(entry, record, state)
         return record, Applied(entry.index, command, error)

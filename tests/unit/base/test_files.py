@@ -93,6 +93,22 @@ def test_exclusive_creation(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def test_exclusive_creation_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    path = tmp_path / "file"
+    assert create_exclusive(path, b"one")
+    assert not create_exclusive(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert names(tmp_path) == ["file"]
+    if sys.platform != "win32":
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_reading(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(NotFound) as caught:
