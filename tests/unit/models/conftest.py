@@ -53,6 +53,12 @@ def tiny_source(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_data(tiny_source: Path) -> bytes:
+    """The bytes of ``tiny_source``."""
+    return tiny_source.read_bytes()
+
+
 @pytest.fixture
 def swarming(
     swarm_module: ModuleType,
