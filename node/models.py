@@ -48,6 +48,7 @@ from pyagent_node.node.api.schema import (
 )
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.placement_board import PlacementBoard, Report
+from pyagent_node.node.placement_messages import PlacementReports
 from pyagent_node.node.planning import choose_nodes, planner_shape, survey
 from pyagent_node.node.rpc import Rpc
 
@@ -97,6 +98,10 @@ class NodeModels:
     async def placements(self) -> tuple[PlacementView, ...]:
         """Return every placement with the state and load of its ranks."""
         return await self._board.views()
+
+    def parts(self) -> PlacementReports:
+        """Return how this node's own ranks and heads fare."""
+        return self._board.own()
 
     async def list(self) -> tuple[ModelView, ...]:
         """Return the models that the mesh knows or this node holds, by name."""

@@ -63,6 +63,10 @@ class PlacementBoard:
         self._consensus = consensus
         self._controller = controller
 
+    def own(self) -> PlacementReports:
+        """Return this node's own report."""
+        return self._controller.reports()
+
     async def reports(self, peers: Iterable[PeerId]) -> dict[PeerId, PlacementReports]:
         """Return the reports of those of ``peers`` that answer."""
         found: dict[PeerId, PlacementReports] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -29,7 +30,8 @@ from pyagent_node.node.api.schema import (
 from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES
-from pyagent_node.node.runtime import Node
+from pyagent_node.node.placement_messages import HeadReport, RankReport
+from pyagent_node.node.runtime import Node, runner_bytes
 from pyagent_node.node.self_check import examine
 from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
 from pyagent_node.node.tickets import make_ticket
@@ -49,6 +51,8 @@ class NodeServices:
         self.telemetry = Telemetry()
         self.telemetry.bridge(self._mesh_samples)
         self.telemetry.bridge(self._pipeline_samples)
+        self.telemetry.bridge(self._part_samples)
+        self.telemetry.bridge(self._transfer_samples)
 
     @property
     def engine(self) -> PipelineEngine:
@@ -197,6 +201,32 @@ class NodeServices:
         for code, count in m.refused.items():
             labels = {"code": code}
             yield Sample("mesh_refused", "Refused connections and streams.", count, labels=labels)
+
+    def _part_samples(self) -> Iterator[Sample]:
+        """Ranks and heads of this node: their states, failures (each one a restart), memory."""
+        told = self._node.models.parts()
+        failures: Counter[tuple[str, str]] = Counter()
+        parts: list[RankReport | HeadReport] = [*told.ranks, *told.heads]
+        for part in parts:
+            what = f"rank {part.rank}" if isinstance(part, RankReport) else "head"
+            key = (self._model_name(part.model), what)
+            failures[key] += part.failures
+            labels = {"model": key[0], "part": what, "state": part.state}
+            yield Sample("part_state", "State of a rank or head (1).", 1, "gauge", labels)
+        for (model, what), count in failures.items():
+            labels = {"model": model, "part": what}
+            text = "Failures of a rank or head, each followed by a restart."
+            yield Sample("part_failures", text, count, labels=labels)
+        text = "Resident memory of the runner processes."
+        yield Sample("runner_resident_bytes", text, runner_bytes(), "gauge")
+
+    def _transfer_samples(self) -> Iterator[Sample]:
+        stats = self._node.transfers
+        yield Sample("transfer_bytes", "Model bytes from peers.", stats.bytes_fetched)
+        yield Sample("transfer_wasted_bytes", "Bytes that came twice.", stats.bytes_wasted)
+        yield Sample("transfer_chunks", "Chunks fetched from peers.", stats.chunks_fetched)
+        text = "Chunks refused because their digest was wrong."
+        yield Sample("transfer_corrupt_chunks", text, stats.chunks_corrupt)
 
     def _pipeline_samples(self) -> Iterator[Sample]:
         node = self._node
