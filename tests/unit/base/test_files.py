@@ -23,9 +23,6 @@ from pyagent_node.base.files import (
 )
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
-not_root = pytest.mark.skipif(
-    hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere"
-)
 
 
 def names(directory: Path) -> list[str]:
@@ -132,15 +129,6 @@ def test_private(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         check_private(path)
     assert caught.value.code == "file_readable_by_others"
-
-
-@posix
-@not_root
-def test_no_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(Refused) as caught:
-        write_atomic(tmp_path / "sub" / "file", b"")
-    assert caught.value.code == "file_not_permitted"
 
 
 def test_errors_are_mapped() -> None:
