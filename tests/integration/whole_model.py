@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from llama_cpp import Llama, llama_get_logits_ith
+from llama_cpp import Llama, llama_get_logits_ith, llama_get_memory, llama_memory_clear
 from numpy.typing import NDArray
 
 _Words = NDArray[np.uint64]
@@ -71,8 +71,8 @@ class WholeModel:
     def generate(self, prompt: list[int], n: int, *, seed: int, temperature: float) -> list[int]:
         """Return ``n`` tokens after ``prompt``; end tokens do not end it."""
         llama = self._llama
-        llama.reset()
-        llama._ctx.kv_cache_clear()
+        llama.n_tokens = 0
+        llama_memory_clear(llama_get_memory(llama.ctx), True)
         answer: list[int] = []
         pending = prompt
         while len(answer) < n:
