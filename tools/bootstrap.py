@@ -30,7 +30,7 @@ VENV = ROOT / ".venv"
 STAMPS = VENV / ".pyagent-stamps.json"
 REQUIREMENTS = ROOT / "requirements"
 PYTHON_NEEDED = (3, 11)
-CARGO_NEEDED = (1, 83)
+CARGO_NEEDED = (1, 85)
 PACKAGES = (
     "base",
     "native",
