@@ -7,10 +7,12 @@ prove anything but what their issuer says of that id.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
 import msgspec
+import trio
 
 from pyagent_node.base.errors import (
     ErrorInfo,
@@ -28,6 +30,8 @@ from pyagent_node.node.mesh.authoriser import MAX_CREDENTIALS, Authoriser, PeerA
 PROTOCOL: Final = "/pyagent/auth/1"
 MAX_HEADER: Final = MAX_CREDENTIALS + 8 * KIB
 """Bytes in a frame of this protocol."""
+VERDICT_SECONDS: Final = 0.5
+"""How long a peer that we refuse may take to say what it thinks of us."""
 _CODE: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -67,9 +71,11 @@ async def exchange(stream: FrameStream, authoriser: Authoriser) -> tuple[PeerAdm
         admission = authoriser.judge(stream.peer, first.credentials)
     except PyAgentError as error:
         refusal = error
+    second: Credentials | Verdict | None = None
     try:
         await stream.send(Frame(AUTH.encode(Verdict(refusal.to_info() if refusal else None))))
-        second = await _receive(stream)
+        with trio.move_on_after(math.inf if refusal is None else VERDICT_SECONDS):
+            second = await _receive(stream)
     except Unavailable:
         if refusal is not None:
             raise refusal from None

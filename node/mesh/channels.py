@@ -64,8 +64,7 @@ class Link:
         except WireClosed as error:
             self.reason = str(error)
         except YamuxError as error:
-            self.reason = f"it broke the protocol: {error}"
-            self._goodbye(yamux.PROTOCOL_ERROR)
+            self.close(f"it broke the protocol: {error}", yamux.PROTOCOL_ERROR)
         finally:
             self.close()
 
@@ -145,22 +144,19 @@ class Link:
             raise stream_closed(self.reason) from None
         return channel
 
-    def _goodbye(self, reason: int) -> None:
-        try:
-            self.mux.go_away(reason)
-            self.flush()
-        except WireClosed:
-            pass
-
-    def close(self, reason: str | None = None) -> None:
-        """End the connection; every stream's user learns it."""
+    def close(self, reason: str | None = None, code: int = yamux.NORMAL) -> None:
+        """End the connection; every stream's user learns it, and the peer the ``code``."""
         if self.ended.is_set():
             return
         if reason is not None:
             self.reason = reason
         self.ended.set()
         if not self.wire.closed:
-            self._goodbye(yamux.NORMAL)
+            try:
+                self.mux.go_away(code)
+                self.flush()
+            except WireClosed:
+                pass
         self.mux.end()
         self.wire.close()
 

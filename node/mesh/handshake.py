@@ -188,7 +188,7 @@ async def _agree_on_noise(raw: _Raw, wire: Wire, *, initiator: bool, private: bo
             remedy="Plaintext, TLS and SECIO are refused on purpose.",
         ) from None
     except NotMultistream as error:
-        raise _stranger(error.start, private=private) from None
+        raise _stranger(error.start + raw.buffer, private=private) from None
     except EndOfBytes as error:
         if private and wire.received:
             raise _wrong_psk() from None
@@ -207,8 +207,9 @@ def _wrong_psk() -> Refused:
 
 
 def _stranger(start: bytes, *, private: bool) -> PyAgentError:
-    """Name a peer whose first bytes are not libp2p's."""
-    if private or not (start.isascii() and start.decode().isprintable()):
+    """Name a peer whose first bytes are not libp2p's: text is another server's, noise a key's."""
+    text = start.decode("ascii", "replace").translate({9: " ", 10: " ", 13: " "})
+    if private or not (text.isascii() and text.isprintable()):
         return _wrong_psk()
     return Unavailable(
         "The server at that address is not a libp2p node.",

@@ -22,6 +22,7 @@ from pyagent_node.node.mesh.handshake import Identity, secure
 from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits, MeshMetrics
 from pyagent_node.node.mesh.wire import StreamCipher, Wire
+from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -199,7 +200,7 @@ async def attacker(
     sock = socket.create_connection(tcp(address))
     wire = Wire(sock, cipher)
     try:
-        async with trio.open_nursery() as nursery:
+        async with background() as nursery:
             nursery.start_soon(wire.run_writer)
             secured = await secure(
                 wire,
@@ -213,7 +214,6 @@ async def attacker(
             nursery.start_soon(link.run)
             yield link
             link.close()
-            nursery.cancel_scope.cancel()
     finally:
         wire.close()
 
