@@ -15,13 +15,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
+import h11
 import msgspec
 import trio
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
-from hypercorn.utils import wrap_app
+from hypercorn.utils import parse_socket_addr, wrap_app
 from starlette.types import ASGIApp
 
 from pyagent_node.base.errors import ConfigError, Conflict
@@ -144,15 +147,49 @@ class _Connection:
         self.socket.close()
 
 
+class _Http1(H11Protocol):
+    """Hypercorn's HTTP/1.1, which an ``Upgrade: h2c`` does not turn into HTTP/2.
+
+    Nobody asks for HTTP/2 without TLS, and its many streams in one connection would pass by the
+    bounds on connections and on idle time.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.http_version == b"2.0":
+            raise _NotHttp1
+
+
+class _NotHttp1(Exception):
+    pass
+
+
 class _Server(TCPServer):
-    """Hypercorn's connection, ended as soon as the client has closed it.
+    """Hypercorn's connection, for HTTP/1.1, ended as soon as the client has closed it.
 
     As shipped it lingers until the idle timeout when that happens between two requests.
     """
 
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()
+    async def run(self) -> None:
+        sock = self.stream.socket
+        try:
+            async with TaskGroup() as tasks:
+                self._task_group = tasks
+                self.protocol = _Http1(  # type: ignore[assignment]
+                    self.app,
+                    self.config,
+                    self.context,
+                    tasks,
+                    ConnectionState(self.state),
+                    False,
+                    parse_socket_addr(sock.family, sock.getpeername()),
+                    parse_socket_addr(sock.family, sock.getsockname()),
+                    self.protocol_send,
+                )
+                await self.idle_task.restart(tasks, self._idle_timeout)
+                await self._read_data()
+                await self.idle_task.stop()
+        finally:
+            await self._close()
 
 
 class ApiServer:
@@ -237,7 +274,9 @@ class ApiServer:
                 state,
                 connection,  # type: ignore[arg-type]
             )
-        except Exception:
+        except* (OSError, _NotHttp1) as group:
+            log.debug("a connection ended: %s", group.exceptions[0])
+        except* Exception:
             log.exception("a connection ended with an unexpected error")
         finally:
             self._open.discard(connection)

@@ -96,6 +96,22 @@ async def test_silent_connections_are_closed():
                     await read_all(client)
 
 
+async def test_there_is_no_http_2(api):
+    upgrade = (
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\n"
+        b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n"
+    )
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for begin, answer in ((upgrade, b"HTTP/1.1 200"), (preface, b"")):
+        client = await trio.open_tcp_stream("127.0.0.1", api.server.port)
+        async with client:
+            await client.send_all(begin)
+            with trio.fail_after(5):
+                reply = await read_all(client)
+        assert reply[:12] == answer
+    assert (await api.http.get("/healthz")).status_code == 200
+
+
 @pytest.mark.parametrize(
     "garbage",
     [
