@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,37 +11,25 @@ import pytest
 
 from pyagent_node.inference.models import fetching
 from pyagent_node.simulations.mesh import open_network
-
-
-def _beside(name: str) -> ModuleType:
-    """Import a module that lies beside this file (tests are not a package)."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.unit.models import llama_slices, swarm, tiny_models
 
 
 @pytest.fixture(scope="session")
 def llama() -> ModuleType:
     """The module ``llama_slices``: llama.cpp, as plainly as it can be used."""
-    return _beside("llama_slices")
+    return llama_slices
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module ``tiny_models``: makes small random models."""
-    return _beside("tiny_models")
+    return tiny_models
 
 
 @pytest.fixture(scope="session")
 def swarm_module() -> ModuleType:
     """The module ``swarm``: a simulated swarm with a small model."""
-    return _beside("swarm")
+    return swarm
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from pyagent_node.inference.models.blob_messages import (
     ManifestReply,
 )
 from pyagent_node.inference.models.blob_server import BlobServer
+from pyagent_node.inference.models.chunks import ChunkSet
 from pyagent_node.inference.models.fetching import TransferStats
 from pyagent_node.inference.models.manifest import build_manifest, decode_manifest
 from pyagent_node.inference.models.stored_model import About
@@ -256,13 +257,21 @@ async def test_a_peer_that_is_fetching_too_is_asked_again(
         BlobServer(store).attach(middle)
         await swarm.network.connect_all()
         await ensure_manifest(middle, store, swarm.model, [seed.peer_id])
+        asked = trio.Event()
+        real_have = store.have
+
+        def have(digest: Digest) -> ChunkSet:
+            trio.from_thread.run_sync(asked.set)
+            return real_have(digest)
+
+        monkeypatch.setattr(store, "have", have)
         async with trio.open_nursery() as nursery:
 
             async def get() -> None:
                 await ensure_slice(swarm.mesh, swarm.store, swarm.model, PART, [middle.peer_id])
 
             nursery.start_soon(get)
-            await trio.testing.wait_all_tasks_blocked(0.05)
+            await asked.wait()
             await ensure_slice(middle, store, swarm.model, PART, [seed.peer_id])
         assert await swarm.fetch() == swarm.expected()
 
