@@ -121,12 +121,14 @@ async def _announce_and_browse(
         except (trio.WouldBlock, trio.ClosedResourceError):
             return
 
-    if addresses:
+    hosts = sorted({a.split("/")[2] for a in addresses if a.startswith("/ip")})
+    if hosts:
         info = ServiceInfo(
             SERVICE,
             ours,
             port=int(addresses[0].split("/")[4]),
             properties=properties(fingerprint, peer, addresses),
+            parsed_addresses=hosts,
             server=f"{peer[-32:].lower()}.local.",
         )
         await trio.to_thread.run_sync(zeroconf.register_service, info)

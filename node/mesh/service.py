@@ -19,7 +19,7 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.mesh import FrameStream, PeerEvents, PeerInfo, StreamHandler
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.addresses import check_address, peer_of, without_peer
-from pyagent_node.node.mesh import gossip, mdns, ping, sockets
+from pyagent_node.node.mesh import gossip, ping, sockets
 from pyagent_node.node.mesh.authoriser import Authoriser
 from pyagent_node.node.mesh.book import Book, Source
 from pyagent_node.node.mesh.connection import (
@@ -384,6 +384,8 @@ class Libp2pMesh:
             self._book.learn(peer, [without_peer(address)], Source.CONFIGURED, now)
         self._nursery.start_soon(self._dialler.keep)
         if config.mdns:
+            from pyagent_node.node.mesh import mdns  # noqa: PLC0415 - zeroconf is 5 MB
+
             self._nursery.start_soon(
                 mdns.discover, config.fingerprint, self.peer_id, self._gossip.own, self._learn
             )
