@@ -9,6 +9,9 @@ on stdin with one JSON ``SingleAnswer`` a line on stdout (see ``single``), so th
 runs in the process that asks.
 """
 
+# pyright: reportArgumentType=false
+# (llama_cpp declares every handle optional and every number a ctypes object)
+
 from __future__ import annotations
 
 import ctypes

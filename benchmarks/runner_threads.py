@@ -134,7 +134,7 @@ async def through_runners(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--threads", default="1,2")

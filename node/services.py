@@ -29,7 +29,7 @@ from pyagent_node.node.api.schema import (
 )
 from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
-from pyagent_node.node.genesis import ROLES
+from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.placement_messages import HeadReport, RankReport
 from pyagent_node.node.runtime import Node, runner_bytes
 from pyagent_node.node.self_check import examine
@@ -139,7 +139,8 @@ class NodeServices:
 
     async def invite(self, request: InviteRequest) -> InviteReply:
         """See :class:`ApiServices`."""
-        role = next((role for role in ROLES if role == request.role), None)
+        roles: dict[str, Role] = {role: role for role in ROLES}
+        role = roles.get(request.role)
         if role is None:
             raise InvalidRequest(
                 f"role is {request.role[:40]!r}; it must be one of {', '.join(ROLES)}.",

@@ -7,6 +7,9 @@ positions and nobody else's cells are walked past), and the physical batch is th
 All calls of a batch are one ubatch of llama.cpp, see ``batching``.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# (llama_cpp declares every handle optional and every number a ctypes object)
+
 from __future__ import annotations
 
 import ctypes

@@ -5,6 +5,9 @@ reach us as null pointers and log lines; :func:`load_model` turns both into erro
 mistakes make llama.cpp abort the process: that is why it runs in a runner process of its own.
 """
 
+# pyright: reportArgumentType=false
+# (llama_cpp declares every handle optional and every number a ctypes object)
+
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,8 @@
 """The vocabulary of a model: text to tokens, tokens to bytes, conversations to tokens."""
 
+# pyright: reportArgumentType=false
+# (llama_cpp declares every handle optional and every number a ctypes object)
+
 from __future__ import annotations
 
 import ctypes
