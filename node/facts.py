@@ -1,25 +1,35 @@
-"""What this node measures of itself for the planner: memory, and two short benchmarks."""
+"""What this node measures of itself for the planner: memory, and two short benchmarks.
+
+The benchmarks say what a runner's threads can do on a machine that is otherwise idle: the best of
+many short runs counts, so that other work (daemons on the same machine measure at the same time)
+disturbs them little.  They are single-threaded NumPy operations, run once for each thread that a
+runner would use: the linear algebra library's own threads wait for each other by spinning, and
+measure ten times too little as soon as one of them has to wait for the processor.
+"""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest, PeerId, Slice
 from pyagent_node.inference.llama.memory import available_memory
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
+from pyagent_node.inference.runner import default_threads
 
-VECTOR_BYTES: Final = 32 * MIB
-"""Matrix read by the bandwidth measurement: larger than most caches."""
-PRODUCT: Final = 512
-"""Side of the matrices multiplied by the compute measurement."""
-MEASURE_SECONDS: Final = 0.15
+BUFFER_BYTES: Final = 64 * MIB
+"""Memory that all threads together read in one run: larger than most caches."""
+SIDE: Final = 64
+"""Side of the matrices multiplied in one run: small enough for one thread."""
+PRODUCTS: Final = 100
+"""Products in one run."""
+MEASURE_SECONDS: Final = 0.12
 """Time given to each of the two measurements."""
 
 
@@ -30,7 +40,7 @@ class Speed(NamedTuple):
     compute: float
 
 
-def _best(work: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+def best_time(work: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
     """Return the shortest of the runs of ``work`` that fit into ``seconds`` (two at least)."""
     shortest = float("inf")
     end = clock() + seconds
@@ -43,21 +53,38 @@ def _best(work: Callable[[], object], seconds: float, clock: Callable[[], float]
     return max(shortest, 1e-9)
 
 
-def measure_speed(
-    seconds: float = MEASURE_SECONDS, clock: Callable[[], float] = time.perf_counter
-) -> Speed:
-    """Measure this machine; blocks for about twice ``seconds``.
+def _read(part: NDArray[np.int32]) -> float:
+    return part.nbytes / best_time(part.max, MEASURE_SECONDS, time.perf_counter)
 
-    A matrix times a vector is bound by memory bandwidth and is what decoding mostly does; a product
-    of matrices is bound by arithmetic, as prefill is.  Both use NumPy's own threads.
-    """
-    columns = 4096
-    matrix = np.ones((VECTOR_BYTES // 4 // columns, columns), dtype=np.float32)
-    vector = np.ones(columns, dtype=np.float32)
-    bandwidth = matrix.nbytes / _best(lambda: matrix @ vector, seconds, clock)
-    square = np.ones((PRODUCT, PRODUCT), dtype=np.float32)
-    compute = 2 * PRODUCT**3 / _best(lambda: square @ square, seconds, clock)
-    return Speed(bandwidth, compute)
+
+def _multiply() -> float:
+    square = np.ones((SIDE, SIDE), dtype=np.float32)
+    out = np.empty_like(square)
+
+    def run() -> None:
+        for _ in range(PRODUCTS):
+            np.matmul(square, square, out=out)
+
+    return PRODUCTS * 2 * SIDE**3 / best_time(run, MEASURE_SECONDS, time.perf_counter)
+
+
+async def measure_speed(threads: int) -> Speed:
+    """Measure this machine with so many threads, in about a quarter of a second."""
+    buffer = np.zeros(BUFFER_BYTES // 4, dtype=np.int32)
+    buffer += 1  # memory that was never written is one page of zeros
+    parts = np.array_split(buffer, threads)
+    totals = [0.0, 0.0]
+
+    async def measure(index: int, work: Callable[[], float]) -> None:
+        totals[index] += await trio.to_thread.run_sync(work)
+
+    async with trio.open_nursery() as nursery:
+        for part in parts:
+            nursery.start_soon(measure, 0, lambda part=part: _read(part))
+    async with trio.open_nursery() as nursery:
+        for _ in range(threads):
+            nursery.start_soon(measure, 1, _multiply)
+    return Speed(*totals)
 
 
 class FactsProvider:
@@ -73,13 +100,13 @@ class FactsProvider:
         held: Callable[[Digest], tuple[Slice, ...]],
         *,
         threads: int | None = None,
-        measure: Callable[[], Speed] = measure_speed,
+        measure: Callable[[int], Awaitable[Speed]] = measure_speed,
         memory: Callable[[], int] = available_memory,
     ) -> None:
         self._peer_id = peer_id
         self._name = name
         self._held = held
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or default_threads()
         self._measure = measure
         self._memory = memory
         self._speed: Speed | None = None
@@ -89,7 +116,7 @@ class FactsProvider:
         """Return the facts as of now."""
         async with self._measuring:
             if self._speed is None:
-                self._speed = await trio.to_thread.run_sync(self._measure)
+                self._speed = await self._measure(self._threads)
         return NodeFacts(
             peer_id=self._peer_id,
             name=self._name,

@@ -6,6 +6,7 @@ ready; a placement that cannot get ready is taken back.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -18,6 +19,7 @@ from pyagent_node.base.errors import (
     InvalidRequest,
     NotFound,
     PyAgentError,
+    Unavailable,
     Unsupported,
 )
 from pyagent_node.base.mesh import Mesh
@@ -139,6 +141,7 @@ class NodeModels:
         def progress(done: int, total: int | None) -> None:
             report(Progress(step="download", text=request.source, done=done, total=total))
 
+        await self._catch_up()
         record = self._registered(request.source)
         if record is not None and request.source not in CATALOGUE:
             peers = [p.peer_id for p in self._mesh.peers()]
@@ -190,6 +193,7 @@ class NodeModels:
 
     async def _find(self, name: str) -> ModelRecord:
         """Return the record of a model by name or digest, registering one that lies here."""
+        await self._catch_up()
         record = self._registered(name)
         if record is not None:
             return record
@@ -319,6 +323,7 @@ class NodeModels:
 
         Raises :class:`NotFound` (``model_not_found``, ``placement_not_found``).
         """
+        await self._catch_up()
         record = self._registered(model)
         if record is None:
             raise NotFound(f"The mesh knows no model {model[:80]!r}.", code="model_not_found")
@@ -339,6 +344,7 @@ class NodeModels:
         Raises :class:`Conflict` (``model_placed``) while it is loaded and :class:`NotFound`
         (``model_not_found``).
         """
+        await self._catch_up()
         state = self._consensus.state
         if digest in state.placements:
             raise Conflict(
@@ -353,7 +359,15 @@ class NodeModels:
             if not registered:
                 raise
         if registered:
-            await self._consensus.propose(ForgetModel(digest))
+            with contextlib.suppress(NotFound):  # another node was quicker
+                await self._consensus.propose(ForgetModel(digest))
+
+    async def _catch_up(self) -> None:
+        """See what the mesh has decided so far; without a leader the last known state counts."""
+        try:
+            await self._consensus.read_barrier()
+        except Unavailable as error:
+            logger.info("going on with what is known here: %s", error)
 
     async def _in_thread(self, work: Callable[[Digest], T], digest: Digest | str) -> T:
         return await trio.to_thread.run_sync(work, Digest(digest))

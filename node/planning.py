@@ -6,8 +6,6 @@ import logging
 import math
 from typing import NamedTuple
 
-import trio
-
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId
@@ -64,7 +62,10 @@ def planner_shape(header: GgufHeader, name: str) -> ModelShape:
 
 
 async def survey(mesh: Mesh, rpc: Rpc, facts: FactsProvider, model: Digest) -> Swarm:
-    """Ask every connected member for its facts; those that do not answer are left out."""
+    """Ask every connected member for its facts; those that do not answer are left out.
+
+    One after the other: nodes that share a machine would measure each other otherwise.
+    """
     swarm = Swarm([], {})
 
     async def ask(peer: PeerId) -> None:
@@ -82,11 +83,10 @@ async def survey(mesh: Mesh, rpc: Rpc, facts: FactsProvider, model: Digest) -> S
             if math.isfinite(rtt) and rtt >= 0:
                 swarm.rtt_ms[reply.facts.peer_id, other] = rtt
 
-    async with trio.open_nursery() as nursery:
-        for peer in mesh.peers():
-            if peer.role != "client":
-                nursery.start_soon(ask, peer.peer_id)
-        take(await facts_reply(mesh, facts, model))
+    take(await facts_reply(mesh, facts, model))
+    for peer in mesh.peers():
+        if peer.role != "client":
+            await ask(peer.peer_id)
     return swarm
 
 
