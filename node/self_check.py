@@ -1,22 +1,18 @@
-"""What a running daemon finds when it examines itself: its part of ``doctor``."""
+"""What a running daemon finds when it examines itself: its part of ``doctor``.
+
+What can be seen from outside (disk, memory, clock, files) the command line looks at itself.
+"""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Final
 
-import psutil
-import trio
-
-from pyagent_node.base.limits import MIB
 from pyagent_node.node.api.schema import Check, PlacementView
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.runtime import Node
 
-LOW_DISK: Final = 1024 * MIB
-LOW_MEMORY: Final = 256 * MIB
 SLOW_RTT_MS: Final = 150.0
 """Above this round trip a layer pipeline answers slowly."""
 SOON: Final = 7 * 86_400.0
@@ -26,14 +22,11 @@ SOON: Final = 7 * 86_400.0
 async def examine(node: Node) -> list[Check]:
     """Return the findings, the good ones included."""
     placements = await node.models.placements()
-    disk = await trio.to_thread.run_sync(_disk, node)
     return [
         _listening(node),
         *_peers(node),
         _agreement(node),
         _certificate(node),
-        disk,
-        _memory(),
         *_placements(placements),
     ]
 
@@ -120,33 +113,6 @@ def _certificate(node: Node) -> Check:
             remedy="It renews itself when the node that admits is reachable, and the clock right.",
         )
     return Check(name="certificate", result="ok", detail=f"Valid for {left / 86_400:.0f} days.")
-
-
-def _disk(node: Node) -> Check:
-    path = node.settings.models_dir(node.home)
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    if free < LOW_DISK:
-        return Check(
-            name="disk",
-            result="warning",
-            detail=f"{free // MIB} MiB free at {path}.",
-            remedy="Free some space, or move the models with the setting `model_dir`.",
-        )
-    return Check(name="disk", result="ok", detail=f"{free // (1024 * MIB)} GiB free.")
-
-
-def _memory() -> Check:
-    available = psutil.virtual_memory().available
-    if available < LOW_MEMORY:
-        return Check(
-            name="memory",
-            result="warning",
-            detail=f"{available // MIB} MiB available.",
-            remedy="Close other programs, or load models over more nodes.",
-        )
-    return Check(name="memory", result="ok", detail=f"{available // MIB} MiB available.")
 
 
 def _placements(placements: tuple[PlacementView, ...]) -> Iterator[Check]:

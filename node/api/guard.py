@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 import trio
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyagent_node.base.errors import DeadlineExceeded, InvalidRequest, PyAgentError, Refused
@@ -252,6 +253,8 @@ class Guard:
                 await _preflight(headers, respond)
             else:
                 await self._app(scope, body.receive, respond)
+        except ClientDisconnect:  # before its request was whole
+            scope.setdefault("state", {})["client_gone"] = True
         except Exception as error:
             failure = as_pyagent_error(error)
             if not status:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -19,6 +20,7 @@ import h11
 import msgspec
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -90,7 +92,7 @@ def _port(sockets: Sequence[socket.socket]) -> int:
 def _bind_one(family: int, address: tuple[object, ...]) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+        if sys.platform == "win32":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,6 +171,8 @@ class _Server(TCPServer):
     As shipped it lingers until the idle timeout when that happens between two requests.
     """
 
+    _over = False
+
     async def run(self) -> None:
         sock = self.stream.socket
         try:
@@ -187,9 +191,14 @@ class _Server(TCPServer):
                 )
                 await self.idle_task.restart(tasks, self._idle_timeout)
                 await self._read_data()
+                self._over = True
                 await self.idle_task.stop()
         finally:
             await self._close()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._over and isinstance(event, Updated)):  # nothing is idle after the end
+            await super().protocol_send(event)
 
 
 class ApiServer:

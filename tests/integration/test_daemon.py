@@ -43,7 +43,7 @@ def test_start_and_orderly_end(tmp_path: Path) -> None:
             assert status.consensus is not None
             assert status.consensus.role == "leader"
             assert status.placements == ()
-            assert {c.name for c in client.doctor().checks} >= {"listening", "agreement", "disk"}
+            assert {c.name for c in client.doctor().checks} >= {"listening", "agreement", "peers"}
             assert client.models().models == ()
             ticket = client.invite(InviteRequest(ttl_seconds=600)).ticket
             assert ticket.startswith("pyagent1")

@@ -1,8 +1,10 @@
 """A client that hangs up, however and whenever it does."""
 
 import json
+import random
 import socket
 import struct
+from contextlib import suppress
 
 import pytest
 import trio
@@ -77,7 +79,7 @@ async def test_the_daemon_answers_after_a_disconnect(api):
     assert reply.status_code == 200
 
 
-async def test_leaving_before_the_body_is_whole(api):
+async def test_leaving_before_the_body_is_whole(api, caplog):
     client = await connect(api)
     await client.send_all(request(ASK)[:-10])
     await client.aclose()
@@ -87,6 +89,8 @@ async def test_leaving_before_the_body_is_whole(api):
         while api.server.connections > 1:
             await trio.lowlevel.checkpoint()
     assert api.engine.started == 0
+    assert "unexpected" not in caplog.text
+    await until_counted(api, "499")
 
 
 async def test_a_deadline_ends_a_generation():
@@ -100,3 +104,29 @@ async def test_a_deadline_ends_a_generation():
         assert reply.status_code == 200
         assert "request_deadline" in reply.text.split("\n\n")[-2]
         assert api.engine.running == 0
+
+
+async def test_a_storm_of_rude_clients_leaves_nothing_behind(api):
+    rng = random.Random(5)
+
+    async def one() -> None:
+        data = request({**ASK, "stream": rng.random() < 0.5, "n": rng.randint(1, 4)})
+        if rng.random() < 0.2:
+            data = data[: rng.randint(0, len(data))]
+        elif rng.random() < 0.1:
+            data = rng.randbytes(200)
+        with suppress(OSError, trio.BrokenResourceError):
+            async with await connect(api) as client:
+                await client.send_all(data)
+                for _ in range(rng.randint(0, 3)):
+                    with trio.move_on_after(0.05):
+                        await client.receive_some()
+
+    with trio.fail_after(30):
+        for _ in range(10):
+            async with trio.open_nursery() as nursery:
+                for _ in range(30):
+                    nursery.start_soon(one)
+        while api.server.connections or api.engine.running:
+            await trio.lowlevel.checkpoint()
+    assert (await api.http.get("/healthz")).status_code == 200
