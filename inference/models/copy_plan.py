@@ -1,25 +1,12 @@
-"""New files made of stretches of an old one, of literal bytes and of holes.
-
-A :class:`CopyPlan` is decided without I/O; :func:`write_copy` carries it out with bounded memory.
-"""
+"""New files made of stretches of an old one, of literal bytes and of holes: the plans.  Pure."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from io import FileIO
-from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import NamedTuple
 
-from pyagent_node.base.errors import CorruptData
-from pyagent_node.base.files import mapped, sync_dir
-from pyagent_node.base.limits import MIB
 from pyagent_node.inference.models.chunks import merge_ranges
-from pyagent_node.inference.models.gguf_header import ByteRange
-from pyagent_node.inference.models.model_file import ModelFile
-
-_COPY_BYTES: Final = 1 * MIB
+from pyagent_node.inference.models.gguf_format import ByteRange
 
 
 class Hole(NamedTuple):
@@ -56,28 +43,6 @@ def copy_plan(segments: Sequence[Segment], also: Iterable[ByteRange] = ()) -> Co
     return CopyPlan(tuple(segments), size, needs)
 
 
-def write_copy(file: ModelFile, plan: CopyPlan, path: Path) -> None:
-    """Make ``path`` out of ``file``: temporary name, sync, rename.
-
-    Raises :class:`Unavailable` (``bytes_missing``, ``disk_full``) and :class:`CorruptData`
-    (``gguf_truncated``) when the source shrinks meanwhile.  On any error nothing is left behind.
-    """
-    file.require(plan.needs)
-    with mapped(path, "writing"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as target:
-                _write_segments(file.path, target, plan)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_dir(path.parent)
-
-
 def length(segment: Segment) -> int:
     """Return how many bytes of the new file a segment makes."""
     match segment:
@@ -87,32 +52,3 @@ def length(segment: Segment) -> int:
             return stop - start
         case Hole(nbytes):
             return nbytes
-
-
-def _write_segments(source: Path, target: IO[bytes], plan: CopyPlan) -> None:
-    with mapped(source, "reading"):
-        origin = source.open("rb", buffering=0)
-    with origin:
-        for segment in plan.segments:
-            match segment:
-                case bytes():
-                    target.write(segment)
-                case ByteRange(start, stop):
-                    _copy(source, origin, target, start, stop)
-                case Hole(nbytes):
-                    target.seek(nbytes, os.SEEK_CUR)
-        target.truncate(plan.size)
-
-
-def _copy(source: Path, origin: FileIO, target: IO[bytes], start: int, stop: int) -> None:
-    with mapped(source, "reading"):
-        origin.seek(start)
-    while start < stop:
-        with mapped(source, "reading"):
-            data = origin.read(min(_COPY_BYTES, stop - start))
-        if not data:
-            raise CorruptData(
-                f"{source} ended at byte {start} while it was being read.", code="gguf_truncated"
-            )
-        target.write(data)
-        start += len(data)

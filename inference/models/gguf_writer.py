@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from pyagent_node.inference.models.gguf_header import MAGIC, SCALARS, pad_to
+from pyagent_node.inference.models.gguf_format import MAGIC, SCALARS, pad_to
 
 VERSION: Final = 3
 

@@ -43,7 +43,8 @@ from pyagent_node.base.limits import CHUNK_BYTES
 from pyagent_node.base.types import Digest, Slice
 from pyagent_node.inference.models.architectures import is_whole, model_shape
 from pyagent_node.inference.models.chunks import ChunkSet
-from pyagent_node.inference.models.copy_plan import CopyPlan, write_copy
+from pyagent_node.inference.models.copy_plan import CopyPlan
+from pyagent_node.inference.models.copying import write_copy
 from pyagent_node.inference.models.gguf_header import read_header
 from pyagent_node.inference.models.manifest import (
     MAX_MANIFEST_BYTES,
@@ -61,7 +62,7 @@ from pyagent_node.inference.models.partial import (
     not_held,
     read_bitmap,
 )
-from pyagent_node.inference.models.slicing import (
+from pyagent_node.inference.models.slice_plan import (
     SLICE_FORMAT,
     VOCABULARY,
     slice_plan,

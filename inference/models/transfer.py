@@ -29,13 +29,13 @@ from pyagent_node.inference.models.blob_client import open_blob_client
 from pyagent_node.inference.models.chunks import chunks_of
 from pyagent_node.inference.models.embeddings import EmbeddingTable, embedding_ranges
 from pyagent_node.inference.models.fetching import ChunkFetch, Progress, TransferStats
-from pyagent_node.inference.models.gguf_header import ByteRange
+from pyagent_node.inference.models.gguf_format import ByteRange
 from pyagent_node.inference.models.manifest import (
     ModelManifest,
     check_name,
     decode_manifest,
 )
-from pyagent_node.inference.models.slicing import slice_plan
+from pyagent_node.inference.models.slice_plan import slice_plan
 from pyagent_node.inference.models.store import ModelStore
 
 MANIFEST_PEERS: Final = 4

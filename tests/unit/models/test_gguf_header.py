@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData, NotFound, Unsupported
-from pyagent_node.inference.models import gguf_header
+from pyagent_node.inference.models import gguf_format
 from pyagent_node.inference.models.gguf_header import (
     ByteRange,
     parse_header,
@@ -211,7 +211,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 
 
 def test_a_header_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", 1024)
+    monkeypatch.setattr(gguf_format, "MAX_HEADER_BYTES", 1024)
     data = header(fields=1, body=string(b"k") + struct.pack("<I", 8) + string(bytes(1000)))
     with pytest.raises(CorruptData, match="of header") as caught:
         parse_header(data)

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFWriter
 
 from pyagent_node.base.types import Slice
-from pyagent_node.inference.models.copy_plan import write_copy
+from pyagent_node.inference.models.copying import write_copy
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.model_file import ModelFile
 from pyagent_node.inference.models.slicing import vocabulary_plan, write_slice

@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unavailable, Unsupported
 from pyagent_node.base.types import Slice
-from pyagent_node.inference.models import copy_plan
+from pyagent_node.inference.models import copying
 from pyagent_node.inference.models.architectures import check_sliceable, model_shape
 from pyagent_node.inference.models.chunks import ChunkSet, chunk_count, chunks_of
 from pyagent_node.inference.models.gguf_header import ByteRange, read_header
@@ -224,7 +224,7 @@ def test_nothing_is_left_behind_when_the_disk_is_full(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copy_plan.os, "fsync", full)
+    monkeypatch.setattr(copying.os, "fsync", full)
     folder = tmp_path / "out"
     with pytest.raises(Unavailable) as caught:
         write_slice(model, Slice(0, 2, False), folder / "s.gguf")
@@ -243,7 +243,7 @@ def test_a_slice_can_be_written_over_itself(model: Path, tmp_path: Path) -> None
 def test_vocabulary_plan_keeps_every_field_and_no_tensor(model: Path, tmp_path: Path) -> None:
     file = ModelFile.open(model)
     path = tmp_path / "vocabulary.gguf"
-    copy_plan.write_copy(file, vocabulary_plan(file.header), path)
+    copying.write_copy(file, vocabulary_plan(file.header), path)
     again = read_header(path)
     assert not again.tensors
     assert set(again.fields) == {*file.header.fields, "pyagent.slice", "pyagent.slice_format"}
