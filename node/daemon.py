@@ -36,6 +36,9 @@ from pyagent_node.node.version import VERSION
 
 log = logging.getLogger("pyagent_node.daemon")
 
+HURRY_SECONDS: Final = 8.0
+"""Time for an orderly end after the second signal."""
+
 _SIGNALS: Final = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -81,13 +84,20 @@ async def run_daemon(
     redactor = Redactor()
     end = _End()
     with _logging(settings, redactor), home.lock():
+        home.clear_state()  # of a daemon that was killed: the lock says that none runs
         try:
             async with background() as nursery:
                 if signals:
                     await nursery.start(_watch_signals, end)
+                nursery.start_soon(_cut_short, end, nursery.cancel_scope)
                 await _run(settings, home, redactor, end, task_status)
-        except BaseExceptionGroup as group:
-            raise _only_error(group) from None
+        except Exception as error:
+            cause = _cause(error)
+            if not isinstance(cause, PyAgentError):
+                log.critical("the daemon failed", exc_info=error)
+            elif home.read_state() is not None:  # it was up; before that, the caller tells
+                log.critical("the daemon failed: %s", cause)
+            raise cause from None
         finally:
             home.clear_state()
             log.info("the daemon has ended")
@@ -161,6 +171,14 @@ async def _drain(node: Node, drain: Drain, seconds: float, end: _End) -> None:
     drain.expire()
 
 
+async def _cut_short(end: _End, scope: trio.CancelScope) -> None:
+    """Cancel everything some time after the second signal, in case the orderly end hangs."""
+    await end.hurried()
+    await trio.sleep(HURRY_SECONDS)
+    log.error("the orderly end took too long; what is left is cut off")
+    scope.cancel()
+
+
 async def _watch_signals(
     end: _End, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
@@ -180,17 +198,14 @@ def _logging(settings: Settings, redactor: Redactor) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _cause(error: Exception) -> Exception:
     """Return what made the daemon fail: an error of ours if one is inside, else the first."""
-    leaves: list[BaseException] = []
-    pending: list[BaseException] = [group]
+    leaves: list[Exception] = []
+    pending: list[Exception] = [error]
     while pending:
-        error = pending.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(error.exceptions)
+        each = pending.pop(0)
+        if isinstance(each, ExceptionGroup):
+            pending.extend(each.exceptions)
         else:
-            leaves.append(error)
-    for leaf in leaves:
-        if isinstance(leaf, PyAgentError):
-            return leaf
-    return next((e for e in leaves if not isinstance(e, trio.Cancelled)), leaves[0])
+            leaves.append(each)
+    return next((leaf for leaf in leaves if isinstance(leaf, PyAgentError)), leaves[0])

@@ -31,7 +31,7 @@ from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.placement_messages import HeadReport, RankReport
-from pyagent_node.node.runtime import Node, runner_bytes
+from pyagent_node.node.runtime import Node
 from pyagent_node.node.self_check import examine
 from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
 from pyagent_node.node.tickets import make_ticket
@@ -66,19 +66,26 @@ class NodeServices:
     # The node ----------------------------------------------------------------------------------
 
     def readiness(self) -> Readiness:
-        """Ready when a request for a loaded model could be answered."""
+        """Ready when every loaded model can be asked, as far as this node can tell."""
         node = self._node
+        state = node.consensus.state
+        here = node.mesh.peer_id
+        connected = {peer.peer_id for peer in node.mesh.peers()} | {here}
+        parts = {(r.model, r.epoch, r.rank): r.state for r in node.models.parts().ranks}
+        heads = {model.digest for model in node.engine.models()}
         reasons = []
-        consensus = node.consensus.status()
-        if consensus.leader is None:
-            reasons.append("the mesh has no leader that this node knows of")
-        placements = node.consensus.state.placements
-        offered = {model.digest for model in node.engine.models()}
-        reasons += [
-            f"{self._model_name(digest)} is placed, but this node cannot be its head yet"
-            for digest in placements
-            if digest not in offered
-        ]
+        for digest, placement in state.placements.items():
+            name = self._model_name(digest)
+            if digest not in heads:
+                reasons.append(f"this node cannot take requests for {name} yet")
+            for rank in placement.ranks:
+                where = parts.get((digest, placement.epoch, rank.rank), "starting")
+                if rank.peer_id not in connected:
+                    member = state.members.get(rank.peer_id)
+                    who = member.name if member is not None else rank.peer_id
+                    reasons.append(f"{who}, which holds rank {rank.rank} of {name}, is away")
+                elif rank.peer_id == here and where != "ready":
+                    reasons.append(f"rank {rank.rank} of {name} is {where} on this node")
         return Readiness(not reasons, tuple(reasons))
 
     async def status(self) -> StatusView:
@@ -218,8 +225,9 @@ class NodeServices:
             labels = {"model": model, "part": what}
             text = "Failures of a rank or head, each followed by a restart."
             yield Sample("part_failures", text, count, labels=labels)
-        text = "Resident memory of the runner processes."
-        yield Sample("runner_resident_bytes", text, runner_bytes(), "gauge")
+        text = "Memory of the runner processes of this node's ranks."
+        used = sum(rank.memory_bytes or 0 for rank in told.ranks)
+        yield Sample("runner_resident_bytes", text, used, "gauge")
 
     def _transfer_samples(self) -> Iterator[Sample]:
         stats = self._node.transfers
