@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., object])
 
+DEFAULT_TEMPERATURE = 0.8
+"""That of conversations; the API's own is 1.0, as OpenAI's."""
+
 
 def _loaded(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     try:
@@ -38,7 +41,14 @@ def sampling_options(command: F) -> F:
                 help="Which loaded model (default: the only one).",
             ),
             click.option("--max-tokens", "-n", type=click.IntRange(min=1), help="End after these."),
-            click.option("--temperature", "-t", type=float, help="0 takes the likeliest token."),
+            click.option(
+                "--temperature",
+                "-t",
+                type=float,
+                default=DEFAULT_TEMPERATURE,
+                show_default=True,
+                help="0 takes the likeliest token.",
+            ),
             click.option("--seed", type=int, help="The same seed gives the same answer."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End here; repeatable."),
             click.option("--top-k", type=int, help="Only the K likeliest tokens."),

@@ -13,6 +13,7 @@ from pyagent_node.cli.output import size
 
 if TYPE_CHECKING:
     from pyagent_node.node.api.schema import ModelView, PlacementView
+    from pyagent_node.node.client import Client, Report
 
 DEFAULT = "smollm2-135m"
 
@@ -140,7 +141,10 @@ def load(
     context: int | None,
     sessions: int | None,
 ) -> None:
-    """Place a model on the mesh, cut into slices; the planner decides what is not given."""
+    """Place a model on the mesh, cut into slices; the planner decides what is not given.
+
+    MODEL is a name or a digest; a name of the catalogue is fetched first when it is not there.
+    """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
     from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
@@ -152,9 +156,26 @@ def load(
         n_ctx=context,
         n_seq=sessions,
     )
+    client = app.client()
     with Reporter(app.out) as report:
-        placement = app.client().load(request, report)
+        try:
+            placement = client.load(request, report)
+        except NotFound as error:
+            if error.code != "model_not_found":
+                raise
+            _pull_for(client, model, error, report)
+            placement = client.load(request, report)
     app.out.result({"placement": placement}, lambda: _placed(app, placement))
+
+
+def _pull_for(client: Client, model: str, missing: NotFound, report: Report) -> None:
+    """Fetch a model that is not there; when its name is no source either, it is just missing."""
+    from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
+
+    try:
+        client.pull(PullRequest(source=model), report)
+    except InvalidRequest as error:
+        raise (missing if error.code == "bad_source" else error) from None
 
 
 def _placed(app: App, placement: PlacementView) -> None:

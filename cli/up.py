@@ -21,6 +21,7 @@ from pyagent_node.base.errors import (
     PyAgentError,
     Unavailable,
 )
+from pyagent_node.base.files import OWNER_ONLY, make_private_dir
 from pyagent_node.cli.app import App, json_option, pass_app
 
 if TYPE_CHECKING:
@@ -229,11 +230,11 @@ def _banner(app: App, hint: str) -> None:
 def _detach(app: App) -> None:
     """Start the daemon in the background and wait until it answers."""
     log = app.home.log_path
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_private_dir(log.parent)
     begin = log.stat().st_size if log.exists() else 0
     arguments = [a for a in sys.argv[1:] if a not in ("--detach", "-d", "--json")]
     command = [sys.executable, "-m", "pyagent_node.cli.main", *arguments]
-    with log.open("ab") as sink:
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, OWNER_ONLY)) as sink:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
