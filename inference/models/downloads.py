@@ -132,7 +132,7 @@ async def _attempt(
         if total is not None:
             if total > MAX_MODEL_BYTES:
                 raise _too_large()
-            store.check_room(total - start)
+            store.layout.check_room(total - start)
         etag = response.headers.get("etag", "")
         if total is None or not etag or etag.startswith("W/"):
             note.unlink(missing_ok=True)

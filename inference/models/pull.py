@@ -70,7 +70,7 @@ async def pull(
         )
     about = About(check_name(name or default_name(source)), source, sha256 or "")
     key = hashlib.sha256(f"{source}\n{sha256 or ''}".encode()).hexdigest()[:32]
-    async with store.busy(key), _one_process(store.downloads() / f"{key}.lock"):
+    async with store.busy(key), _one_process(store.layout.downloads() / f"{key}.lock"):
         here = await trio.to_thread.run_sync(_already, store, source, sha256)
         if here is not None:
             if name is not None and here.name != name:
@@ -79,7 +79,7 @@ async def pull(
             return here
         if isinstance(parsed, FileSource):
             return await trio.to_thread.run_sync(_add, store, parsed.path, about, False)
-        target = store.downloads() / f"{key}.part"
+        target = store.layout.downloads() / f"{key}.part"
         await _fetch(
             parsed,
             target,

@@ -1,19 +1,7 @@
 """The models of one node on disk: whole files, partial files, slices.
 
-::
-
-    <root>/<digest>/manifest            the encoded manifest (written first)
-                    model.gguf          the whole file, if it is here
-                    partial.gguf        a sparse file ...
-                    partial.chunks      ... and the bitmap of its verified chunks
-                    about               its name on this node, where the whole file came from
-                    slices/<digest>.<slice>.v<format>.gguf
-                    slices/<digest>.vocabulary.v<format>.gguf
-    <root>/.downloads/                  unfinished downloads
-    <root>/.trash-*/                    models being removed
-
-Every file appears by a rename after a sync, so a crash leaves no half file under these names.  All
-methods block (call them in a worker thread) and may be called from several threads at once.
+All methods block (call them in a worker thread) and may be called from several threads at once, and
+several processes may use one folder.
 """
 
 from __future__ import annotations
@@ -26,7 +14,6 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import trio
@@ -50,7 +37,6 @@ from pyagent_node.inference.models.manifest import (
     MAX_MANIFEST_BYTES,
     ModelManifest,
     build_manifest,
-    check_digest,
     check_name,
     decode_manifest,
 )
@@ -63,11 +49,11 @@ from pyagent_node.inference.models.partial import (
     read_bitmap,
 )
 from pyagent_node.inference.models.slice_plan import (
-    SLICE_FORMAT,
     VOCABULARY,
     slice_plan,
     vocabulary_plan,
 )
+from pyagent_node.inference.models.store_layout import StoreLayout, sync_file
 from pyagent_node.inference.models.stored_model import (
     About,
     StoredModel,
@@ -76,26 +62,18 @@ from pyagent_node.inference.models.stored_model import (
     write_about,
 )
 
-MODEL_FILE: Final = "model.gguf"
-MANIFEST: Final = "manifest"
-_DOWNLOADS: Final = ".downloads"
-_TRASH: Final = ".trash-"
-
 
 class ModelStore:
     """The store under ``root``; one instance a process (it shares partial files by digest)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.layout = StoreLayout(root)
         self._lock = threading.RLock()
         self._manifests: dict[Digest, ModelManifest] = {}
         self._whole: dict[Digest, ModelFile] = {}
         self._partials: dict[Digest, PartialModel] = {}
         self._busy: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
-        with mapped(root, "creating"):
-            root.mkdir(parents=True, exist_ok=True)
-            for trash in root.glob(f"{_TRASH}*"):
-                shutil.rmtree(trash, ignore_errors=True)
 
     @contextlib.asynccontextmanager
     async def busy(self, key: str) -> AsyncIterator[None]:
@@ -108,11 +86,9 @@ class ModelStore:
     def list(self) -> list[StoredModel]:
         """Return every model, by name; what cannot be read is left out (see :meth:`get`)."""
         models = []
-        with mapped(self.root, "reading"):
-            names = [entry.name for entry in os.scandir(self.root) if entry.is_dir()]
-        for name in names:
+        for digest in self.layout.digests():
             with contextlib.suppress(PyAgentError):
-                models.append(self.get(check_digest(name)))
+                models.append(self.get(digest))
         return sorted(models, key=lambda model: (model.name, model.digest))
 
     def get(self, digest: Digest) -> StoredModel:
@@ -122,21 +98,16 @@ class ModelStore:
         (``manifest_corrupt``) naming the file.
         """
         manifest = self.manifest(digest)
-        folder = self._folder(digest)
-        path = folder / MODEL_FILE
-        whole = path.is_file()
-        with contextlib.suppress(FileNotFoundError), mapped(folder, "reading"):
-            slices = sorted(
-                p.name.split(".")[1] for p in (folder / "slices").glob("[0-9a-f]*.gguf")
-            )
+        folder = self.layout.folder(digest)
+        whole = self.layout.is_whole(digest)
         return StoredModel(
             digest=digest,
             about=read_about(folder, digest),
             size=manifest.size,
             manifest=manifest.manifest_digest,
-            path=path if whole else None,
+            path=self.layout.whole(digest) if whole else None,
             bytes_held=manifest.size if whole else self._bytes_held(manifest),
-            slices=tuple(slices),
+            slices=self.layout.slices(digest),
         )
 
     def find(self, name: str) -> StoredModel:
@@ -167,13 +138,13 @@ class ModelStore:
 
     def manifest(self, digest: Digest) -> ModelManifest:
         """Return a model's manifest; errors as for :meth:`get`."""
-        folder = self._folder(digest)
+        folder = self.layout.folder(digest)
         with self._lock:
             known = self._manifests.get(digest)
-        if known is not None and (folder / MANIFEST).exists():
+        if known is not None and self.layout.manifest(digest).exists():
             return known
         try:
-            data = read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
+            data = read_limited(self.layout.manifest(digest), MAX_MANIFEST_BYTES)
         except NotFound:
             self._forget(digest)  # another process removed it
             raise unknown_model(digest) from None
@@ -193,7 +164,7 @@ class ModelStore:
     def have(self, digest: Digest) -> ChunkSet:
         """Return which chunks this node holds."""
         manifest = self.manifest(digest)
-        if self._is_whole(digest):
+        if self.layout.is_whole(digest):
             return ChunkSet.full(manifest.count)
         return self.partial(digest).have
 
@@ -206,8 +177,8 @@ class ModelStore:
         manifest = self.manifest(digest)
         if not 0 <= index < manifest.count:
             raise not_held(manifest, index)
-        path = self._folder(digest) / MODEL_FILE
-        if not self._is_whole(digest):
+        path = self.layout.whole(digest)
+        if not self.layout.is_whole(digest):
             return self.partial(digest).read_chunk(index)
         place = manifest.range(index)
         with mapped(path, "reading"), path.open("rb", buffering=0) as file:
@@ -223,12 +194,12 @@ class ModelStore:
         ``gguf_header``.
         """
         self.manifest(digest)
-        if not self._is_whole(digest):
+        if not self.layout.is_whole(digest):
             return self.partial(digest).model_file()
         with self._lock:
             known = self._whole.get(digest)
         if known is None:
-            known = ModelFile.open(self._folder(digest) / MODEL_FILE)
+            known = ModelFile.open(self.layout.whole(digest))
             with self._lock:
                 self._whole[digest] = known
         return known
@@ -256,8 +227,8 @@ class ModelStore:
         if move:
             return self._take(path, about, chunk_bytes, progress)
         with mapped(path, "reading"):
-            self.check_room(path.stat().st_size)
-        fd, temporary = tempfile.mkstemp(prefix="copy.", dir=self.downloads())
+            self.layout.check_room(path.stat().st_size)
+        fd, temporary = tempfile.mkstemp(prefix="copy.", dir=self.layout.downloads())
         os.close(fd)
         copy = Path(temporary)
         try:
@@ -275,17 +246,17 @@ class ModelStore:
         """
         if name is not None:
             check_name(name)
-        folder = self._folder(manifest.digest)
+        folder = self.layout.folder(manifest.digest)
         with self._lock:
             try:
                 known = self.manifest(manifest.digest)
             except (NotFound, CorruptData):
                 known = None
-            if known is not None and (known == manifest or self._is_whole(manifest.digest)):
+            if known is not None and (known == manifest or self.layout.is_whole(manifest.digest)):
                 return known
             self._forget_partial(manifest.digest)
             shutil.rmtree(folder / "slices", ignore_errors=True)
-            write_atomic(folder / MANIFEST, manifest.encode())
+            write_atomic(self.layout.manifest(manifest.digest), manifest.encode())
             self._manifests[manifest.digest] = manifest
             if name is not None:
                 write_about(folder, About(name))
@@ -297,7 +268,9 @@ class ModelStore:
         with self._lock:
             partial = self._partials.get(digest)
             if partial is None:
-                partial = self._partials[digest] = PartialModel(self._folder(digest), manifest)
+                partial = self._partials[digest] = PartialModel(
+                    self.layout.folder(digest), manifest
+                )
             return partial
 
     def complete(self, digest: Digest) -> Path:
@@ -307,8 +280,8 @@ class ModelStore:
         model; its partial file is dropped.  :class:`Unavailable` (``bytes_missing``) when chunks
         are missing.
         """
-        path = self._folder(digest) / MODEL_FILE
-        if self._is_whole(digest):
+        path = self.layout.whole(digest)
+        if self.layout.is_whole(digest):
             return path
         partial = self.partial(digest)
         partial.sync()
@@ -325,7 +298,7 @@ class ModelStore:
             chunk_bytes=partial.manifest.chunk_bytes,
         )
         with self._lock:
-            if self._is_whole(digest):
+            if self.layout.is_whole(digest):
                 return path
             if found.digest != digest:
                 self._forget_partial(digest)
@@ -343,13 +316,13 @@ class ModelStore:
 
     def cached_slice(self, digest: Digest, part: Slice) -> Path | None:
         """Return the file of a slice if it was made already (the whole file for all layers)."""
-        path = self._slice_path(digest, str(part))
+        path = self.layout.slice(digest, str(part))
         if path.is_file():
             return path
-        if part.first == 0 and part.head and self._is_whole(digest):
+        if part.first == 0 and part.head and self.layout.is_whole(digest):
             shape = model_shape(self.model_file(digest).header)
             if is_whole(part, shape.n_layers):
-                return self._folder(digest) / MODEL_FILE
+                return self.layout.whole(digest)
         return None
 
     def make_slice(self, digest: Digest, part: Slice) -> Path:
@@ -368,7 +341,7 @@ class ModelStore:
 
     def make_vocabulary(self, digest: Digest) -> Path:
         """Return a file with the model's tokenizer and no tensors (llama.cpp: ``vocab_only``)."""
-        path = self._slice_path(digest, VOCABULARY)
+        path = self.layout.slice(digest, VOCABULARY)
         if path.is_file():
             return path
         file = self.model_file(digest)
@@ -377,13 +350,15 @@ class ModelStore:
     def rename(self, digest: Digest, name: str) -> None:
         """Give a model another name on this node."""
         about = self.get(digest).about
-        write_about(self._folder(digest), msgspec.structs.replace(about, name=check_name(name)))
+        write_about(
+            self.layout.folder(digest), msgspec.structs.replace(about, name=check_name(name))
+        )
 
     def drop_slices(self, digest: Digest, keep: Iterable[Slice] = ()) -> None:
         """Remove written slices except those to ``keep`` (they can be made again)."""
-        kept = {self._slice_path(digest, str(part)) for part in keep}
-        kept.add(self._slice_path(digest, VOCABULARY))
-        folder = self._folder(digest) / "slices"
+        kept = {self.layout.slice(digest, str(part)) for part in keep}
+        kept.add(self.layout.slice(digest, VOCABULARY))
+        folder = self.layout.folder(digest) / "slices"
         with mapped(folder, "removing"):
             for path in folder.glob("*.gguf"):
                 if path not in kept:
@@ -394,58 +369,30 @@ class ModelStore:
 
         Who has one of its files open keeps it.  Raises :class:`NotFound` (``model_not_found``).
         """
-        folder = self._folder(digest)
+        folder = self.layout.folder(digest)
         with self._lock:
             if not folder.is_dir():
                 raise unknown_model(digest)
             self._forget(digest)
-            with mapped(folder, "removing"):
-                trash = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
-                os.replace(folder, trash / digest)
+            trash = self.layout.discard(digest)
         shutil.rmtree(trash, ignore_errors=True)
 
-    def downloads(self) -> Path:
-        """Return the folder of unfinished downloads, creating it."""
-        folder = self.root / _DOWNLOADS
-        with mapped(folder, "creating"):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def check_room(self, nbytes: int) -> None:
-        """Check that this many more bytes fit; raises :class:`Unavailable` (``disk_full``)."""
-        with mapped(self.root, "checking"):
-            free = shutil.disk_usage(self.root).free
-        if free < nbytes:
-            raise Unavailable(
-                f"The disk of {self.root} has {free} bytes free; {nbytes} are needed.",
-                code="disk_full",
-                remedy="Free some space, then try again.",
-                free=free,
-                needed=nbytes,
-            )
-
     # Inside
-
-    def _folder(self, digest: Digest) -> Path:
-        return self.root / check_digest(digest)
-
-    def _slice_path(self, digest: Digest, what: str) -> Path:
-        folder = self._folder(digest) / "slices"
-        return folder / f"{digest}.{what}.v{SLICE_FORMAT}.gguf"
-
-    def _is_whole(self, digest: Digest) -> bool:
-        return (self._folder(digest) / MODEL_FILE).is_file()
 
     def _bytes_held(self, manifest: ModelManifest) -> int:
         """Count the bytes of a partial file, without opening it for writing."""
         open_here = self._partials.get(manifest.digest)
-        held = open_here.have if open_here else read_bitmap(self._folder(manifest.digest), manifest)
+        held = (
+            open_here.have
+            if open_here
+            else read_bitmap(self.layout.folder(manifest.digest), manifest)
+        )
         last = manifest.range(manifest.count - 1)
         short = manifest.chunk_bytes - (last.stop - last.start)
         return len(held) * manifest.chunk_bytes - (short if manifest.count - 1 in held else 0)
 
     def _make(self, digest: Digest, what: str, file: ModelFile, plan: CopyPlan) -> Path:
-        path = self._slice_path(digest, what)
+        path = self.layout.slice(digest, what)
         write_copy(file, plan, path)
         return path
 
@@ -462,14 +409,14 @@ class ModelStore:
             path, header_bytes=header.length, chunk_bytes=chunk_bytes, progress=progress
         )
         with mapped(path, "syncing"):
-            _sync_file(path)
+            sync_file(path)
         digest = manifest.digest
         with self._lock:
             self.add_manifest(manifest)
-            folder = self._folder(digest)
-            if not self._is_whole(digest):
+            folder = self.layout.folder(digest)
+            if not self.layout.is_whole(digest):
                 with mapped(path, "moving"):
-                    os.replace(path, folder / MODEL_FILE)
+                    os.replace(path, self.layout.whole(digest))
                     sync_dir(folder)
             self._forget_partial(digest)
             write_about(folder, about)
@@ -479,7 +426,7 @@ class ModelStore:
         partial = self._partials.pop(digest, None)
         if partial is not None:
             partial.close()
-        folder = self._folder(digest)
+        folder = self.layout.folder(digest)
         with mapped(folder, "removing"):
             (folder / BITMAP).unlink(missing_ok=True)
             (folder / PARTIAL).unlink(missing_ok=True)
@@ -492,11 +439,3 @@ class ModelStore:
                 partial.close()
             self._manifests.pop(digest, None)
             self._whole.pop(digest, None)
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

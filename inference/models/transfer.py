@@ -222,7 +222,7 @@ class _Fetch:
                 self._progress(done, total if report else None)
 
         if missing:
-            await trio.to_thread.run_sync(store.check_room, sum(sizes[i] for i in missing))
+            await trio.to_thread.run_sync(store.layout.check_room, sum(sizes[i] for i in missing))
             partial = await trio.to_thread.run_sync(store.partial, manifest.digest)
             fetch = ChunkFetch(
                 self._mesh,

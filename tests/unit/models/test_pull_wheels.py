@@ -77,7 +77,7 @@ def store(tmp_path: Path) -> ModelStore:
 
 
 def leftovers(store: ModelStore) -> list[str]:
-    return sorted(p.name for p in store.downloads().iterdir() if p.suffix != ".lock")
+    return sorted(p.name for p in store.layout.downloads().iterdir() if p.suffix != ".lock")
 
 
 @pytest.mark.slow

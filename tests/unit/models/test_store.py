@@ -23,7 +23,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, Slice
 from pyagent_node.inference.models import manifest as manifest_module
-from pyagent_node.inference.models import store as store_module
+from pyagent_node.inference.models import store_layout
 from pyagent_node.inference.models.gguf_header import read_header
 from pyagent_node.inference.models.manifest import (
     ModelManifest,
@@ -217,7 +217,7 @@ def test_what_is_not_a_model_is_not_taken(store: ModelStore, tmp_path: Path) -> 
 
 
 def test_no_room(store: ModelStore, tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("U", (), {"free": 9}))
+    monkeypatch.setattr(store_layout.shutil, "disk_usage", lambda path: type("U", (), {"free": 9}))
     with pytest.raises(Unavailable) as caught:
         add(store, tiny_source)
     assert caught.value.code == "disk_full"
@@ -231,7 +231,7 @@ def test_a_full_disk_while_copying_leaves_nothing(
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.shutil, "copyfile", full)
+    monkeypatch.setattr(store_layout.shutil, "copyfile", full)
     with pytest.raises(Unavailable) as caught:
         add(store, tiny_source)
     assert caught.value.code == "disk_full"
@@ -284,6 +284,30 @@ def test_an_interrupted_removal_is_finished(store: ModelStore) -> None:
     trash.mkdir(parents=True)
     ModelStore(store.root)
     assert not trash.parent.exists()
+
+
+def test_what_crashes_left_is_removed_a_day_later(store: ModelStore, tiny_source: Path) -> None:
+    digest = add(store, tiny_source)
+    store.make_slice(digest, PART)
+    old = [
+        store.layout.downloads() / "copy.abc",
+        store.layout.folder(digest) / "slices" / ".x.gguf.abc.tmp",
+        store.layout.folder(digest) / ".manifest.abc.tmp",
+    ]
+    young = store.layout.downloads() / "copy.def"
+    kept = store.layout.downloads() / "download.part"
+    for path in (*old, young, kept):
+        path.write_bytes(b"x")
+        if path is not young:
+            os.utime(path, (1, 1))
+    folder = store.layout.downloads() / "wheel.abc"
+    folder.mkdir()
+    os.utime(folder, (1, 1))
+    ModelStore(store.root)
+    assert not any(path.exists() for path in (*old, folder))
+    assert young.exists()
+    assert kept.exists()
+    assert store.get(digest).slices == ("1-3",)
 
 
 # Slices
