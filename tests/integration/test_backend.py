@@ -27,6 +27,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.llama.backend import LlamaBackend
+from pyagent_node.inference.llama.selftest import LonePolicy
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -246,10 +247,28 @@ def test_slices_equal_the_whole_for_eight_sessions(
 
 
 def test_threads_change_nothing(make_chain: MakeChain, plain: PlainProcess) -> None:
-    work = jobs((3, 260, 253), n=6)
+    work = jobs((260, 254), n=4)
     expected = [plain.run(job) for job in work]
-    with make_chain(15, n_seq=3, threads=2) as chain:
+    with make_chain(15, n_seq=2, threads=2, n_ctx=512) as chain:
         assert chain.run(work, together=True) == expected
+        assert chain.run(work, together=False) == expected
+
+
+@pytest.mark.parametrize(
+    "policy", [LonePolicy(2, 1, companion=False), LonePolicy(1, 1, companion=True)]
+)
+def test_every_way_to_compute_a_lone_row_is_the_same(
+    make_chain: MakeChain,
+    plain: PlainProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: LonePolicy,
+) -> None:
+    """The self-test picks a way by its speed on this machine; both are right, to the last cell."""
+    work = jobs((254, 509), n=4)
+    expected = [plain.run(job) for job in work]
+    with make_chain(15, n_seq=2, threads=2, n_ctx=512) as chain:
+        for backend in chain.backends:
+            monkeypatch.setattr(backend, "_lone", policy)
         assert chain.run(work, together=False) == expected
 
 
