@@ -105,8 +105,11 @@ def test_of_two_started_at_once_one_runs(tmp_path: Path) -> None:
     with running(tmp_path):  # so that key and mesh are there
         pass
     with Daemon(Home(tmp_path)) as first, Daemon(Home(tmp_path)) as second:
-        assert {_ends_or_starts(first), _ends_or_starts(second)} == {True, False}
-        assert sorted((first.wait(), second.wait())) == [0, 9]
+        started = [first_line(daemon) for daemon in (first, second)]
+        assert sorted(map(bool, started)) == [False, True]
+        winner, loser = (first, second) if started[0] else (second, first)
+        assert loser.wait() == 9
+        assert winner.terminate() == 0
 
 
 def test_a_state_file_of_a_dead_daemon_is_no_obstacle(tmp_path: Path) -> None:
@@ -149,20 +152,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 0xFF
     damaged.write_bytes(bytes(content) + b"\0" * 64)
     with Daemon(Home(tmp_path / "good")) as daemon:
-        status = daemon.wait() if _ends_or_starts(daemon) else 0
+        status = daemon.terminate() if first_line(daemon) else daemon.wait()
         # A torn tail is cut off and reported; anything else stops the node, naming the file.
         assert status in (0, 7), daemon.log
         assert str(log) in daemon.log
 
 
-def _ends_or_starts(daemon: Daemon) -> bool:
-    """Wait for the daemon's first word; return whether it ended instead."""
+def first_line(daemon: Daemon) -> bytes:
+    """Return the daemon's first line, which says that it is up; empty when it ended instead."""
     assert daemon.process.stdout is not None
-    line = daemon.process.stdout.readline()
-    if line:
-        daemon.terminate()
-        return False
-    return True
+    return daemon.process.stdout.readline()
 
 
 def test_a_token_readable_by_others_is_refused(tmp_path: Path) -> None:
