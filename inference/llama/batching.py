@@ -5,9 +5,10 @@ change.  So a session's rows are only ever computed in shapes that follow from i
 shapes that were measured to make no difference (see ``selftest``).  The rules:
 
 * A step is cut at positions that are multiples of :data:`PREFILL_CHUNK`, as a plain llama.cpp
-  process with ``n_batch = 512`` cuts a prompt.  A piece of more than :data:`MAX_DECODE_ROWS` tokens
-  is *prefill* and is computed alone.  (From 64 rows on flash attention works on tiles, whose
-  results differ from those of single rows: which rows share a call matters there.)
+  process with ``n_batch = 512`` cuts a prompt.  A piece of more than :data:`MAX_DECODE_ROWS`
+  tokens, or one that begins a sequence, is *prefill* and is computed alone.  (From 64 rows on
+  flash attention works on tiles, whose results differ from those of single rows: which rows share
+  a call matters there.)
 * Smaller pieces are *decode rows*.  A piece of several rows is cut into measured widths, largest
   first; single rows of different sequences are computed together, again in measured widths.
 * Only neighbouring sequences share a call: each has its own KV stream, and llama.cpp attends over a
@@ -60,7 +61,7 @@ def plan_calls(steps: Sequence[StepShape], widths: Sequence[int]) -> list[Call]:
             singles.append((step.seq, index))
             continue
         for offset, n in _pieces(step):
-            if n > MAX_DECODE_ROWS:
+            if n > MAX_DECODE_ROWS or step.position + offset == 0:
                 calls.append((Part(index, offset, n),))
                 continue
             at = offset
