@@ -119,6 +119,7 @@ def stock_host() -> Any:
     from libp2p import new_host
     from libp2p.crypto.ed25519 import create_new_key_pair
     from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+    from libp2p.custom_types import TProtocol
     from libp2p.network.config import ConnectionConfig
     from libp2p.security.noise.transport import PROTOCOL_ID, Transport
     from libp2p.stream_muxer.yamux import yamux
@@ -127,7 +128,7 @@ def stock_host() -> Any:
     return new_host(
         key_pair=keys,
         sec_opt={PROTOCOL_ID: Transport(keys, create_noise_key_pair().private_key)},
-        muxer_opt={yamux.PROTOCOL_ID: yamux.Yamux},
+        muxer_opt={TProtocol(yamux.PROTOCOL_ID): yamux.Yamux},
         connection_config=ConnectionConfig(
             low_watermark=0, min_connections=0, max_connections_per_peer=1
         ),
@@ -144,7 +145,7 @@ async def read_exactly(stream: Any, size: int) -> bytes:
 
 async def serve_stock() -> None:
     """Echo and swallow until killed."""
-    from multiaddr import Multiaddr
+    from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
     async def echo(stream: Any) -> None:
         while True:

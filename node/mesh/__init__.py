@@ -1,6 +1,6 @@
 """The ``Mesh`` port over py-libp2p.
 
-What comes from libp2p: keys and peer ids, multiaddresses, the Noise handshake.  What is ours, and
+What comes from libp2p: keys and peer ids, the Noise handshake.  What is ours, and
 speaks libp2p's wire formats: connection management, the yamux muxer, protocol negotiation
 (``docs/adr/0030-connections-of-our-own.md`` says why).
 
