@@ -14,9 +14,8 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import h11
 import msgspec
 import trio
 from hypercorn.config import Config
@@ -31,6 +30,9 @@ from starlette.types import ASGIApp
 
 from pyagent_node.base.errors import ConfigError, Conflict
 from pyagent_node.node.api.exchange import Drain
+
+if TYPE_CHECKING:
+    import h11
 
 log = logging.getLogger("pyagent_node.http")
 
