@@ -144,6 +144,15 @@ class Link:
             raise stream_closed(self.reason) from None
         return channel
 
+    async def goodbye(self) -> None:
+        """Send everything and say that nothing follows; the peer, if well, then closes."""
+        if not self.wire.closed:
+            self.mux.go_away(yamux.NORMAL)
+            self.flush_quietly()
+            await self.wire.flushed()
+        if not self.wire.closed:
+            self.wire.finish()
+
     def close(self, reason: str | None = None, code: int = yamux.NORMAL) -> None:
         """End the connection; every stream's user learns it, and the peer the ``code``."""
         if self.ended.is_set():

@@ -35,7 +35,7 @@ JOIN: Final = "/pyagent/join/1"
 MAX_JOIN_HEADER: Final = 16 * KIB
 MAX_STREAMS_BEFORE: Final = 8
 """Streams that a peer may hold open before it is authorised."""
-GRACE_SECONDS: Final = 1.0
+GRACE_SECONDS: Final = 0.5
 """Time that handlers get to take in what arrived before their connection ended."""
 
 
@@ -152,12 +152,12 @@ class Connection:
             self._refusal = refusal
             self._decided.set()
 
-    async def part(self) -> None:
+    async def part(self, reason: str = "this side ends the connection") -> None:
         """End the connection after what was sent has arrived, within :data:`GRACE_SECONDS`."""
-        self.link.wire.finish()
         with trio.move_on_after(GRACE_SECONDS):
+            await self.link.goodbye()
             await self.link.ended.wait()
-        self.link.close()
+        self.link.close(reason)
 
     # Streams that we open ----------------------------------------------------------------------
 

@@ -391,12 +391,16 @@ class Libp2pMesh:
             )
 
     async def _serve_listener(self, listener: trio.SocketListener) -> None:
-        await trio.serve_listeners(self._inbound, [listener], handler_nursery=self._nursery)
+        try:
+            await trio.serve_listeners(self._inbound, [listener], handler_nursery=self._nursery)
+        except OSError:
+            log.exception("a listening socket failed; no more connections are taken on it")
 
-    def stop(self) -> None:
-        """Say goodbye to every peer; called by :func:`open_mesh`."""
-        for connection in self._roster.all():
-            connection.link.close("this node leaves the mesh")
+    async def stop(self) -> None:
+        """Part from every peer in order and in bounded time; called by :func:`open_mesh`."""
+        async with trio.open_nursery() as nursery:
+            for connection in self._roster.all():
+                nursery.start_soon(connection.part, "this node leaves the mesh")
 
 
 @asynccontextmanager
@@ -414,4 +418,5 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Libp2pMesh]:
         try:
             yield mesh
         finally:
-            mesh.stop()
+            with trio.CancelScope(shield=True):
+                await mesh.stop()

@@ -95,10 +95,15 @@ def listened_addresses(listener: trio.SocketListener) -> list[str]:
 
 
 def wire_of(stream: trio.SocketStream, cipher: StreamCipher | None) -> Wire:
-    """Take over the socket of an accepted or dialled stream."""
+    """Take over the socket of an accepted or dialled stream; raises :class:`OSError`."""
     inner = stream.socket
     family = inner.family
-    return Wire(socket.socket(family, socket.SOCK_STREAM, fileno=inner.detach()), cipher)
+    sock = socket.socket(family, socket.SOCK_STREAM, fileno=inner.detach())
+    try:
+        return Wire(sock, cipher)
+    except OSError:
+        sock.close()
+        raise
 
 
 async def dial(address: str, cipher: StreamCipher | None) -> Wire:

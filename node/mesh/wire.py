@@ -55,6 +55,7 @@ class Wire:
         self._backlog = bytearray()
         self._pending: trio.Event | None = None
         self._drained: trio.Event | None = None
+        self._emptied: trio.Event | None = None
         self.closed = False
         self.received = 0
         """Raw bytes received so far."""
@@ -111,6 +112,13 @@ class Wire:
         if self.closed:
             raise WireClosed("the connection is closed")
 
+    async def flushed(self) -> None:
+        """Wait until the kernel has everything that was sent, or the wire is closed."""
+        while self._backlog and not self.closed:
+            if self._emptied is None:
+                self._emptied = trio.Event()
+            await self._emptied.wait()
+
     async def run_writer(self) -> None:
         """Put the backlog on the socket as it takes it; returns when the wire is closed."""
         while not self.closed:
@@ -136,6 +144,9 @@ class Wire:
             if not self.congested and self._drained is not None:
                 self._drained.set()
                 self._drained = None
+            if not self._backlog and self._emptied is not None:
+                self._emptied.set()
+                self._emptied = None
 
     async def receive(self, scratch: bytearray | None = None) -> memoryview | bytes:
         """Return the next bytes, empty at the end; a view is good until the next call.
@@ -180,6 +191,6 @@ class Wire:
         self._backlog.clear()
         trio.lowlevel.notify_closing(self._fd)
         self._sock.close()
-        for event in (self._pending, self._drained):
+        for event in (self._pending, self._drained, self._emptied):
             if event is not None:
                 event.set()

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from pyagent_node.base.errors import Unavailable
+from pyagent_node.base.mesh import FrameStream
 from pyagent_node.base.wire import Frame
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.mesh.settings import MeshLimits
@@ -164,6 +165,31 @@ async def test_leaving_takes_no_time_whatever_goes_on(nodes: Nodes) -> None:
         await nodes.stop(a)
     await down(b, a.peer_id)
     await nodes.stop(b)
+
+
+async def test_what_was_sent_before_leaving_arrives(nodes: Nodes) -> None:
+    a, b = await nodes.real(), await nodes.real()
+    got = 0
+    ended = trio.Event()
+
+    async def sink(stream: FrameStream) -> None:
+        nonlocal got
+        try:
+            while await stream.receive() is not None:
+                got += 1
+        finally:
+            ended.set()
+
+    a.handle("/test/sink/1", sink)
+    await b.connect(a.addresses[0])
+    stream = await b.open(a.peer_id, "/test/sink/1")
+    for _ in range(100):
+        await stream.send(Frame(b"h", bytes(60_000)))
+    await stream.aclose()
+    await nodes.stop(b)
+    with trio.fail_after(20):
+        await ended.wait()
+    assert got == 100
 
 
 async def test_the_same_seed_gives_the_same_waits(nodes: Nodes) -> None:
