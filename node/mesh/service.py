@@ -31,7 +31,7 @@ from pyagent_node.node.mesh.connection import (
 from pyagent_node.node.mesh.dialling import Dialler
 from pyagent_node.node.mesh.gossip import Gossip
 from pyagent_node.node.mesh.handshake import Identity, secure
-from pyagent_node.node.mesh.memory import MemoryStream, memory_pair
+from pyagent_node.node.mesh.loopback import Loopback
 from pyagent_node.node.mesh.psk import PskCipher
 from pyagent_node.node.mesh.roster import Doorkeeper, Roster
 from pyagent_node.node.mesh.settings import MeshConfig
@@ -65,6 +65,7 @@ class Libp2pMesh:
             present=self._roster.to,
             dial_one=self._dial_one,
         )
+        self._loopback = Loopback(me, limits, self.metrics, nursery)
         self._unauthorised = 0
         self.authoriser: Authoriser = Doorkeeper(config.membership, self._roster)
         self.handlers: dict[str, StreamHandler] = {}
@@ -118,7 +119,7 @@ class Libp2pMesh:
         """
         await trio.lowlevel.checkpoint()
         if peer == self.peer_id:
-            return self._open_to_self(protocol)
+            return self._loopback.open(protocol, self.handlers.get(protocol))
         seconds = self.limits.dial_seconds + self.limits.handshake_seconds
         message = f"{peer} did not answer within {seconds:g} seconds."
         with deadline(seconds, message, code="peer_timeout", peer=peer):
@@ -186,34 +187,6 @@ class Libp2pMesh:
                 log.warning("disconnecting %s: %s", connection.peer, error)
                 self.metrics.refused[error.code] += 1
                 self.disconnect(connection.peer, error.message)
-
-    # Streams to self ---------------------------------------------------------------------------
-
-    def _open_to_self(self, protocol: str) -> MemoryStream:
-        handler = self.handlers.get(protocol)
-        if handler is None:
-            raise Unavailable(f"This node does not serve {protocol}.", code="protocol_unsupported")
-        limits = self.limits
-        ours, theirs = memory_pair(
-            self.peer_id,
-            self.peer_id,
-            max_header=limits.max_header,
-            max_tail=limits.max_tail,
-        )
-        self._nursery.start_soon(self._serve_self, protocol, handler, theirs)
-        return ours
-
-    async def _serve_self(
-        self, protocol: str, handler: StreamHandler, stream: MemoryStream
-    ) -> None:
-        try:
-            await handler(stream)
-        except Exception:
-            self.metrics.handler_errors += 1
-            log.exception("the handler of %s failed for this node itself", protocol)
-            stream.abort()
-        finally:
-            await stream.aclose()
 
     # Connections -------------------------------------------------------------------------------
 
