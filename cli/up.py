@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0
 """How long ``up --detach`` waits for the daemon to answer."""
 POLL_SECONDS = 0.05
+KILL_SECONDS = 10.0
 LOG_TAIL = 4000
 FIRST_MESH = "home"
 
@@ -273,6 +274,21 @@ def _failed(log: Path, begin: int, status: int) -> PyAgentError:
     return error
 
 
+def _gone(process: psutil.Process, seconds: float) -> bool:
+    """Wait until a process has ended; a zombie that nobody collects counts as ended."""
+    import psutil  # noqa: PLC0415
+
+    deadline = time.monotonic() + seconds
+    try:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+    except psutil.NoSuchProcess:
+        pass
+    return True
+
+
 @click.command("down")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait.")
 @click.option("--force", is_flag=True, help="Kill it when it has not stopped by then.")
@@ -280,30 +296,25 @@ def _failed(log: Path, begin: int, status: int) -> PyAgentError:
 @pass_app
 def down_command(app: App, timeout: float, force: bool) -> None:
     """Stop the daemon and wait until it has: answers in progress may finish first."""
-    import psutil  # noqa: PLC0415
-
     running = daemon_process(app.home)
     if running is None:
         app.out.result({"stopped": False}, lambda: app.out.text("No daemon runs."))
         return
     state, process = running
-    try:
+    if os.name == "posix":
+        process.terminate()
+    else:  # there, ending a process is killing it: ask through the API
         app.client().shutdown()
-    except PyAgentError:
-        process.terminate()  # it does not answer; a signal asks for the same
-    forced = False
-    try:
-        process.wait(timeout)
-    except psutil.TimeoutExpired:
+    forced = not _gone(process, timeout)
+    if forced:
         if not force:
             raise DeadlineExceeded(
                 f"The daemon (process {state.pid}) has not stopped within {timeout:g} s.",
                 remedy="Wait longer (--timeout), or end it with --force.",
                 pid=state.pid,
-            ) from None
-        forced = True
+            )
         process.kill()
-        process.wait(10)
+        _gone(process, KILL_SECONDS)
         app.home.clear_state()
     value = {"stopped": True, "forced": forced, "pid": state.pid}
     app.out.result(value, lambda: app.out.text("Killed." if forced else "Stopped."))
