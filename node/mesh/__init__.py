@@ -2,7 +2,7 @@
 
 What comes from libp2p: keys and peer ids, the Noise handshake.  What is ours, and
 speaks libp2p's wire formats: connection management, the yamux muxer, protocol negotiation
-(``docs/adr/0030-connections-of-our-own.md`` says why).
+(``docs/adr/0010-connections-of-our-own.md`` says why).
 
 Modules, from the wire up: ``psk`` and ``wire`` (sockets), ``negotiation`` (protocol ids),
 ``handshake`` (Noise), ``yamux`` (pure) and ``channels`` (streams of bytes), ``streams`` (frames),
