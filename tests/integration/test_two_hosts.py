@@ -33,15 +33,14 @@ def test_two_hosts_join_by_ticket_and_answer_a_prompt(
         ticket = str(alice.ask("invite")["ticket"])
         bob.ask("join", ticket)
         with bob.daemon():
-            alice.ask("model", "pull", str(bundled_model))
-            alice.ask("model", "load", bundled_model.stem, "--ranks", "2", timeout=200)
+            pulled = alice.ask("model", "pull", str(bundled_model))["model"]
+            assert isinstance(pulled, dict)
+            alice.ask("model", "load", str(pulled["digest"]), "--ranks", "2", timeout=200)
             question = ("generate", "Name three rivers.", "--max-tokens", "12", "--seed", "7")
             first = alice.ask(*question)
             second = bob.ask(*question)
             assert first["text"]
             assert first["text"] == second["text"]
-            _, error = bob.refused("join", ticket)
-            assert error["code"] in {"ticket_used", "already_member"}
 
 
 def test_a_ticket_works_once(hosts: tuple[Host, Host], tmp_path: Path) -> None:
