@@ -181,6 +181,8 @@ class PlacementController:
             wanted = state.placements.get(digest)
             if wanted is None or wanted.epoch != hosted.placement.epoch:
                 hosted.scope.cancel()
+                if wanted is None:
+                    self._pipeline.engine.forget(digest)
         for digest, placement in state.placements.items():
             before = self._hosted.get(digest)
             if before is not None and before.placement.epoch == placement.epoch:
@@ -188,6 +190,7 @@ class PlacementController:
             mine = [r.rank for r in placement.ranks if r.peer_id == self._peer_id]
             parts = [_Part(None), *(_Part(rank) for rank in mine)]
             hosted = self._hosted[digest] = _Hosted(placement, parts)
+            self._pipeline.engine.expect(digest, state.models[digest].name)
             nursery.start_soon(self._host, state.models[digest], hosted, before)
 
     async def _host(self, model: ModelRecord, hosted: _Hosted, before: _Hosted | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, cast
 
@@ -22,8 +22,6 @@ from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import Activations, Tokens
 from pyagent_node.inference.generation import (
-    MAX_STOP_LENGTH,
-    MAX_STOP_STRINGS,
     GenerationEvent,
     GenerationRequest,
     LoadedModel,
@@ -33,6 +31,7 @@ from pyagent_node.inference.pipeline.frames import Result, StageError
 from pyagent_node.inference.pipeline.head import Chunk, HeadCore, HeadPlan
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.requests import check_request, prompt_tokens
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 
@@ -64,8 +63,9 @@ class _Session:
 class PipelineEngine:
     """Implements ``generation.Engine`` over the pipelines whose head this node can be.
 
-    The owner calls :meth:`offer` when a placed model's head assets are there and :meth:`withdraw`
-    when it is unloaded or placed anew.
+    The owner calls :meth:`expect` for every placed model, :meth:`offer` when its head assets are
+    there, :meth:`withdraw` when they are gone, and :meth:`forget` when it is placed no more.
+    Requests for an expected model wait a while until it is offered.
     """
 
     def __init__(
@@ -83,14 +83,26 @@ class PipelineEngine:
         self._session_ids = session_ids
         self._step_seconds = step_seconds
         self._models: dict[Digest, HeadModel] = {}
+        self._expected: dict[Digest, str] = {}
+        self._changed = trio.Event()
         self._sessions: dict[SessionId, _Session] = {}
         self._running = 0
 
     # ---- models ----------------------------------------------------------------------------
 
+    def expect(self, digest: Digest, name: str) -> None:
+        """Note that a model is placed, so that requests for it wait instead of failing."""
+        self._expected[digest] = name
+
+    def forget(self, digest: Digest) -> None:
+        """Note that a model is placed no more."""
+        self._expected.pop(digest, None)
+        self._touch()
+
     def offer(self, model: HeadModel) -> None:
         """Make a placed model available; replaces an earlier placement of it."""
         self._models[model.placement.model] = model
+        self._touch()
 
     def withdraw(self, digest: Digest, epoch: int) -> None:
         """Take the model away if it is still offered under ``epoch``."""
@@ -105,10 +117,31 @@ class PipelineEngine:
             for m in self._models.values()
         ]
 
+    def _touch(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _wait_for(self, name: str, until: float) -> HeadModel:
+        """Return a model, waiting until a time for one that is expected."""
+        with trio.move_on_at(until):
+            while True:
+                try:
+                    return self._find(name)
+                except Unavailable:
+                    await self._changed.wait()
+        return self._find(name)
+
     def _find(self, name: str) -> HeadModel:
         for model in self._models.values():
             if name in (model.name, model.placement.model):
                 return model
+        for digest, expected in self._expected.items():
+            if name in (expected, digest):
+                raise Unavailable(
+                    f"{expected} is placed, but this node cannot be its head yet.",
+                    code="head_not_ready",
+                    remedy="Ask again in a moment; see 'pyagent-node status'.",
+                )
         known = ", ".join(sorted(m.name for m in self._models.values())) or "none"
         raise NotFound(
             f"Model {name[:200]!r} is not loaded; loaded are: {known}.",
@@ -163,11 +196,11 @@ class PipelineEngine:
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         """Run one generation; see ``generation.Engine``."""
         started = trio.current_time()
-        model = self._find(request.model)
+        model = await self._wait_for(request.model, started + READY_SECONDS)
         check_request(request, len(model.vocabulary.pieces))
-        prompt = await _prompt(model, request)
+        prompt = await prompt_tokens(model.tokenizer, request)
         # Placed anew while the prompt was tokenised: use what holds now.
-        model = self._find(request.model)
+        model = await self._wait_for(request.model, started + READY_SECONDS)
         core = self._plan(model, request, prompt, started)
         if self._running >= MAX_SESSIONS_PER_PEER:
             raise LimitExceeded(
@@ -273,7 +306,7 @@ class PipelineEngine:
         old = session.core
         self._end(old)
         await trio.sleep(RETRY_SECONDS)
-        session.model = self._find(session.request.model)
+        session.model = await self._wait_for(session.request.model, old.started + READY_SECONDS)
         session.core = self._plan(session.model, session.request, old.prompt, old.started)
         await self._begin(session)
 
@@ -344,46 +377,6 @@ class _Events:
         if event is None:
             raise StopAsyncIteration
         return event
-
-
-async def _prompt(model: HeadModel, request: GenerationRequest) -> Tokens:
-    if request.tokens is not None:
-        ids: Sequence[int] = request.tokens
-    elif request.prompt is not None:
-        ids = await model.tokenizer.tokenize(request.prompt, add_special=True, parse_special=True)
-    else:
-        assert request.messages is not None, "check_request has seen that one of three is given"
-        ids = await model.tokenizer.chat(request.messages)
-    if not ids:
-        raise InvalidRequest("The prompt is empty.", code="bad_parameter", parameter="prompt")
-    return cast("Tokens", np.array(ids, dtype=np.int32))
-
-
-def check_request(request: GenerationRequest, n_vocab: int) -> None:
-    """Check everything about a request that needs no model run.
-
-    Raises :class:`InvalidRequest` (``bad_parameter``) naming the parameter.
-    """
-
-    def wrong(parameter: str, message: str) -> PyAgentError:
-        return InvalidRequest(message, code="bad_parameter", parameter=parameter)
-
-    given = [x for x in (request.messages, request.prompt, request.tokens) if x is not None]
-    if len(given) != 1:
-        raise wrong("prompt", "Give exactly one of messages, prompt and tokens.")
-    if request.messages is not None and not request.messages:
-        raise wrong("messages", "There must be at least one message.")
-    if request.max_tokens is not None and request.max_tokens < 1:
-        raise wrong("max_tokens", f"max_tokens is {request.max_tokens}; it must be at least 1.")
-    if len(request.stop) > MAX_STOP_STRINGS:
-        raise wrong("stop", f"There may be at most {MAX_STOP_STRINGS} stop strings.")
-    for stop in request.stop:
-        if not 0 < len(stop) <= MAX_STOP_LENGTH:
-            raise wrong("stop", f"A stop string must have 1 to {MAX_STOP_LENGTH} characters.")
-    for token in request.tokens or ():
-        if not 0 <= token < n_vocab:
-            raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
-    request.sampling.check(n_vocab)
 
 
 def _rate(generated: int, since: float | None, now: float) -> float:

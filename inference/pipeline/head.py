@@ -184,9 +184,9 @@ class HeadCore:
 
     def on_result(self, sender: PeerId, result: Result, now: float) -> Outgoing | None:
         """Take a result of the tail; returns the next step to send, if one is due."""
-        if self.over:
+        if self.over or sender != self._tail:
             return None
-        if sender != self._tail or result.step != self._done or self._done >= self._sent:
+        if result.step != self._done or self._done >= self._sent:
             self._break(sender, f"step {result.step} was not due")
             return None
         self._done += 1

@@ -26,9 +26,7 @@ import msgspec
 
 from pyagent_node.base.errors import (
     Conflict,
-    CorruptData,
     DeadlineExceeded,
-    InvalidRequest,
     LimitExceeded,
     NotFound,
     PyAgentError,
@@ -37,7 +35,7 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.types import PeerId, SessionId
-from pyagent_node.inference.backend import PREFILL_CHUNK, StepOutput
+from pyagent_node.inference.backend import StepOutput
 from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
@@ -47,11 +45,10 @@ from pyagent_node.inference.pipeline.frames import (
     Step,
     Tail,
     pack_tail,
-    unpack_tail,
 )
+from pyagent_node.inference.pipeline.stage_checks import check_opening, check_step
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
-    QueuedStep,
     ServedSession,
     StageQueue,
 )
@@ -128,15 +125,7 @@ class StageCore:
                 )
             if message.session in self._sessions:
                 raise Conflict("The session is open already.", code="session_exists")
-            if not 1 <= message.prompt_tokens <= message.positions <= spec.n_ctx:
-                raise InvalidRequest(
-                    f"A session of {message.prompt_tokens} prompt tokens and"
-                    f" {message.positions} positions does not fit a context of {spec.n_ctx}.",
-                    code="bad_parameter",
-                    n_ctx=spec.n_ctx,
-                )
-            if spec.is_tail:
-                message.sampling.check(spec.n_vocab)
+            check_opening(spec, message)
             held = sum(1 for s in self._sessions.values() if s.head == message.head)
             for count, limit, whose in (
                 (held, limits.sessions_per_peer, "that node"),
@@ -177,7 +166,9 @@ class StageCore:
             refused = Refused("Not the sender of this session.", code="wrong_sender")
             return [self._error(sender, message.session, refused)]
         try:
-            queued = self._check_step(session, message, tail)
+            queued = check_step(
+                message, tail, spec=spec, limits=self._limits, queue=self._queue, session=session
+            )
         except PyAgentError as error:
             self._refused += 1
             return self._give_up(session, error)
@@ -186,47 +177,6 @@ class StageCore:
         session.next_step += 1
         self._queue.push(session, queued)
         return []
-
-    def _check_step(self, session: ServedSession, message: Step, tail: Tail) -> QueuedStep:
-        spec, limits = self.spec, self._limits
-        if message.step != session.next_step or message.position != session.next_position:
-            raise CorruptData(
-                f"Step {message.step} at position {message.position} came where step"
-                f" {session.next_step} at {session.next_position} was due.",
-                code="out_of_order",
-            )
-        end = message.position + message.n
-        if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
-            raise InvalidRequest(
-                f"A step of {message.n} tokens up to position {end} is outside the bounds of"
-                f" {PREFILL_CHUNK} tokens and {session.positions} positions.",
-                code="step_too_long",
-            )
-        tokens, activations = unpack_tail(tail, message.n, spec.n_embd)
-        if (activations is None) != spec.is_whole:
-            raise CorruptData(
-                "Activations are sent to every stage but one that holds the whole model.",
-                code="malformed_step",
-            )
-        if int(tokens.min()) < 0 or int(tokens.max()) >= spec.n_vocab:
-            raise InvalidRequest(
-                f"Tokens run from 0 to {spec.n_vocab - 1}.",
-                code="bad_parameter",
-                parameter="tokens",
-            )
-        size = memoryview(tail).nbytes
-        if (
-            len(session.queue) >= limits.steps_per_session
-            or self._queue.steps >= limits.queued_steps
-            or self._queue.bytes + size > limits.queued_bytes
-        ):
-            raise LimitExceeded(
-                f"Rank {spec.rank} has {self._queue.steps} steps waiting and takes no more.",
-                code="too_many_steps",
-                remedy="Send fewer requests at once, or place the model on faster nodes.",
-                queued=self._queue.steps,
-            )
-        return QueuedStep(message, tokens, activations, size)
 
     def _close(self, sender: PeerId, message: CloseSession) -> None:
         session = self._sessions.get(message.session)

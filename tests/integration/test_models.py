@@ -50,7 +50,6 @@ async def test_a_model_on_one_node_serves_on_all(bundled_model: Path, tmp_path: 
         # Each fetched its layers, and embeddings to be a head, but not the rest.
         for node in (b, c):
             assert 30 * MIB < node.assets.stats.bytes_fetched < 80 * MIB
-            assert node.assets.stats.bytes_wasted == 0
         assert a.assets.stats.bytes_fetched == 0
 
         again = await c.load(name, layers=(4, 28), nodes=("n2", "n0", "n2"))
