@@ -242,7 +242,7 @@ def in_processes(kind: str, rounds: int, mebibytes: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark, or one side of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--mebibytes", type=int, default=300)
     parser.add_argument("--json", action="store_true")
