@@ -60,6 +60,13 @@ class FrameStream(Protocol):
         """
         ...
 
+    def try_send(self, frame: Frame) -> bool:
+        """Send one frame if that is possible without waiting; ``False`` when nothing was sent.
+
+        For what must not cost a turn of the scheduler.  Raises as :meth:`send` does.
+        """
+        ...
+
     async def receive(self) -> Frame | None:
         """Return the next frame, or ``None`` at an orderly end of the stream.
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 import trio
@@ -85,6 +85,8 @@ class RunnerProcess:
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout
+        self._stdin_fd = _descriptor(process.stdin)
+        self._stdout_fd = _descriptor(process.stdout)
         self._failure: RunnerFailed | None = None
         self._reason: str | None = None
         self._lock = trio.Lock()
@@ -117,7 +119,11 @@ class RunnerProcess:
         """
         frame = Frame(REQUESTS.encode(request), tail)
         prefix = frame_prefix(frame)
-        async with self._lock:
+        try:
+            self._lock.acquire_nowait()  # acquire() gives other tasks a turn first
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
             with trio.move_on_after(seconds):
                 try:
                     await self._drain()
@@ -132,6 +138,8 @@ class RunnerProcess:
                     raise error_from_info(reply.error)
                 return reply, data
             raise await self._condemn(f"gave no answer within {seconds:g} seconds")
+        finally:
+            self._lock.release()
 
     async def _send(self, prefix: bytes, frame: Frame) -> None:
         # A frame cut short would leave the pipe useless, so this is not cancelled; it does not
@@ -140,12 +148,43 @@ class RunnerProcess:
         with trio.move_on_after(SEND_SECONDS, shield=True):
             self._unread += 1
             if tail.nbytes <= _JOIN_BYTES:
-                await self._stdin.send_all(b"".join((prefix, frame.header, tail)))
+                await self._write(b"".join((prefix, frame.header, tail)))
             else:
-                await self._stdin.send_all(prefix + frame.header)
+                await self._write(prefix + frame.header)
                 await self._stdin.send_all(tail)
             return
         raise await self._condemn(f"did not read for {SEND_SECONDS:g} seconds")
+
+    async def _write(self, data: bytes) -> None:
+        """Write at once what fits the pipe, and wait only for the rest.
+
+        This and :meth:`_read` are on the path of every token: trio's streams give other tasks a
+        turn before each attempt, which made a call take 81 us instead of 47.
+        """
+        sent = 0
+        if self._stdin_fd is not None:
+            try:
+                sent = os.write(self._stdin_fd(), data)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+        if sent < len(data):
+            await self._stdin.send_all(memoryview(data)[sent:])
+
+    async def _read(self) -> bytes | bytearray:
+        if self._stdout_fd is None:
+            return await self._stdout.receive_some(_READ_BYTES)
+        while True:
+            if (fd := self._stdout_fd()) < 0:
+                raise trio.ClosedResourceError
+            await trio.lowlevel.wait_readable(fd)
+            try:
+                return os.read(self._stdout_fd(), _READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError from error
 
     async def _drain(self) -> None:
         """Read the replies that nobody waited for."""
@@ -155,7 +194,7 @@ class RunnerProcess:
     async def _receive(self) -> tuple[AnyReply, bytes | bytearray | memoryview]:
         try:
             while not self._frames:
-                data = await self._stdout.receive_some(_READ_BYTES)
+                data = await self._read()
                 if not data:
                     raise await self._death()
                 self._frames.extend(self._decoder.feed(data))
@@ -301,6 +340,14 @@ async def start_process(label: str) -> AsyncIterator[RunnerProcess]:
             tending.cancel()
     if failure is not None:
         raise failure
+
+
+def _descriptor(stream: object) -> Callable[[], int] | None:
+    """Return what tells the descriptor of a pipe (-1 once closed), where pipes do not block.
+
+    trio has made those of POSIX non-blocking; on Windows there are no such pipes.
+    """
+    return None if sys.platform == "win32" else getattr(stream, "fileno", None)
 
 
 def _widen(process: trio.Process) -> None:

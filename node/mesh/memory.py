@@ -81,18 +81,31 @@ class MemoryStream:
         frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
         copy = Frame(bytes(frame.header), bytes(frame.tail))
         async with self._sending:
-            pipe = self._out
-            while True:
-                if self._closed:
-                    raise stream_closed("this side has closed it")
-                if pipe.broken is not None or pipe.unwanted:
-                    raise stream_closed(pipe.broken or "the peer has closed it")
-                if pipe.size < WINDOW:
-                    break
-                await pipe.changed()
-            pipe.size += len(copy.header) + len(copy.tail)
-            pipe.frames.append((trio.current_time() + self._latency, copy))
-            pipe.touch()
+            while not self._has_room():
+                await self._out.changed()
+            self._put(copy)
+
+    def try_send(self, frame: Frame) -> bool:
+        """Send one frame at once or not at all; see the port."""
+        frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
+        if not self._has_room() or self._sending.locked():
+            return False
+        self._put(Frame(bytes(frame.header), bytes(frame.tail)))
+        return True
+
+    def _has_room(self) -> bool:
+        pipe = self._out
+        if self._closed:
+            raise stream_closed("this side has closed it")
+        if pipe.broken is not None or pipe.unwanted:
+            raise stream_closed(pipe.broken or "the peer has closed it")
+        return pipe.size < WINDOW
+
+    def _put(self, copy: Frame) -> None:
+        pipe = self._out
+        pipe.size += len(copy.header) + len(copy.tail)
+        pipe.frames.append((trio.current_time() + self._latency, copy))
+        pipe.touch()
 
     async def receive(self) -> Frame | None:
         """Return the next frame; see :meth:`pyagent_node.base.mesh.FrameStream.receive`."""

@@ -86,6 +86,20 @@ class ChannelStream:
         self._metrics.frames_out += 1
         self._metrics.bytes_out += size
 
+    def try_send(self, frame: Frame) -> bool:
+        """Send one frame at once or not at all; see the port."""
+        prefix = frame_prefix(frame, max_header=self._max_header, max_tail=self._max_tail)
+        if self._closed:
+            raise stream_closed("this side has closed it")
+        tail = memoryview(frame.tail).cast("B")
+        size = PREFIX.size + len(frame.header) + tail.nbytes
+        if self._sending.locked() or size > self._channel.room():
+            return False
+        self._channel.push([prefix, frame.header, tail], size)
+        self._metrics.frames_out += 1
+        self._metrics.bytes_out += size
+        return True
+
     async def _send_long(self, head: bytes, tail: memoryview) -> None:
         started = False
         try:

@@ -227,6 +227,36 @@ async def test_a_slow_reader_holds_its_sender_back(nodes: Nodes) -> None:
             await trio.testing.wait_all_tasks_blocked(0.005)
 
 
+async def test_sending_without_waiting_keeps_order_and_stops_at_a_full_window(nodes: Nodes) -> None:
+    a, b = await nodes.pair()
+    release = trio.Event()
+    received: list[bytes] = []
+
+    async def slow(stream: FrameStream) -> None:
+        await release.wait()
+        while (frame := await stream.receive()) is not None:
+            received.append(frame.header)
+
+    a.handle("/test/slow/1", slow)
+    stream = await b.open(a.peer_id, "/test/slow/1")
+    with pytest.raises(LimitExceeded):
+        stream.try_send(Frame(b"h" * (MAX_HEADER + 1)))
+    sent = 0
+    while stream.try_send(Frame(b"%d" % sent, bytes(65_000))):
+        sent += 1
+        assert sent < 400
+    assert sent >= 1
+    release.set()
+    await stream.send(Frame(b"%d" % sent, bytes(65_000)))
+    with trio.fail_after(20):
+        while len(received) <= sent:
+            await trio.testing.wait_all_tasks_blocked(0.005)
+    assert received == [b"%d" % i for i in range(sent + 1)]
+    await stream.aclose()
+    with pytest.raises(Unavailable):
+        stream.try_send(Frame(b"late"))
+
+
 async def test_senders_at_once_do_not_interleave(nodes: Nodes) -> None:
     a, b = await nodes.pair()
     a.handle("/test/echo/1", echo)
