@@ -73,10 +73,11 @@ _initialised = False
 
 
 def initialise() -> None:
-    """Prepare the library once: route its log to ours, start its backend."""
+    """Prepare the library: route its log to ours, and start its backend the first time."""
     global _initialised  # noqa: PLW0603 - a library has one state a process
+    # Every time: a process has one log of llama.cpp, and another user of it may have taken it.
+    lc.llama_log_set(_on_log, ctypes.c_void_p(0))
     if not _initialised:
-        lc.llama_log_set(_on_log, ctypes.c_void_p(0))
         lc.llama_backend_init()
         _initialised = True
 
