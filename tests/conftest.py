@@ -6,8 +6,10 @@ that leaves a child process behind, and ends that process so that the next test 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +35,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def pytest_configure() -> None:
-    """Adopt orphans on Linux, so that the guard sees a grandchild whose parent died."""
+    """Make every run alike: adopt orphans (on Linux), and let children hear Ctrl-C.
+
+    With orphans adopted, the guard sees a grandchild whose parent died.  A run in the background
+    starts with Ctrl-C ignored, which the processes that tests start would inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -59,10 +67,18 @@ def _still_running(pids: set[int]) -> list[psutil.Process]:
             process = psutil.Process(pid)
             if "resource_tracker" not in " ".join(process.cmdline()):
                 processes.append(process)
+        except psutil.ZombieProcess:
+            _reap(pid)
         except psutil.NoSuchProcess:
             continue
     _, alive = psutil.wait_procs(processes, timeout=GRACE_SECONDS)
     return alive
+
+
+def _reap(pid: int) -> None:
+    """Collect a process that has ended: an orphan that came to us has nobody else to do it."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 @pytest.fixture(autouse=True)
