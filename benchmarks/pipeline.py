@@ -25,13 +25,17 @@ Say = Callable[[str], None]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured; one round is one answer of each arm."""
+    """What is measured; one round is one answer of each arm.
+
+    ``baseline_threads`` 0 means llama-cpp-python's own default.
+    """
 
     path: str
     prompt: str
     tokens: int
     rounds: int
     n_ctx: int
+    baseline_threads: int = 0
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -74,6 +78,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     tokens: int
     rounds: int
+    baseline_threads: int
     idle_daemon_bytes: int
     arms: tuple[Arm, ...]
 
@@ -106,6 +111,7 @@ def measure(
                 seed=0,
                 temperature=0.0,
                 n_ctx=plan.n_ctx,
+                threads=plan.baseline_threads,
                 ignore_eos=True,
             )
         )

@@ -44,8 +44,8 @@ class Reference:
             path,
             n_ctx=n_ctx,
             n_batch=BATCH,
-            n_threads=threads or os.cpu_count(),
-            n_threads_batch=threads or os.cpu_count(),
+            n_threads=threads or None,
+            n_threads_batch=threads or None,
             flash_attn=True,
             verbose=False,
         )

@@ -18,7 +18,8 @@ STOP_SECONDS = 10.0
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One generation; ``prompt`` is one user turn with ``chat``, plain text without.
 
-    ``threads`` 0 means one for each core.
+    ``threads`` 0 means llama-cpp-python's own default, half the processors.  Beyond 256 tokens of
+    context llama.cpp's results depend on the number of threads; ours are those of one.
     """
 
     path: str

@@ -57,6 +57,12 @@ def _counts(text: str) -> list[int]:
 @click.option("--rounds", type=click.IntRange(1, 1000), help=f"Default {DEFAULT_ROUNDS}.")
 @click.option("--full", is_flag=True, help=f"{FULL_ROUNDS} rounds of {FULL_TOKENS} tokens.")
 @click.option("--model", default=DEFAULT, show_default=True, help="A source or a file.")
+@click.option(
+    "--baseline-threads",
+    type=click.IntRange(0, 512),
+    default=0,
+    help="Threads of the one process; 0 (the default) leaves llama-cpp-python's own choice.",
+)
 @click.option("--output", type=click.Path(dir_okay=False), help="Where to store the figures.")
 @json_option
 @pass_app
@@ -68,6 +74,7 @@ def pipeline(
     rounds: int | None,
     full: bool,
     model: str,
+    baseline_threads: int,
     output: str | None,
 ) -> None:
     """A model split over daemons on this machine against a plain loop in one process.
@@ -87,6 +94,7 @@ def pipeline(
             tokens=tokens or (FULL_TOKENS if full else DEFAULT_TOKENS),
             rounds=rounds or (FULL_ROUNDS if full else DEFAULT_ROUNDS),
             n_ctx=N_CTX,
+            baseline_threads=baseline_threads,
         )
         with local_swarm(max(counts), say=app.out.note) as swarm, SingleProcess() as single:
             time.sleep(SETTLE_SECONDS)
@@ -107,6 +115,7 @@ def pipeline(
         model=model,
         tokens=plan.tokens,
         rounds=plan.rounds,
+        baseline_threads=plan.baseline_threads,
         idle_daemon_bytes=idle,
         arms=tuple(arms),
     )

@@ -109,6 +109,7 @@ def demo_command(
             seed=seed,
             temperature=temperature,
             n_ctx=N_CTX,
+            threads=1,  # whose results ours are, at any length
         )
         with SingleProcess() as single:
             reference = single.generate(job)
