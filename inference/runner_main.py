@@ -70,7 +70,7 @@ EXIT_BUG: Final = 70
 TOKENIZER_BYTES: Final = 2 << 30
 """Address space that tokenising and templates may take."""
 
-_READ_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 1 << 16  # above 128 KiB the allocator maps memory anew for each read
 _JOIN_BYTES: Final = 1 << 16
 
 Answer = tuple[AnyReply, Tail]

@@ -50,7 +50,7 @@ STDERR_LINE: Final = 400
 MAX_LOGGED_LINES: Final = 2000
 """Lines of one runner that go to our log; the rest is counted."""
 
-_READ_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 1 << 16  # above 128 KiB the allocator maps memory anew for each read
 _JOIN_BYTES: Final = 64 * KIB
 _PIPE_BYTES: Final = 1 << 20
 _F_SETPIPE_SZ: Final = 1031
