@@ -24,6 +24,10 @@ from pyagent_node.node.client import Answer, Ask, Client
 Say = Callable[[str], None]
 
 
+UNSTEADY = 1.25
+"""A spread of the baseline above which ratios are not to be trusted."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What is measured; one round is one answer of each arm.
 
@@ -81,6 +85,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     baseline_threads: int
     idle_daemon_bytes: int
     arms: tuple[Arm, ...]
+
+    @property
+    def baseline_spread(self) -> float:
+        """The fastest run of the single process over its slowest; near 1 on a quiet machine."""
+        runs = [run for arm in self.arms for run in arm.baseline_runs]
+        return max(runs) / max(min(runs), 1e-9)
 
 
 class _Run(msgspec.Struct, frozen=True):

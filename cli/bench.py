@@ -157,6 +157,8 @@ def _store(app: App, output: str | None, report: Report) -> Path:
 def _show(app: App, report: Report) -> None:
     from rich.table import Table  # noqa: PLC0415
 
+    from pyagent_node.benchmarks.pipeline import UNSTEADY  # noqa: PLC0415
+
     table = Table(box=None, pad_edge=False, header_style="dim")
     names = ("ranks", "tok/s", "one process", "ratio", "first token", "compute", "hops", "head")
     for name in (*names, "a hop p50", "a hop p99", "equal"):
@@ -180,4 +182,9 @@ def _show(app: App, report: Report) -> None:
         f"compute, hops, head: what one token's time is spent on.  {report.rounds} rounds of"
         f" {report.tokens} tokens, greedy, both arms in turn."
     )
+    if report.baseline_spread > UNSTEADY:
+        app.out.text(
+            f"NOTE: one process itself varied by a factor of {report.baseline_spread:.1f}: something"
+            " else used the machine, and its busy-waiting threads suffer most. Measure again."
+        )
     app.out.text(f"An idle daemon without a model: {size(report.idle_daemon_bytes)} resident.")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
-from pyagent_node.benchmarks.pipeline import _Run, quantiles, summarise
+from pyagent_node.benchmarks.pipeline import Report, _Run, quantiles, summarise
 from pyagent_node.benchmarks.reference import choose
 from pyagent_node.benchmarks.single import SingleAnswer
 from pyagent_node.cli.demo import even_cuts
@@ -65,6 +65,22 @@ def test_an_arm_adds_up() -> None:
     assert arm.compute_ms.mean == 6.0
     # (10 + 20) / 2 ms a token in all, (9 + 18) / 2 of it in steps
     assert arm.head_ms == pytest.approx(1.5)
+
+
+def test_a_busy_machine_shows_in_the_spread_of_the_baseline() -> None:
+    tokens = (1, 2)
+    runs = [run(1.0, tokens, 1.0, 1.0)] * 2
+    report = Report(
+        bench="pipeline",
+        time=0.0,
+        machine={},
+        model="m",
+        tokens=2,
+        rounds=2,
+        idle_daemon_bytes=1,
+        arms=(summarise(1, runs, [alone(100.0, tokens), alone(20.0, tokens)]),),
+    )
+    assert report.baseline_spread == 5.0
 
 
 def test_different_tokens_are_told() -> None:
