@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., object])
 
 DEFAULT_TEMPERATURE = 0.8
-"""That of conversations; the API's own is 1.0, as OpenAI's."""
+DEFAULT_TOP_K = 40
+DEFAULT_TOP_P = 0.95
+DEFAULT_MIN_P = 0.05
+"""Those of llama.cpp's own programs; the API's are OpenAI's (temperature 1.0, nothing cut off)."""
 
 
 def _loaded(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -51,9 +54,27 @@ def sampling_options(command: F) -> F:
             ),
             click.option("--seed", type=int, help="The same seed gives the same answer."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End here; repeatable."),
-            click.option("--top-k", type=int, help="Only the K likeliest tokens."),
-            click.option("--top-p", type=float, help="Only the likeliest tokens up to P in all."),
-            click.option("--min-p", type=float, help="Only tokens with P of the likeliest's."),
+            click.option(
+                "--top-k",
+                type=int,
+                default=DEFAULT_TOP_K,
+                show_default=True,
+                help="Only the K likeliest tokens.",
+            ),
+            click.option(
+                "--top-p",
+                type=float,
+                default=DEFAULT_TOP_P,
+                show_default=True,
+                help="Only the likeliest tokens up to P in all.",
+            ),
+            click.option(
+                "--min-p",
+                type=float,
+                default=DEFAULT_MIN_P,
+                show_default=True,
+                help="Only tokens with P of the likeliest's.",
+            ),
             click.option("--repetition-penalty", type=float, help="Above 1 avoids repetition."),
             click.option("--system", metavar="TEXT", help="The system message."),
         )
