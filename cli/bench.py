@@ -184,7 +184,8 @@ def _show(app: App, report: Report) -> None:
     )
     if report.baseline_spread > UNSTEADY:
         app.out.text(
-            f"NOTE: one process itself varied by a factor of {report.baseline_spread:.1f}: something"
-            " else used the machine, and its busy-waiting threads suffer most. Measure again."
+            f"NOTE: one process itself varied by a factor of {report.baseline_spread:.1f}."
+            " Something else used the machine, and its busy-waiting threads suffer most from that."
+            " Measure again when it is quiet."
         )
     app.out.text(f"An idle daemon without a model: {size(report.idle_daemon_bytes)} resident.")

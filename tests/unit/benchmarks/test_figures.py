@@ -78,6 +78,7 @@ def test_a_busy_machine_shows_in_the_spread_of_the_baseline() -> None:
         tokens=2,
         rounds=2,
         idle_daemon_bytes=1,
+        baseline_threads=0,
         arms=(summarise(1, runs, [alone(100.0, tokens), alone(20.0, tokens)]),),
     )
     assert report.baseline_spread == 5.0
