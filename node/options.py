@@ -227,7 +227,7 @@ OPTIONS: tuple[Option, ...] = (
         "threads",
         "integer",
         0,
-        "Threads that compute; 0: as many as there are cores.",
+        "Threads that compute, in each slice; 0: half of the processors.",
         high=1024,
     ),
     Option(
