@@ -64,8 +64,8 @@ def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     OpenMP threads spin between two steps of a computation for ``GOMP_SPINCOUNT`` rounds and then
     sleep.  libgomp's own choice, 300,000 rounds, keeps the processor from the next rank when
-    several runners share a machine: three runners of two threads on two processors needed 35 ms a
-    token instead of 6.5 ms; without spinning it was 12.6 ms (``benchmarks/runner_threads.py``).
+    several runners share a machine: three runners of two threads on two processors needed 20 ms a
+    token instead of 6.5 ms; without spinning it was 14 ms (``benchmarks/runner_threads.py``).
     """
     env = {name: value for name, value in environ.items() if not name.startswith("PYAGENT_")}
     env.setdefault("GOMP_SPINCOUNT", "1000")
