@@ -30,12 +30,16 @@ class Slice(msgspec.Struct, frozen=True, order=True):
 
 
 class Rank(msgspec.Struct, frozen=True):
-    """Position ``rank`` of a pipeline: which node holds which slice."""
+    """Position ``rank`` of a pipeline: which node holds which slice.
+
+    ``standbys`` keep the slice loaded and take over at once; ``spares`` keep it on disk.
+    """
 
     rank: int
     slice: Slice
     peer_id: PeerId
     standbys: tuple[PeerId, ...] = ()
+    spares: tuple[PeerId, ...] = ()
 
 
 class Placement(msgspec.Struct, frozen=True):

@@ -6,9 +6,11 @@ struct with a schema; an engine refuses an unknown or malformed one before it is
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from pyagent_node.base.types import Digest, PeerId, Rank
+from pyagent_node.base.types import Digest, PeerId, Rank, SessionId
 from pyagent_node.base.wire import Codec
 
 
@@ -91,6 +93,98 @@ class RemovePlacement(msgspec.Struct, frozen=True, tag="remove_placement"):
     after_epoch: int
 
 
+VotePreference = Literal["auto", "always", "never"]
+"""Whether a member may become a voter by itself, must be one, or must not."""
+
+
+class SetVote(msgspec.Struct, frozen=True, tag="set_vote"):
+    """An operator's word on a member's vote; the voters themselves are the engine's business."""
+
+    peer_id: PeerId
+    vote: VotePreference
+
+
+class RemoveMember(msgspec.Struct, frozen=True, tag="remove_member"):
+    """The peer left the mesh: certificates issued up to ``at`` (Unix seconds) count no more.
+
+    Unlike a revoked node it may join again with a new ticket.
+    """
+
+    peer_id: PeerId
+    at: int
+
+
+class SetDraining(msgspec.Struct, frozen=True, tag="set_draining"):
+    """Give the peer no new work (``True``), or let it work again."""
+
+    peer_id: PeerId
+    draining: bool
+
+
+class SetMeshSetting(msgspec.Struct, frozen=True, tag="set_mesh_setting"):
+    """Change a setting that holds for the whole mesh; ``None`` returns it to its default."""
+
+    name: str
+    value: int | None
+
+
+class SetBuckets(msgspec.Struct, frozen=True, tag="set_buckets"):
+    """Say who owns each LSH bucket: ``owners[bucket]``, first owner first.
+
+    ``after_epoch`` is the bucket epoch the proposer saw (0 for none).
+    """
+
+    owners: tuple[tuple[PeerId, ...], ...]
+    after_epoch: int
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """Where a session can be resumed from: never its text, only who holds it.
+
+    ``holders`` keep the session's token journal, of which ``tokens`` are known to be durable
+    there; ``blocks`` are the keys of its KV blocks.  ``head`` serves the session; ``claim`` counts
+    its heads, from 1.  ``expires`` is in Unix seconds.
+    """
+
+    session: SessionId
+    model: Digest
+    head: PeerId
+    tokens: int
+    holders: tuple[PeerId, ...]
+    expires: int
+    blocks: tuple[bytes, ...] = ()
+    claim: int = 1
+
+
+class PutCheckpoints(msgspec.Struct, frozen=True, tag="put_checkpoints"):
+    """Record or renew checkpoints; one of an older ``claim`` than the known one is ignored.
+
+    ``at`` is the proposer's clock: checkpoints that expired before it are forgotten.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    at: int
+
+
+class DropCheckpoints(msgspec.Struct, frozen=True, tag="drop_checkpoints"):
+    """The sessions ended."""
+
+    sessions: tuple[SessionId, ...]
+
+
+class ClaimSession(msgspec.Struct, frozen=True, tag="claim_session"):
+    """``head`` takes the session over from the head of ``after_claim``.
+
+    Another claim in between is a :class:`Conflict` (``session_claimed``), an unknown or expired
+    session :class:`NotFound` (``session_not_found``).
+    """
+
+    session: SessionId
+    head: PeerId
+    after_claim: int
+    at: int
+
+
 Command = (
     AdmitMember
     | RevokeMember
@@ -99,6 +193,14 @@ Command = (
     | ForgetModel
     | SetPlacement
     | RemovePlacement
+    | SetVote
+    | RemoveMember
+    | SetDraining
+    | SetMeshSetting
+    | SetBuckets
+    | PutCheckpoints
+    | DropCheckpoints
+    | ClaimSession
 )
 
 COMMANDS: Codec[Command] = Codec(
@@ -110,4 +212,12 @@ COMMANDS: Codec[Command] = Codec(
     ForgetModel,
     SetPlacement,
     RemovePlacement,
+    SetVote,
+    RemoveMember,
+    SetDraining,
+    SetMeshSetting,
+    SetBuckets,
+    PutCheckpoints,
+    DropCheckpoints,
+    ClaimSession,
 )

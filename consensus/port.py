@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
-from pyagent_node.base.types import Digest, PeerId, Placement
-from pyagent_node.consensus.commands import Command, ModelRecord
+from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
+from pyagent_node.consensus.commands import Checkpoint, Command, ModelRecord, VotePreference
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
@@ -21,6 +21,10 @@ class MemberRecord(msgspec.Struct, frozen=True):
     role: str
     certificate: bytes
     revoked: str | None = None
+    vote: VotePreference = "auto"
+    draining: bool = False
+    removed_at: int | None = None
+    """Unix seconds; certificates issued up to then count no more.  ``None`` for a member."""
 
 
 class ClusterState(Protocol):
@@ -56,6 +60,26 @@ class ClusterState(Protocol):
         """The highest epoch ever given; the next placement gets one more."""
         ...
 
+    @property
+    def checkpoints(self) -> Mapping[SessionId, Checkpoint]:
+        """Where sessions in progress can be resumed from."""
+        ...
+
+    @property
+    def buckets(self) -> tuple[tuple[PeerId, ...], ...]:
+        """The owners of each LSH bucket; empty while none are assigned."""
+        ...
+
+    @property
+    def bucket_epoch(self) -> int:
+        """How often bucket owners were assigned."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, int]:
+        """Every mesh setting with its value, defaults included."""
+        ...
+
 
 class Applied(msgspec.Struct, frozen=True):
     """One entry of the log after it was applied; ``error`` when the state machine refused it."""
@@ -65,18 +89,39 @@ class Applied(msgspec.Struct, frozen=True):
     error: ErrorInfo | None = None
 
 
+class PeerProgress(msgspec.Struct, frozen=True):
+    """How far a node's copy of the log is, as the leader knows it.
+
+    ``matched`` is the last entry known to be durable there; ``active`` says whether it was heard
+    of within an election timeout.
+    """
+
+    peer_id: PeerId
+    voter: bool
+    matched: int
+    active: bool
+
+
 class ConsensusStatus(msgspec.Struct, frozen=True):
     """What ``status`` shows of the engine.
 
     ``leader`` is ``None`` while none can be reached; ``problem`` then, or whenever this node cannot
-    keep up with the log, says why.
+    keep up with the log, says why.  ``index`` is the last applied entry and ``commit`` the last one
+    known to be committed.  ``joint`` says that a change of voters is under way.  ``progress`` is
+    known on the leader only.
     """
 
     engine: str
-    role: Literal["leader", "follower", "learner", "client"]
+    role: Literal["leader", "follower", "candidate", "learner", "client"]
     leader: PeerId | None
     index: int
     problem: ErrorInfo | None = None
+    term: int = 0
+    commit: int = 0
+    voters: tuple[PeerId, ...] = ()
+    learners: tuple[PeerId, ...] = ()
+    joint: bool = False
+    progress: tuple[PeerProgress, ...] = ()
 
 
 class AppliedStream(Protocol):
@@ -120,5 +165,34 @@ class Consensus(Protocol):
 
         A subscriber that falls too far behind gets :class:`LimitExceeded` (``lagging``) and must
         read :attr:`state` anew.
+        """
+        ...
+
+    async def reconfigure(self, voters: frozenset[PeerId], learners: frozenset[PeerId]) -> None:
+        """Make these the voters and learners, and wait until that is committed.
+
+        On the leader only: :class:`Refused` (``not_leader``) elsewhere; :class:`Conflict`
+        (``change_in_progress``), :class:`InvalidRequest` (``bad_voters``) for an empty set,
+        :class:`Unavailable` (``peer_unreachable``) for a node that was never heard of.  A node
+        given up by both sets is no longer sent the log.
+        """
+        ...
+
+    async def transfer(self, to: PeerId) -> None:
+        """Hand the leadership to another voter and wait until it leads.
+
+        Works on every node.  Raises :class:`InvalidRequest` (``not_a_voter``),
+        :class:`Unavailable` (``no_leader``), :class:`DeadlineExceeded`.
+        """
+        ...
+
+    async def compact(self) -> int:
+        """Write a snapshot of the state now and drop the log before it; returns its index."""
+        ...
+
+    def chain_at(self, index: int) -> bytes | None:
+        """Return the hash chain over the log up to ``index``, ``None`` if it is not kept.
+
+        Two nodes with different chains at one index do not hold the same log.
         """
         ...
