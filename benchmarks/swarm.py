@@ -67,10 +67,33 @@ class LocalNode:
         assert self.process is not None
         return self.process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon's process runs."""
+        return self.process is not None and self.process.poll() is None
+
     def close(self) -> None:
         """Close the client."""
         if self._client is not None:
             self._client.close()
+            self._client = None
+
+    def kill(self) -> None:
+        """End the daemon as a power cut would; its runners end with it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.close()
+        _close_pipes(self.process)
+
+    def start(self) -> None:
+        """Start the daemon of a node that is a member already, and wait until it is up.
+
+        It listens on other ports than before.  Raises :class:`Unavailable`
+        (``daemon_not_started``).
+        """
+        _start(self)
+        _await_up(self, time.monotonic() + START_SECONDS)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -263,7 +286,11 @@ def _stop_all(nodes: list[LocalNode]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        _close_pipes(process)
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
