@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a veth pair.  Needs root and iproute2."""
+"""Hosts on one machine: network namespaces with links between them.  Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -125,3 +125,71 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             home = folder / f"host{index}"
             hosts.append(Host(name, f"10.77.0.{index}", home))
         yield hosts[0], hosts[1]
+
+
+class Halves:
+    """Hosts on two switches with one cable between them."""
+
+    def __init__(self, hosts: list[Host], switch: str, cable: str) -> None:
+        self.hosts = hosts
+        self._switch = switch
+        self._cable = cable
+
+    def cut(self) -> None:
+        """Pull the cable: frames are lost, nobody is told."""
+        _ip("-n", self._switch, "link", "set", self._cable, "down")
+
+    def heal(self) -> None:
+        """Plug the cable in again."""
+        _ip("-n", self._switch, "link", "set", self._cable, "up")
+
+
+@contextmanager
+def two_halves(folder: Path, left: int, right: int) -> Iterator[Halves]:
+    """Make ``left + right`` hosts on one network that can be cut between the two groups."""
+    token = secrets.token_hex(2)
+    switch = f"pa-{token}-sw"
+    with ExitStack() as stack:
+        _ip("netns", "add", switch)
+        stack.callback(_ip, "netns", "del", switch)
+        for bridge in ("left", "right"):
+            _ip("-n", switch, "link", "add", bridge, "type", "bridge")
+            _ip("-n", switch, "link", "set", bridge, "up")
+        _ip("-n", switch, "link", "add", "cable0", "type", "veth", "peer", "name", "cable1")
+        _ip("-n", switch, "link", "set", "cable0", "master", "left", "up")
+        _ip("-n", switch, "link", "set", "cable1", "master", "right", "up")
+        hosts = []
+        for index in range(left + right):
+            name, port = f"pa-{token}-{index}", f"port{index}"
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
+            _ip(
+                "-n",
+                switch,
+                "link",
+                "add",
+                port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "up0",
+                "netns",
+                name,
+            )
+            _ip(
+                "-n",
+                switch,
+                "link",
+                "set",
+                port,
+                "master",
+                "left" if index < left else "right",
+                "up",
+            )
+            address = f"10.78.0.{index + 1}"
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "up0")
+            _ip("-n", name, "link", "set", "up0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            hosts.append(Host(name, address, folder / f"host{index}"))
+        yield Halves(hosts, switch, "cable0")
