@@ -1,6 +1,6 @@
 """Types of the Rust module in ``native/src``; a test checks the one against the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import final
 
@@ -10,6 +10,13 @@ from typing_extensions import Buffer
 
 __all__ = [
     "Blake3",
+    "RaftConf",
+    "RaftCore",
+    "RaftDropped",
+    "RaftEntry",
+    "RaftReady",
+    "RaftRefused",
+    "RaftStatus",
     "TensorTap",
     "XSalsa20",
     "blake3",
@@ -32,6 +39,379 @@ class Blake3:
 
     def hexdigest(self) -> str:
         """The digest of everything added so far, as 64 hexadecimal digits."""
+
+@final
+class RaftConf:
+    """Who votes and who follows, by Raft node id; each tuple is sorted.
+
+    ``voters_outgoing`` is not empty while a joint change is under way: then a decision takes a
+    majority of ``voters`` and one of ``voters_outgoing``.  ``learners_next`` are outgoing voters
+    that become learners at its end; ``auto_leave`` says that the leader ends it by itself.
+    Raises ``ValueError`` for an id of 0, one given twice, or sets that contradict each other.
+    An empty configuration is that of a node that has not yet heard of any mesh.
+    """
+
+    def __new__(
+        cls,
+        voters: Sequence[int] = (),
+        learners: Sequence[int] = (),
+        voters_outgoing: Sequence[int] = (),
+        learners_next: Sequence[int] = (),
+        auto_leave: bool = False,
+    ) -> RaftConf: ...
+    @property
+    def voters(self) -> tuple[int, ...]:
+        """The voters (while joint: the incoming ones)."""
+
+    @property
+    def learners(self) -> tuple[int, ...]:
+        """The nodes that follow the log and do not vote."""
+
+    @property
+    def voters_outgoing(self) -> tuple[int, ...]:
+        """The voters of the configuration that is being left."""
+
+    @property
+    def learners_next(self) -> tuple[int, ...]:
+        """The outgoing voters that will be learners."""
+
+    @property
+    def auto_leave(self) -> bool:
+        """Whether the leader ends the joint configuration by itself."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether a joint change is under way."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class RaftEntry:
+    """One entry of the log.
+
+    ``kind`` is 0 for a command, 1 for a change of the configuration.  ``data`` is empty in the
+    entry that a new leader begins with and in the one that ends a joint change; ``data`` of a
+    configuration entry is the core's own encoding.
+    """
+
+    def __new__(
+        cls, index: int, term: int, kind: int, data: bytes, context: bytes = b""
+    ) -> RaftEntry: ...
+    @property
+    def index(self) -> int:
+        """The place in the log, from 1."""
+
+    @property
+    def term(self) -> int:
+        """The term of the leader that appended it."""
+
+    @property
+    def kind(self) -> int:
+        """0: command (or empty); 1: configuration change."""
+
+    @property
+    def data(self) -> bytes:
+        """The command."""
+
+    @property
+    def context(self) -> bytes:
+        """What the proposer attached."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class RaftReady:
+    """What has to be done next; see :class:`RaftCore` for the order.
+
+    A message is ``(to, kind, bytes)`` with ``kind`` one of ``"append"``, ``"append_response"``,
+    ``"vote"``, ``"vote_response"``, ``"prevote"``, ``"prevote_response"``, ``"heartbeat"``,
+    ``"heartbeat_response"``, ``"snapshot"``, ``"timeout_now"``, ``"read_index"``,
+    ``"read_index_response"``.
+    """
+
+    @property
+    def messages(self) -> list[tuple[int, str, bytes]]:
+        """To be sent now, before anything is durable."""
+
+    @property
+    def persisted_messages(self) -> list[tuple[int, str, bytes]]:
+        """To be sent only after snapshot, entries and hard state are durable."""
+
+    @property
+    def entries(self) -> list[RaftEntry]:
+        """To be made durable; they replace whatever the log holds from the first one's index on."""
+
+    @property
+    def hard_state(self) -> tuple[int, int, int] | None:
+        """``(term, vote, commit)`` to be made durable, ``None`` when unchanged."""
+
+    @property
+    def must_sync(self) -> bool:
+        """Whether the write must have reached the disk before it is acknowledged.
+
+        ``False`` when there is nothing to write but a new commit index.
+        """
+
+    @property
+    def snapshot(self) -> tuple[int, int, RaftConf, bytes] | None:
+        """``(index, term, conf, data)``: replaces state and log; goes before ``entries``."""
+
+    @property
+    def committed(self) -> list[RaftEntry]:
+        """To be applied, in order; each index comes exactly once in the life of a core."""
+
+    @property
+    def read_states(self) -> list[tuple[int, bytes]]:
+        """``(index, context)`` of reads that may be answered once ``index`` is applied."""
+
+@final
+class RaftStatus:
+    """A core's view of itself."""
+
+    @property
+    def term(self) -> int:
+        """The current term."""
+
+    @property
+    def vote(self) -> int:
+        """Who got this node's vote in the term, 0 for nobody."""
+
+    @property
+    def leader(self) -> int:
+        """The leader's id, 0 when none is known."""
+
+    @property
+    def role(self) -> str:
+        """``"leader"``, ``"follower"``, ``"candidate"``, ``"precandidate"`` or ``"learner"``.
+
+        A follower without a vote (also one that is in no configuration) is a learner.
+        """
+
+    @property
+    def commit(self) -> int:
+        """The last entry known to be committed."""
+
+    @property
+    def applied(self) -> int:
+        """The last entry that the caller said to have applied."""
+
+    @property
+    def last_index(self) -> int:
+        """The last entry of the log, durable or not."""
+
+    @property
+    def first_index(self) -> int:
+        """The first entry that is still kept."""
+
+    @property
+    def conf(self) -> RaftConf:
+        """The configuration as applied here."""
+
+    @property
+    def pending_conf(self) -> bool:
+        """Whether the leader may still have a configuration change to apply."""
+
+    @property
+    def transferee(self) -> int:
+        """To whom the leadership is being handed over, 0 for nobody."""
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """The size of what the leader has proposed and not seen committed."""
+
+    @property
+    def progress(self) -> list[tuple[int, int, bool, str]]:
+        """``(id, matched, recently active, state)`` sorted by id; empty but on the leader.
+
+        ``state`` is ``"probe"``, ``"replicate"`` or ``"snapshot"``.
+        """
+
+@final
+class RaftCore:
+    """One node of a Raft group (tikv's ``raft``), without I/O, clock or randomness.
+
+    It keeps the log after the last compaction in memory; making it durable is the caller's work.
+    PreVote and CheckQuorum are on, reads are the safe ReadIndex.
+
+    The caller's loop: feed :meth:`tick`, :meth:`step`, :meth:`propose`... as they come; while
+    :meth:`has_ready`:
+
+    1. ``r = ready()``.  From here to ``advance`` nothing else may be fed (``RuntimeError``).
+    2. Send ``r.messages``.
+    3. Make ``r.snapshot``, then ``r.entries`` and ``r.hard_state`` durable (one write).
+    4. Send ``r.persisted_messages``.
+    5. ``light = advance()``: the write counts as durable.  Send ``light.messages``; keep
+       ``light.hard_state`` (a new commit index) for the next write, no need to sync it.
+    6. If there is a snapshot, put it in the place of the state (no :meth:`advance_apply`).  Apply
+       ``r.committed`` and then ``light.committed``, in order: :meth:`apply_conf` for each entry of
+       kind 1, commands to the state machine, empty ones skipped.  Then ``advance_apply(index of the
+       last one)``; reads of ``r.read_states`` (and ``light.read_states``) may be answered once
+       their index is applied.
+
+    A node starts from its last durable snapshot: ``conf`` is the configuration at
+    ``snapshot_index``, ``entries`` are those after it, without gaps (what was compacted in memory
+    only may be left out or not), and everything committed after ``snapshot_index`` is handed out
+    again.  **The founder of a group starts at ``snapshot_index=1, snapshot_term=1`` with itself as
+    the only voter** (``term=1, vote=0, commit=1``, ``snapshot_data`` its first state): so a node
+    that joins with nothing (all zeros, an empty ``conf``) is sent that state first.
+
+    Election timeouts are never drawn here: they last :meth:`set_election_ticks` ticks, to be drawn
+    again by the caller when ``term`` or ``role`` changed.  It begins as ``election_ticks``.
+
+    Everybody is believed to be what it says it is: :meth:`step` checks that a message is whole,
+    meant for this node, by its sender, and that its numbers are possible; whether the
+    sender may take part at all is the caller's question.  For the group to make progress after
+    changes of membership a node has to take messages, also requests for votes, from nodes that are
+    not in its own (perhaps old) configuration.
+
+    Raises ``RaftRefused`` for what is wrong in itself, ``RaftDropped`` for what cannot be done
+    now, ``RuntimeError`` for calls out of order and after a failure inside the core, which is
+    final: the node must stop.
+    """
+
+    def __new__(
+        cls,
+        node_id: int,
+        *,
+        conf: RaftConf,
+        term: int,
+        vote: int,
+        commit: int,
+        snapshot_index: int,
+        snapshot_term: int,
+        snapshot_data: bytes,
+        entries: Sequence[RaftEntry],
+        heartbeat_ticks: int,
+        election_ticks: int,
+        max_message_bytes: int,
+        max_inflight: int,
+        max_uncommitted_bytes: int,
+    ) -> RaftCore: ...
+    @property
+    def node_id(self) -> int:
+        """This node's Raft id."""
+
+    @property
+    def term(self) -> int:
+        """The current term."""
+
+    @property
+    def role(self) -> str:
+        """See :attr:`RaftStatus.role`."""
+
+    @property
+    def leader(self) -> int:
+        """The leader's id, 0 when none is known."""
+
+    def tick(self) -> None:
+        """Let one tick pass."""
+
+    def set_election_ticks(self, ticks: int) -> None:
+        """Set the election timeout: ``election_ticks <= ticks < 2 * election_ticks``."""
+
+    def campaign(self) -> None:
+        """Stand for election now (by PreVote); nothing on a leader or a node without a vote."""
+
+    def step(self, sender: int, message: bytes) -> None:
+        """Take a message that came from node ``sender``.
+
+        Raises ``RaftRefused`` for a malformed one, one whose sender, addressee, kind, term or
+        indices cannot be; nothing has changed then.
+        """
+
+    def propose(self, data: bytes, context: bytes = b"") -> tuple[int, int]:
+        """Append a command on the leader; returns the ``(index, term)`` it got.
+
+        It is committed when an entry with both comes back in ``committed``, and lost when another
+        one comes at that index.  ``RaftDropped``: not the leader, a transfer is under way, or too
+        much is uncommitted.  ``RaftRefused``: empty, or larger than ``max_message_bytes``.
+        """
+
+    def propose_conf(
+        self, voters: Sequence[int], learners: Sequence[int], context: bytes = b""
+    ) -> tuple[int, int] | None:
+        """Propose these voters and learners on the leader; returns ``(index, term)``.
+
+        One change of one voter goes in one step, anything more by joint consensus, which the
+        leader ends by itself.  ``None`` when it is the configuration already.  ``RaftRefused``: no
+        voters, more than 256 nodes, an id of 0, twice or in both.  ``RaftDropped`` as for
+        :meth:`propose`, or another change is under way.
+        """
+
+    def read_index(self, context: bytes) -> None:
+        """Ask for a linearizable read; ``context`` (1 to 64 bytes) comes back in ``read_states``.
+
+        Works on every node that knows a leader.  The answer may get lost: ask again with a new
+        context after a while.  ``RaftDropped``: no leader, too many reads pending, or a new
+        leader that has not committed anything yet.
+        """
+
+    def transfer(self, to: int) -> None:
+        """Begin to hand the leadership to a voter; given up after an election timeout.
+
+        ``RaftRefused``: ``to`` is no voter; ``RaftDropped``: not the leader.
+        """
+
+    def has_ready(self) -> bool:
+        """Whether :meth:`ready` has something."""
+
+    def ready(self) -> RaftReady:
+        """Take what has to be done; :meth:`advance` must follow."""
+
+    def advance(self) -> RaftReady:
+        """Say that what :meth:`ready` gave is durable; returns what follows from that at once.
+
+        Only ``messages``, ``committed``, ``read_states`` and ``hard_state`` may be filled.
+        """
+
+    def advance_apply(self, index: int) -> None:
+        """Say that all entries up to ``index`` are applied.
+
+        Raises ``ValueError`` when it goes back, beyond what was handed out, or past a
+        configuration entry that :meth:`apply_conf` has not seen.
+        """
+
+    def apply_conf(self, entry: RaftEntry) -> RaftConf:
+        """Apply a committed entry of kind 1, in order; returns the configuration that holds now.
+
+        A change that is impossible in the present configuration changes nothing (the same on
+        every node).  A leader that has no vote afterwards steps down.  Raises ``ValueError`` for
+        an entry that was not handed out or not yet due.
+        """
+
+    def snapshot(self, index: int, data: bytes) -> tuple[int, int, RaftConf, bytes]:
+        """Keep ``data`` as the state after entry ``index``, for followers that lag behind.
+
+        Returns ``(index, term, conf, data)``, to be made durable.  ``index`` must be applied and
+        not before the last snapshot (``ValueError``).
+        """
+
+    def compact(self, index: int) -> None:
+        """Drop the entries up to ``index`` (at most the snapshot's) from memory."""
+
+    def report_unreachable(self, node_id: int) -> None:
+        """Say that messages to a node were lost."""
+
+    def report_snapshot(self, node_id: int, ok: bool) -> None:
+        """Say how sending a message of kind ``"snapshot"`` ended; must follow each of them."""
+
+    def status(self) -> RaftStatus:
+        """The core's view of itself."""
+
+    def take_log(self) -> list[tuple[str, str]]:
+        """Take the core's log lines since the last call (at most the newest 256).
+
+        ``(level, message)`` with ``level`` one of ``"critical"``, ``"error"``, ``"warning"``,
+        ``"info"``.
+        """
+
+class RaftDropped(Exception):
+    """It cannot be done now, and may be tried again later or elsewhere."""
+
+class RaftRefused(ValueError):
+    """A message or a proposal that is wrong in itself."""
 
 @final
 class TensorTap:
