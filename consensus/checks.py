@@ -15,20 +15,42 @@ from pyagent_node.consensus.commands import (
     COMMANDS,
     AdmitMember,
     BurnTicket,
+    Checkpoint,
+    ClaimSession,
     Command,
+    DropCheckpoints,
     ForgetModel,
     ModelRecord,
+    PutCheckpoints,
     RegisterModel,
+    RemoveMember,
     RemovePlacement,
     RevokeMember,
+    SetBuckets,
+    SetDraining,
+    SetMeshSetting,
     SetPlacement,
+    SetVote,
 )
+from pyagent_node.consensus.settings import check_setting
 
 ROLES = ("voter", "learner", "client")
 MAX_COMMAND = 48 * KIB
 """Bytes of an encoded command; it must fit the header of a frame with room to spare."""
 MAX_RANKS = 256
 MAX_STANDBYS = 8
+"""Standbys of one rank, and likewise spares."""
+MAX_BUCKETS = 1024
+MAX_OWNERS = 8
+"""Owners of one bucket."""
+MAX_BATCH = 256
+"""Checkpoints, or sessions, in one command."""
+MAX_HOLDERS = 8
+"""Holders of one session's journal."""
+MAX_BLOCKS = 256
+MAX_BLOCK_KEY = 32
+"""Bytes of a KV block's key."""
+VOTES = ("auto", "always", "never")
 MAX_TEXT = 256
 MAX_CERTIFICATE = 4 * KIB
 MAX_CONTEXT = 1 << 24
@@ -36,6 +58,7 @@ MAX_CONTEXT = 1 << 24
 _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TICKET = re.compile(r"[0-9a-f]{32}")
+_SESSION = re.compile(r"[0-9a-f]{32}")
 _MAX_INT = (1 << 63) - 1
 
 
@@ -60,13 +83,23 @@ def decode_command(data: bytes) -> Command:
 
 
 def check_command(command: Command) -> None:
-    """Raise :class:`InvalidRequest` (``bad_command``) naming the first field out of range."""
+    """Raise :class:`InvalidRequest` naming the first field out of range.
+
+    Its code is ``bad_command``, or for a mesh setting what :func:`check_setting` raises.
+    """
+    _check_members(command)
+    _check_models(command)
+    _check_sessions(command)
+
+
+def _check_members(command: Command) -> None:
     match command:
         case AdmitMember():
             _peer(command.peer_id)
             _text("name", command.name)
             _ensure(command.role in ROLES, "role", command.role)
             _ensure(0 < len(command.certificate) <= MAX_CERTIFICATE, "certificate", "its length")
+            _number("issued", command.issued, 0)
         case RevokeMember():
             _peer(command.peer_id)
             _text("reason", command.reason)
@@ -75,6 +108,20 @@ def check_command(command: Command) -> None:
             _ensure(_TICKET.fullmatch(command.ticket_id) is not None, "ticket_id", "its form")
             _number("expires", command.expires, 0)
             _number("at", command.at, 0)
+        case SetVote():
+            _peer(command.peer_id)
+            _ensure(command.vote in VOTES, "vote", command.vote)
+        case RemoveMember():
+            _peer(command.peer_id)
+            _number("at", command.at, 0)
+        case SetDraining():
+            _peer(command.peer_id)
+        case _:
+            pass
+
+
+def _check_models(command: Command) -> None:
+    match command:
         case RegisterModel():
             _model(command.model)
         case ForgetModel():
@@ -90,6 +137,52 @@ def check_command(command: Command) -> None:
         case RemovePlacement():
             _digest("model", command.model)
             _number("after_epoch", command.after_epoch, 0)
+        case SetBuckets():
+            _number("after_epoch", command.after_epoch, 0)
+            _ensure(len(command.owners) <= MAX_BUCKETS, "owners", len(command.owners))
+            for owners in command.owners:
+                _ensure(len(owners) > 0, "owners", "a bucket without any")
+                _peers("owners", owners, MAX_OWNERS)
+        case SetMeshSetting():
+            check_setting(command.name, command.value)
+        case _:
+            pass
+
+
+def _check_sessions(command: Command) -> None:
+    match command:
+        case PutCheckpoints():
+            _number("at", command.at, 0)
+            _ensure(len(command.checkpoints) <= MAX_BATCH, "checkpoints", "too many")
+            for checkpoint in command.checkpoints:
+                _checkpoint(checkpoint)
+        case DropCheckpoints():
+            _peer(command.head)
+            _ensure(len(command.sessions) <= MAX_BATCH, "sessions", "too many")
+            for session in command.sessions:
+                _session(session)
+        case ClaimSession():
+            _session(command.session)
+            _peer(command.head)
+            _number("after_claim", command.after_claim, 1)
+            _number("at", command.at, 0)
+        case _:
+            pass
+
+
+def _checkpoint(checkpoint: Checkpoint) -> None:
+    _session(checkpoint.session)
+    _digest("model", checkpoint.model)
+    _peer(checkpoint.head)
+    _number("tokens", checkpoint.tokens, 0)
+    _peers("holders", checkpoint.holders, MAX_HOLDERS)
+    _number("expires", checkpoint.expires, 0)
+    _number("claim", checkpoint.claim, 1)
+    if checkpoint.signer is not None:
+        _peer(checkpoint.signer)
+    _ensure(len(checkpoint.blocks) <= MAX_BLOCKS, "blocks", len(checkpoint.blocks))
+    for key in checkpoint.blocks:
+        _ensure(0 < len(key) <= MAX_BLOCK_KEY, "blocks", "the length of a key")
 
 
 def _bounded(data: bytes) -> bytes:
@@ -118,11 +211,22 @@ def _rank(rank: Rank) -> None:
     _number("first", rank.slice.first, 0)
     _number("last", rank.slice.last, 1)
     _peer(rank.peer_id)
-    _ensure(len(rank.standbys) <= MAX_STANDBYS, "standbys", len(rank.standbys))
-    for standby in rank.standbys:
-        _peer(standby)
-    distinct = {rank.peer_id, *rank.standbys}
-    _ensure(len(distinct) == 1 + len(rank.standbys), "standbys", "a node twice")
+    _peers("standbys", rank.standbys, MAX_STANDBYS)
+    _peers("spares", rank.spares, MAX_STANDBYS)
+    distinct = {rank.peer_id, *rank.standbys, *rank.spares}
+    total = 1 + len(rank.standbys) + len(rank.spares)
+    _ensure(len(distinct) == total, "standbys", "a node twice")
+
+
+def _peers(field: str, peers: tuple[str, ...], most: int) -> None:
+    _ensure(len(peers) <= most, field, len(peers))
+    for peer in peers:
+        _peer(peer)
+    _ensure(len(set(peers)) == len(peers), field, "a node twice")
+
+
+def _session(value: str) -> None:
+    _ensure(_SESSION.fullmatch(value) is not None, "session", value)
 
 
 def _peer(value: str) -> None:

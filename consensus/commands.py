@@ -15,12 +15,16 @@ from pyagent_node.base.wire import Codec
 
 
 class AdmitMember(msgspec.Struct, frozen=True, tag="admit_member"):
-    """A certificate was issued: ``certificate`` is its signed encoding."""
+    """A certificate was issued: ``certificate`` is its signed encoding.
+
+    ``issued`` repeats its date, Unix seconds: one from before a removal admits nobody again.
+    """
 
     peer_id: PeerId
     name: str
     role: str
     certificate: bytes
+    issued: int = 0
 
 
 class RevokeMember(msgspec.Struct, frozen=True, tag="revoke_member"):
@@ -143,7 +147,9 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     ``holders`` keep the session's token journal, of which ``tokens`` are known to be durable
     there; ``blocks`` are the keys of its KV blocks.  ``head`` serves the session; ``claim`` counts
-    its heads, from 1.  ``expires`` is in Unix seconds.
+    its heads, from 1.  ``expires`` is in Unix seconds.  ``signer`` is the head that signed the
+    holders' copies, so that no holder can make one up: after a claim it still names the head whose
+    copies they are, until the new head puts its own.
     """
 
     session: SessionId
@@ -154,10 +160,11 @@ class Checkpoint(msgspec.Struct, frozen=True):
     expires: int
     blocks: tuple[bytes, ...] = ()
     claim: int = 1
+    signer: PeerId | None = None
 
 
 class PutCheckpoints(msgspec.Struct, frozen=True, tag="put_checkpoints"):
-    """Record or renew checkpoints; one of an older ``claim`` than the known one is ignored.
+    """Record or renew checkpoints; one of another head or ``claim`` than the known is ignored.
 
     ``at`` is the proposer's clock: checkpoints that expired before it are forgotten.
     """
@@ -167,9 +174,10 @@ class PutCheckpoints(msgspec.Struct, frozen=True, tag="put_checkpoints"):
 
 
 class DropCheckpoints(msgspec.Struct, frozen=True, tag="drop_checkpoints"):
-    """The sessions ended."""
+    """The sessions ended; those that another node than ``head`` serves by now are left alone."""
 
     sessions: tuple[SessionId, ...]
+    head: PeerId
 
 
 class ClaimSession(msgspec.Struct, frozen=True, tag="claim_session"):

@@ -199,7 +199,7 @@ class Registrar:
                 expires=now + DEFAULT_LIFETIME,
             ),
         )
-        await self._consensus.propose(AdmitMember(peer, name, role, certificate))
+        await self._consensus.propose(AdmitMember(peer, name, role, certificate, now))
         log.info("%s was admitted as %s (%s)", peer, name, role)
         return certificate
 
