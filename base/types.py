@@ -42,11 +42,12 @@ class Rank(msgspec.Struct, frozen=True):
     spares: tuple[PeerId, ...] = ()
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     """The ranks of one model under an epoch.
 
     ``epoch`` comes from the log and only grows; ``n_ctx`` is the context length in tokens that
-    every rank reserves for each of ``n_seq`` concurrent sessions.
+    every rank reserves for each of ``n_seq`` concurrent sessions.  ``want_standbys`` and
+    ``want_spares`` are how many each rank shall have, ``None`` what the mesh's settings say.
     """
 
     model: Digest
@@ -54,6 +55,8 @@ class Placement(msgspec.Struct, frozen=True):
     ranks: tuple[Rank, ...]
     n_ctx: int
     n_seq: int
+    want_standbys: int | None = None
+    want_spares: int | None = None
 
     @property
     def tail(self) -> Rank:

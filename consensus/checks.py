@@ -30,6 +30,7 @@ from pyagent_node.consensus.commands import (
     SetDraining,
     SetMeshSetting,
     SetPlacement,
+    SetStandbys,
     SetVote,
 )
 from pyagent_node.consensus.settings import check_setting
@@ -133,7 +134,16 @@ def _check_models(command: Command) -> None:
             _number("after_epoch", command.after_epoch, 0)
             _ensure(0 < len(command.ranks) <= MAX_RANKS, "ranks", len(command.ranks))
             for rank in command.ranks:
-                _rank(rank)
+                check_rank(rank)
+            for field in ("want_standbys", "want_spares"):
+                _number(field, getattr(command, field) or 0, 0, MAX_STANDBYS)
+        case SetStandbys():
+            _digest("model", command.model)
+            _number("epoch", command.epoch, 1)
+            for field, each in (("standbys", command.standbys), ("spares", command.spares)):
+                _ensure(0 < len(each) <= MAX_RANKS, field, len(each))
+                for peers in each:
+                    _peers(field, peers, MAX_STANDBYS)
         case RemovePlacement():
             _digest("model", command.model)
             _number("after_epoch", command.after_epoch, 0)
@@ -206,7 +216,8 @@ def _model(model: ModelRecord) -> None:
     _number("created", model.created, 0)
 
 
-def _rank(rank: Rank) -> None:
+def check_rank(rank: Rank) -> None:
+    """Raise :class:`InvalidRequest` (``bad_command``) for a rank that is out of bounds."""
     _number("rank", rank.rank, 0)
     _number("first", rank.slice.first, 0)
     _number("last", rank.slice.last, 1)

@@ -80,7 +80,8 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     """Place a model; the state machine gives the placement its epoch.
 
     ``after_epoch`` is the epoch the proposer saw (0 for none): another one in between is a
-    :class:`Conflict` (``stale_epoch``).
+    :class:`Conflict` (``stale_epoch``).  ``want_standbys`` and ``want_spares`` are how many each
+    rank shall have from now on, ``None`` what the mesh's settings say.
     """
 
     model: Digest
@@ -88,6 +89,21 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     n_ctx: int
     n_seq: int
     after_epoch: int
+    want_standbys: int | None = None
+    want_spares: int | None = None
+
+
+class SetStandbys(msgspec.Struct, frozen=True, tag="set_standbys"):
+    """Say who could take over each rank: ``standbys[rank]`` and ``spares[rank]``.
+
+    The epoch stays, because nothing changes for those who serve: sessions go on undisturbed.
+    Another epoch than ``epoch`` is a :class:`Conflict` (``stale_epoch``).
+    """
+
+    model: Digest
+    standbys: tuple[tuple[PeerId, ...], ...]
+    spares: tuple[tuple[PeerId, ...], ...]
+    epoch: int
 
 
 class RemovePlacement(msgspec.Struct, frozen=True, tag="remove_placement"):
@@ -200,6 +216,7 @@ Command = (
     | RegisterModel
     | ForgetModel
     | SetPlacement
+    | SetStandbys
     | RemovePlacement
     | SetVote
     | RemoveMember
@@ -219,6 +236,7 @@ COMMANDS: Codec[Command] = Codec(
     RegisterModel,
     ForgetModel,
     SetPlacement,
+    SetStandbys,
     RemovePlacement,
     SetVote,
     RemoveMember,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
-from pyagent_node.base.errors import Conflict, NotFound, Refused
+from pyagent_node.base.errors import Conflict, InvalidRequest, NotFound, Refused
 from pyagent_node.base.types import Digest, PeerId, Placement
+from pyagent_node.consensus.checks import check_rank
 from pyagent_node.consensus.cluster import State, refuse_outsiders, room, stale_epoch
 from pyagent_node.consensus.commands import (
     ModelRecord,
     RemovePlacement,
     SetBuckets,
     SetPlacement,
+    SetStandbys,
 )
 from pyagent_node.consensus.member_changes import draining
 
@@ -58,10 +60,47 @@ def place(state: State, command: SetPlacement) -> State:
     model = _known_model(state, command.model)
     _check_epoch(state, command.model, command.after_epoch)
     epoch = state.last_epoch + 1
-    placement = Placement(command.model, epoch, command.ranks, command.n_ctx, command.n_seq)
-    used = peers_of(placement)
+    placement = Placement(
+        command.model,
+        epoch,
+        command.ranks,
+        command.n_ctx,
+        command.n_seq,
+        command.want_standbys,
+        command.want_spares,
+    )
+    _check_peers(state, state.placements.get(command.model), placement)
+    placement.check(model.n_layers)
+    return msgspec.structs.replace(
+        state, placements={**state.placements, command.model: placement}, last_epoch=epoch
+    )
+
+
+def set_standbys(state: State, command: SetStandbys) -> State:
+    """Say who could take over each rank of a placement; its epoch stays."""
+    old = _placed(state, command.model)
+    _check_epoch(state, command.model, command.epoch)
+    if not len(old.ranks) == len(command.standbys) == len(command.spares):
+        raise InvalidRequest(
+            f"The placement has {len(old.ranks)} ranks; standbys are named for"
+            f" {len(command.standbys)} and spares for {len(command.spares)}.",
+            code="bad_placement",
+        )
+    ranks = tuple(
+        msgspec.structs.replace(rank, standbys=standbys, spares=spares)
+        for rank, standbys, spares in zip(old.ranks, command.standbys, command.spares, strict=True)
+    )
+    for rank in ranks:
+        check_rank(rank)
+    placement = msgspec.structs.replace(old, ranks=ranks)
+    _check_peers(state, old, placement)
+    return msgspec.structs.replace(state, placements={**state.placements, command.model: placement})
+
+
+def _check_peers(state: State, old: Placement | None, new: Placement) -> None:
+    """Refuse nodes that do not belong here, and new work for those that are being drained."""
+    used = peers_of(new)
     refuse_outsiders(state, sorted(used))
-    old = state.placements.get(command.model)
     for peer in sorted(used - (peers_of(old) if old is not None else frozenset())):
         if draining(state, peer):
             raise Refused(
@@ -70,10 +109,6 @@ def place(state: State, command: SetPlacement) -> State:
                 remedy="Plan again without it, or end the draining first.",
                 peer_id=peer,
             )
-    placement.check(model.n_layers)
-    return msgspec.structs.replace(
-        state, placements={**state.placements, command.model: placement}, last_epoch=epoch
-    )
 
 
 def peers_of(placement: Placement) -> frozenset[PeerId]:
@@ -85,10 +120,7 @@ def peers_of(placement: Placement) -> frozenset[PeerId]:
 
 def displace(state: State, command: RemovePlacement) -> State:
     """Take a model's placement back."""
-    if command.model not in state.placements:
-        raise NotFound(
-            f"The model {command.model[:16]} is not loaded anywhere.", code="placement_not_found"
-        )
+    _placed(state, command.model)
     _check_epoch(state, command.model, command.after_epoch)
     rest = {key: p for key, p in state.placements.items() if key != command.model}
     return msgspec.structs.replace(state, placements=rest)
@@ -109,6 +141,15 @@ def _known_model(state: State, digest: Digest) -> ModelRecord:
     if model is None:
         raise NotFound(f"The mesh knows no model {digest[:16]}.", code="model_not_found")
     return model
+
+
+def _placed(state: State, digest: Digest) -> Placement:
+    placement = state.placements.get(digest)
+    if placement is None:
+        raise NotFound(
+            f"The model {digest[:16]} is not loaded anywhere.", code="placement_not_found"
+        )
+    return placement
 
 
 def _check_epoch(state: State, model: Digest, seen: int) -> None:

@@ -29,6 +29,7 @@ from pyagent_node.consensus.commands import (
     SetDraining,
     SetMeshSetting,
     SetPlacement,
+    SetStandbys,
     SetVote,
 )
 from pyagent_node.consensus.snapshots import check_invariants, decode_snapshot, encode_snapshot
@@ -77,6 +78,8 @@ def _step(state: State, command: Command) -> State:
             return model_changes.forget(state, command.digest)
         case SetPlacement():
             return model_changes.place(state, command)
+        case SetStandbys():
+            return model_changes.set_standbys(state, command)
         case RemovePlacement():
             return model_changes.displace(state, command)
         case SetBuckets():
