@@ -28,6 +28,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     ``model`` is a name or a digest.  ``messages`` go through the model's own chat template,
     ``prompt`` is tokenised as it is (with the model's BOS where it asks for one), ``tokens`` are
     used unchanged.  ``max_tokens`` ``None`` means up to the context length.
+
+    ``session`` is the stable id of the session (``None``: the engine draws one); ``label`` goes
+    unread into the session's journal, and comes back with it.
     """
 
     model: str
@@ -38,6 +41,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     sampling: SamplingParams = SamplingParams()
+    session: SessionId | None = None
+    label: str = ""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
