@@ -8,51 +8,33 @@ cannot be applied.  One task at a time commits.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
-import msgspec
-import trio
-
-from pyagent_node.base.errors import CorruptData, LimitExceeded, Unavailable
+from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.limits import MIB
+from pyagent_node.consensus.history import History
 from pyagent_node.consensus.log import LogStore
 from pyagent_node.consensus.port import Applied
-from pyagent_node.consensus.replica import NO_CHAIN, Record, Replica, decode_replica
+from pyagent_node.consensus.replica import Record, decode_replica
 from pyagent_node.consensus.segments import LogEntry, Snapshot
-from pyagent_node.consensus.state import State
 
 log = logging.getLogger("pyagent_node.consensus")
 
 TERM = 1
 """The engine "single" never changes its leader."""
-WINDOW = 4096
-"""Applied entries that a subscriber may fall behind."""
 COMPACT_ENTRIES = 4096
 COMPACT_BYTES = 16 * MIB
 
 
-class _Kept(msgspec.Struct, frozen=True):
-    """An entry in memory with the hash chain after it."""
-
-    entry: LogEntry
-    chain: bytes
-
-
-class Journal:
+class Journal(History):
     """The durable log of one node and what it adds up to."""
 
     def __init__(self, store: LogStore, *, compact_entries: int = COMPACT_ENTRIES) -> None:
+        super().__init__()
         self._store = store
         self._compact_entries = compact_entries
-        self._replica = Replica()
-        self._kept: deque[_Kept] = deque(maxlen=WINDOW)
-        self._applied: deque[Applied] = deque(maxlen=WINDOW)
         self._since_snapshot = 0
         self._bytes_since_snapshot = 0
-        self._base = (0, NO_CHAIN)
-        self._changed = trio.Event()
 
     async def open(self) -> None:
         """Load the store and apply what it holds.
@@ -61,31 +43,16 @@ class Journal:
         """
         stored = await self._store.load()
         if stored.snapshot is not None:
-            self._replica = decode_replica(stored.snapshot.data)
-            if self._replica.state.index != stored.snapshot.index:
+            replica = decode_replica(stored.snapshot.data)
+            if replica.state.index != stored.snapshot.index:
                 raise CorruptData(
                     "The snapshot of the log is of another index than it says.",
                     code="bad_snapshot",
                 )
-            self._base = (stored.snapshot.index, self._replica.chain)
+            self.reset(replica)
         for entry in stored.entries:
             _, applied = self._replica.apply(entry)
-            self._keep(entry, applied, self._replica.chain)
-
-    @property
-    def replica(self) -> Replica:
-        """What is durable and applied; copy it before trying anything on it."""
-        return self._replica
-
-    @property
-    def state(self) -> State:
-        """The state as applied on this node."""
-        return self._replica.state
-
-    @property
-    def index(self) -> int:
-        """Index of the last applied entry."""
-        return self._replica.state.index
+            self.keep(entry, applied, self._replica.chain)
 
     async def commit(self, entries: Sequence[LogEntry]) -> list[tuple[Record, Applied]]:
         """Make ``entries`` durable and apply them; returns what became of each.
@@ -102,8 +69,8 @@ class Journal:
         await self._store.append(entries)
         self._replica = draft
         for entry, (_, applied), chain in zip(entries, results, chains, strict=True):
-            self._keep(entry, applied, chain)
-        self._wake()
+            self.keep(entry, applied, chain)
+        self.wake()
         await self._compact_if_due()
         return results
 
@@ -117,25 +84,14 @@ class Journal:
                 code="bad_snapshot",
             )
         await self._store.compact(Snapshot(index, TERM, data), ())
-        self._replica = replica
-        self._base = (index, replica.chain)
-        self._kept.clear()
-        self._applied.clear()
         self._since_snapshot = self._bytes_since_snapshot = 0
-        self._wake()
+        self.reset(replica)
 
-    def _keep(self, entry: LogEntry, applied: Applied, chain: bytes) -> None:
-        if len(self._kept) == WINDOW:
-            oldest = self._kept[0]
-            self._base = (oldest.entry.index, oldest.chain)
-        self._kept.append(_Kept(entry, chain))
-        self._applied.append(applied)
+    def keep(self, entry: LogEntry, applied: Applied | None, chain: bytes) -> None:
+        """See :meth:`History.keep`."""
+        super().keep(entry, applied, chain)
         self._since_snapshot += 1
         self._bytes_since_snapshot += len(entry.data)
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
     async def _compact_if_due(self) -> None:
         if (
@@ -148,14 +104,6 @@ class Journal:
             await self._store.compact(Snapshot(self.index, TERM, self._replica.encode()), ())
         except Unavailable as error:
             log.warning("the log could not be compacted, and will be later: %s", error)
-
-    def chain_at(self, index: int) -> bytes | None:
-        """Return the hash chain after entry ``index``, or ``None`` if it is not kept."""
-        base, chain = self._base
-        if index == base:
-            return chain
-        place = index - base - 1
-        return self._kept[place].chain if 0 <= place < len(self._kept) else None
 
     def entries_after(self, index: int, count: int, max_bytes: int) -> list[LogEntry] | None:
         """Return the next entries after ``index``, at least one if there is any.
@@ -174,46 +122,3 @@ class Journal:
                 break
             chosen.append(entry)
         return chosen
-
-    async def wait_for(self, index: int) -> None:
-        """Wait until entry ``index`` is applied."""
-        while self.index < index:
-            await self._changed.wait()
-
-    @asynccontextmanager
-    async def applied(self, after: int) -> AsyncIterator[AppliedEntries]:
-        """See ``Consensus.applied``."""
-        await trio.lowlevel.checkpoint()
-        yield AppliedEntries(self, after)
-
-    async def next_applied(self, after: int) -> Applied:
-        """Return the applied entry that follows on ``after``, waiting for it.
-
-        Raises :class:`LimitExceeded` (``lagging``) when it is not kept any more.
-        """
-        await self.wait_for(after + 1)
-        first = self._applied[0].index if self._applied else self.index + 1
-        if after + 1 < first:
-            raise LimitExceeded(
-                f"Entry {after + 1} of the log is not kept any more (the oldest is {first}).",
-                code="lagging",
-                remedy="Read the state anew and follow from its index.",
-            )
-        return self._applied[after + 1 - first]
-
-
-class AppliedEntries:
-    """Iterates over applied entries, in order, each once; implements ``AppliedStream``."""
-
-    def __init__(self, journal: Journal, after: int) -> None:
-        self._journal = journal
-        self._after = after
-
-    def __aiter__(self) -> AppliedEntries:
-        return self
-
-    async def __anext__(self) -> Applied:
-        applied = await self._journal.next_applied(self._after)
-        self._after = applied.index
-        await trio.lowlevel.checkpoint()
-        return applied

@@ -291,7 +291,7 @@ async def test_lost_answer_does_not_apply_a_proposal_twice(network, engine, auto
 async def test_snapshot_brings_a_far_behind_follower_up(
     network, engine, autojump_clock, monkeypatch
 ):
-    monkeypatch.setattr("pyagent_node.consensus.journal.WINDOW", 8)
+    monkeypatch.setattr("pyagent_node.consensus.history.WINDOW", 8)
     lead, node = network.node("leader", "voter"), network.node("a")
     leader_log, node_log = MemoryLog(), MemoryLog()
     async with engine(lead, leader_log, compact_entries=10) as leader:
