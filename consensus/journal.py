@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import trio
+
 from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.limits import MIB
 from pyagent_node.consensus.history import History
@@ -35,6 +37,7 @@ class Journal(History):
         self._compact_entries = compact_entries
         self._since_snapshot = 0
         self._bytes_since_snapshot = 0
+        self._writing = trio.Lock()
 
     async def open(self) -> None:
         """Load the store and apply what it holds.
@@ -66,12 +69,13 @@ class Journal(History):
         for entry in entries:
             results.append(draft.apply(entry))
             chains.append(draft.chain)
-        await self._store.append(entries)
-        self._replica = draft
-        for entry, (_, applied), chain in zip(entries, results, chains, strict=True):
-            self.keep(entry, applied, chain)
-        self.wake()
-        await self._compact_if_due()
+        async with self._writing:
+            await self._store.append(entries)
+            self._replica = draft
+            for entry, (_, applied), chain in zip(entries, results, chains, strict=True):
+                self.keep(entry, applied, chain)
+            self.wake()
+            await self._compact_if_due()
         return results
 
     async def install(self, index: int, data: bytes) -> None:
@@ -83,9 +87,10 @@ class Journal(History):
                 f" on from {self.index}.",
                 code="bad_snapshot",
             )
-        await self._store.compact(Snapshot(index, TERM, data), ())
-        self._since_snapshot = self._bytes_since_snapshot = 0
-        self.reset(replica)
+        async with self._writing:
+            await self._store.compact(Snapshot(index, TERM, data), ())
+            self._since_snapshot = self._bytes_since_snapshot = 0
+            self.reset(replica)
 
     def keep(self, entry: LogEntry, applied: Applied | None, chain: bytes) -> None:
         """See :meth:`History.keep`."""
@@ -99,11 +104,23 @@ class Journal(History):
             and self._bytes_since_snapshot < COMPACT_BYTES
         ):
             return
-        self._since_snapshot = self._bytes_since_snapshot = 0
         try:
-            await self._store.compact(Snapshot(self.index, TERM, self._replica.encode()), ())
+            await self._compact()
         except Unavailable as error:
             log.warning("the log could not be compacted, and will be later: %s", error)
+
+    async def compact(self) -> int:
+        """Write a snapshot and drop the log before it; returns its index.
+
+        Raises :class:`Unavailable` when the disk fails.
+        """
+        async with self._writing:
+            await self._compact()
+            return self.index
+
+    async def _compact(self) -> None:
+        self._since_snapshot = self._bytes_since_snapshot = 0
+        await self._store.compact(Snapshot(self.index, TERM, self._replica.encode()), ())
 
     def entries_after(self, index: int, count: int, max_bytes: int) -> list[LogEntry] | None:
         """Return the next entries after ``index``, at least one if there is any.

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Literal
 
 import trio
@@ -26,7 +25,7 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.checks import encode_command
 from pyagent_node.consensus.commands import Command
 from pyagent_node.consensus.journal import Journal
-from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus
+from pyagent_node.consensus.port import Applied, ConsensusStatus
 from pyagent_node.consensus.replica import REQUEST_BYTES, Record
 from pyagent_node.consensus.segments import LogEntry
 from pyagent_node.consensus.single_leader import EngineCounters
@@ -45,7 +44,7 @@ from pyagent_node.consensus.single_messages import (
     decode_entries,
     frame,
 )
-from pyagent_node.consensus.state import State
+from pyagent_node.consensus.single_node import SingleNode
 
 log = logging.getLogger("pyagent_node.consensus.single")
 
@@ -81,7 +80,7 @@ class _Pending:
         self.done.set()
 
 
-class Follower:
+class Follower(SingleNode):
     """Implements ``Consensus`` on every node but the writer."""
 
     def __init__(
@@ -95,9 +94,9 @@ class Follower:
         new_request: Callable[[], bytes] = lambda: os.urandom(REQUEST_BYTES),
         rng: random.Random | None = None,
     ) -> None:
+        super().__init__(journal)
         self.counters = EngineCounters()
         self._mesh = mesh
-        self._journal = journal
         self._leader = leader
         self._role = role
         self._seconds = propose_seconds
@@ -108,11 +107,6 @@ class Follower:
         self._leader_came = trio.Event()
         self._pending: dict[bytes, _Pending] = {}
         self._problem: ErrorInfo | None = None
-
-    @property
-    def state(self) -> State:
-        """The state as applied here; it may lag behind the writer's."""
-        return self._journal.state
 
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
@@ -134,10 +128,6 @@ class Follower:
     async def read_barrier(self) -> None:
         """See ``Consensus.read_barrier``."""
         await self._ask(_Pending(Barrier(self._new_request()), None))
-
-    def applied(self, after: int) -> AbstractAsyncContextManager[AppliedStream]:
-        """See ``Consensus.applied``."""
-        return self._journal.applied(after)
 
     async def _ask(self, pending: _Pending) -> Applied | None:
         if len(self._pending) >= MAX_PENDING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import trio
@@ -29,7 +28,7 @@ from pyagent_node.consensus.checks import decode_command, encode_command
 from pyagent_node.consensus.commands import Command
 from pyagent_node.consensus.journal import TERM, Journal
 from pyagent_node.consensus.policy import check_proposal
-from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus
+from pyagent_node.consensus.port import Applied, ConsensusStatus
 from pyagent_node.consensus.replica import REQUEST_BYTES, Record
 from pyagent_node.consensus.segments import LogEntry
 from pyagent_node.consensus.single_messages import (
@@ -47,7 +46,7 @@ from pyagent_node.consensus.single_messages import (
     entries_frame,
     frame,
 )
-from pyagent_node.consensus.state import State
+from pyagent_node.consensus.single_node import SingleNode
 
 log = logging.getLogger("pyagent_node.consensus.single")
 
@@ -83,7 +82,7 @@ class _Proposal:
         self.done.set()
 
 
-class Leader:
+class Leader(SingleNode):
     """Implements ``Consensus`` on the node that writes the log."""
 
     def __init__(
@@ -94,22 +93,17 @@ class Leader:
         propose_seconds: float,
         new_request: Callable[[], bytes] = lambda: os.urandom(REQUEST_BYTES),
     ) -> None:
+        super().__init__(journal)
         self.counters = EngineCounters()
         self.followers: dict[PeerId, int] = {}
         """Index that each connected follower has made durable."""
         self._mesh = mesh
-        self._journal = journal
         self._seconds = propose_seconds
         self._new_request = new_request
         self._send, self._receive = trio.open_memory_channel[_Proposal](MAX_WAITING)
         self._waiting: set[_Proposal] = set()
         self._scopes: set[trio.CancelScope] = set()
         self._closed = False
-
-    @property
-    def state(self) -> State:
-        """The state as committed."""
-        return self._journal.state
 
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
@@ -119,7 +113,7 @@ class Leader:
     async def propose(self, command: Command) -> Applied:
         """See ``Consensus.propose``."""
         me = self._mesh.peer_id
-        check_proposal(command, proposer=me, role="voter", leader=me)
+        check_proposal(command, proposer=me, role="voter", authority=me)
         record = Record(self._new_request(), me, encode_command(command))
         try:
             with trio.fail_after(self._seconds):
@@ -134,10 +128,6 @@ class Leader:
     async def read_barrier(self) -> None:
         """Return at once: what is committed is applied here."""
         await trio.lowlevel.checkpoint()
-
-    def applied(self, after: int) -> AbstractAsyncContextManager[AppliedStream]:
-        """See ``Consensus.applied``."""
-        return self._journal.applied(after)
 
     async def _submit(self, proposal: _Proposal) -> Applied:
         if self._closed:
@@ -327,7 +317,7 @@ class Leader:
             command = decode_command(message.command)
             self._check_not_revoked(peer)
             role = next((p.role for p in self._mesh.peers() if p.peer_id == peer), None)
-            check_proposal(command, proposer=peer, role=role, leader=self._mesh.peer_id)
+            check_proposal(command, proposer=peer, role=role, authority=self._mesh.peer_id)
             record = Record(message.request, peer, encode_command(command))
             applied = await self._submit(_Proposal(record, command))
         except PyAgentError as error:
