@@ -68,9 +68,10 @@ def invite_command(app: App, role: str, expires: float | None) -> None:
 @click.command("join")
 @click.argument("ticket", required=False)
 @click.option("--name", metavar="NAME", help="This node's name in the mesh.")
+@click.option("--again", is_flag=True, help="Redeem it although this node was a member before.")
 @json_option
 @pass_app
-def join_command(app: App, ticket: str | None, name: str | None) -> None:
+def join_command(app: App, ticket: str | None, name: str | None, again: bool) -> None:
     """Join a mesh with a ticket (without one, or with `-`, it is read from stdin)."""
     import trio  # noqa: PLC0415
 
@@ -88,7 +89,7 @@ def join_command(app: App, ticket: str | None, name: str | None) -> None:
             remedy="Get one with `pyagent-node invite` on a node of the mesh.",
         )
     node_name = app.settings(name=name).node_name
-    profile = trio.run(lambda: join(app.home, ticket, name=node_name))
+    profile = trio.run(lambda: join(app.home, ticket, name=node_name, again=again))
     genesis = profile.genesis
     value = {"mesh_id": profile.mesh_id, "name": genesis.name, "role": profile.role}
 

@@ -113,18 +113,25 @@ async def _certificate(
 
 
 async def join(
-    home: Home, text: str, *, name: str, clock: Clock = time.time, dial: Dial | None = None
+    home: Home,
+    text: str,
+    *,
+    name: str,
+    again: bool = False,
+    clock: Clock = time.time,
+    dial: Dial | None = None,
 ) -> MeshProfile:
     """Join the mesh of a ticket, save its profile, make it active, and return it.
 
-    Joining a mesh that this node is in already only makes it active.  Nothing is written before
+    Joining a mesh that this node is in already only makes it active, unless ``again`` says that the
+    certificate it has counts no more.  Nothing is written before
     the certificate is there; asking again with the same ticket after a lost answer works.  Raises
     what :func:`parse_ticket` and :func:`redeem` raise, and :class:`Unavailable`
     (``peer_unreachable``) when no address of the ticket answers.
     """
     check_name(name, "a node")
     ticket = parse_ticket(text)
-    member = _present_member(home, ticket, clock())
+    member = None if again else _present_member(home, ticket, clock())
     if member is not None:
         set_active(home, member.mesh_id)
         return member

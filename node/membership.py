@@ -3,7 +3,7 @@
 Implements the ``Authoriser`` port.  In a private mesh a peer needs a certificate of the mesh's
 authority.  In a public one anybody takes part as learner or client, as it states itself; a
 certificate, if shown, must be good, and only a certificate makes a voter.  A revoked peer is
-refused in both.
+refused in both, and so is a certificate from before its holder left the mesh.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ import trio
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded, Refused
 from pyagent_node.base.types import Digest, PeerId
-from pyagent_node.consensus.commands import RevokeMember
-from pyagent_node.consensus.port import ClusterState, Consensus
-from pyagent_node.node.certificates import Certificate, verify_certificate
+from pyagent_node.consensus.commands import (
+    AdmitMember,
+    BurnTicket,
+    ClaimSession,
+    Command,
+    PutCheckpoints,
+    RemoveMember,
+    RevokeMember,
+)
+from pyagent_node.consensus.policy import check_proposal
+from pyagent_node.consensus.port import Consensus, MemberRecord
+from pyagent_node.node.certificates import CLOCK_SKEW, Certificate, verify_certificate
 from pyagent_node.node.genesis import Role, check_name
 from pyagent_node.node.mesh.authoriser import PeerAdmission
 from pyagent_node.node.profiles import Clock, MeshProfile
@@ -87,13 +96,64 @@ class Membership:
             return PeerAdmission(certificate.name, certificate.role)
         return PeerAdmission(shown.name, shown.role)
 
-    def _verify(self, peer: PeerId, certificate: bytes) -> Certificate:
-        return verify_certificate(certificate, self._profile.genesis, peer, self._clock())
+    def authorise(self, command: Command, proposer: PeerId, role: str | None) -> None:
+        """Raise :class:`Refused` unless the authorised peer ``proposer`` may propose ``command``.
+
+        Beyond :func:`check_proposal`: it must be in the mesh, a certificate must be what the
+        command says and the authority's, and a date must not lie in the future.
+        """
+        self.check_not_revoked(proposer)
+        known = self._record(proposer)
+        if known is not None and known.removed_at is not None:
+            raise _removed(proposer)
+        check_proposal(command, proposer=proposer, role=role, authority=self._authority)
+        match command:
+            case AdmitMember():
+                self._check_admission(command)
+            case BurnTicket() | RemoveMember() | PutCheckpoints() | ClaimSession():
+                if command.at > self._clock() + CLOCK_SKEW:
+                    raise Refused(
+                        f"{proposer} dates its proposal in the future.",
+                        code="clock_skew",
+                        remedy="Set the clock of that machine, or of this one.",
+                        at=command.at,
+                    )
+            case _:
+                pass
+
+    @property
+    def _authority(self) -> PeerId:
+        return self._profile.genesis.writer
+
+    def _check_admission(self, command: AdmitMember) -> None:
+        shown = verify_certificate(
+            command.certificate, self._profile.genesis, command.peer_id, self._clock()
+        )
+        if (shown.name, shown.role) != (command.name, command.role) or (
+            command.issued not in (0, shown.issued)
+        ):
+            raise Refused(
+                "A certificate says something else than its announcement.",
+                code="certificate_forged",
+            )
+
+    def _verify(self, peer: PeerId, data: bytes) -> Certificate:
+        certificate = verify_certificate(data, self._profile.genesis, peer, self._clock())
+        known = self._record(peer)
+        if (
+            known is not None
+            and known.removed_at is not None
+            and certificate.issued <= known.removed_at
+        ):
+            raise _removed(peer)
+        return certificate
+
+    def _record(self, peer: PeerId) -> MemberRecord | None:
+        return self._consensus.state.members.get(peer) if self._consensus is not None else None
 
     def check_not_revoked(self, peer: PeerId) -> None:
         """Raise :class:`Refused` (``revoked``) if the log says so."""
-        state: ClusterState | None = self._consensus.state if self._consensus else None
-        member = state.members.get(peer) if state is not None else None
+        member = self._record(peer)
         if member is not None and member.revoked is not None:
             raise Refused(
                 f"The membership of {peer} was revoked.",
@@ -102,10 +162,18 @@ class Membership:
             )
 
 
+def _removed(peer: PeerId) -> Refused:
+    return Refused(
+        f"{peer} left the mesh.",
+        code="removed",
+        remedy="To come back: pyagent-node join --again, with a new ticket.",
+    )
+
+
 async def enforce(
     consensus: Consensus, recheck: Callable[[], None], *, seconds: float = RECHECK_SECONDS
 ) -> None:
-    """Have every connected peer judged again after each revocation, and now and then; for ever.
+    """Have every connected peer judged again after each one that goes, and now and then; for ever.
 
     ``recheck`` is the mesh adapter's: it disconnects who is refused.  The regular look catches
     certificates that have expired since.
@@ -113,15 +181,15 @@ async def enforce(
     while True:
         recheck()
         with trio.move_on_after(seconds):
-            await _revocation(consensus)
+            await _departure(consensus)
 
 
-async def _revocation(consensus: Consensus) -> None:
-    """Return after the next revocation that is applied, or when the log cannot be followed."""
+async def _departure(consensus: Consensus) -> None:
+    """Return after the next revocation or removal, or when the log cannot be followed."""
     try:
         async with consensus.applied(consensus.state.index) as entries:
             async for entry in entries:
-                if isinstance(entry.command, RevokeMember) and entry.error is None:
+                if isinstance(entry.command, RevokeMember | RemoveMember) and entry.error is None:
                     return
     except LimitExceeded:  # fell behind: the recheck looks at the whole state anyway
         return

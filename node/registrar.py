@@ -24,10 +24,12 @@ from pyagent_node.base.mesh import FrameStream, Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.commands import AdmitMember, BurnTicket
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.state import is_member
 from pyagent_node.node.certificates import (
     DEFAULT_LIFETIME,
     Certificate,
     issue,
+    read_certificate,
     verify_certificate,
 )
 from pyagent_node.node.genesis import MAX_NAME, ROLES, Role, check_name
@@ -91,7 +93,13 @@ class Registrar:
         known = self._consensus.state.members.get(self._server)
         if known is None or known.certificate != own.certificate:
             await self._consensus.propose(
-                AdmitMember(self._server, own.name, own.role, own.certificate)
+                AdmitMember(
+                    self._server,
+                    own.name,
+                    own.role,
+                    own.certificate,
+                    read_certificate(own.certificate).issued,
+                )
             )
 
     async def serve(self, stream: FrameStream) -> None:
@@ -157,11 +165,27 @@ class Registrar:
         check_proof(answer.proof, expected)
         if self._clock() >= ask.expires:
             raise expired(ask.expires, self._clock())
+        self._check_not_spent(ask.id.hex(), stream.peer)
         now = int(self._clock())
         await self._consensus.propose(
             BurnTicket(ask.id.hex(), stream.peer, expires=ask.expires, at=now)
         )
         return await self._admit(stream.peer, ask.name, role)
+
+    def _check_not_spent(self, ticket: str, peer: PeerId) -> None:
+        """Refuse the ticket with which a peer came that has left since.
+
+        Otherwise a peer may show its ticket again: its first answer may have been lost.
+        """
+        state = self._consensus.state
+        known = state.members.get(peer)
+        if known is None or is_member(known) or state.burnt_tickets.get(ticket) != peer:
+            return
+        raise Refused(
+            "The ticket was used already, before this node left the mesh.",
+            code="ticket_used",
+            remedy="A ticket admits once: ask for another one.",
+        )
 
     def _check_ask(self, ask: Ask) -> Role:
         check_name(ask.name, "a node")
@@ -173,7 +197,12 @@ class Registrar:
     async def _admit(self, peer: PeerId, wanted: str, role: Role) -> bytes:
         async with self._admitting:
             known = self._consensus.state.members.get(peer)
-            if known is not None and known.role == role and self._lasts(peer, known.certificate):
+            if (
+                known is not None
+                and is_member(known)
+                and known.role == role
+                and self._lasts(peer, known.certificate)
+            ):
                 return known.certificate
             return await self._issue(peer, self._free_name(wanted, peer), role)
 
@@ -188,6 +217,9 @@ class Registrar:
 
     async def _issue(self, peer: PeerId, name: str, role: Role) -> bytes:
         now = int(self._clock())
+        known = self._consensus.state.members.get(peer)
+        if known is not None and known.removed_at is not None:
+            now = max(now, known.removed_at + 1)  # what is older counts no more
         certificate = issue(
             self._authority,
             Certificate(
@@ -208,7 +240,7 @@ class Registrar:
         taken = {
             m.name
             for m in self._consensus.state.members.values()
-            if m.revoked is None and m.peer_id != peer
+            if is_member(m) and m.peer_id != peer
         }
         name, number = wanted, 1
         while name in taken:
@@ -220,6 +252,13 @@ class Registrar:
     async def _renew(self, peer: PeerId, message: Renew) -> bytes:
         genesis = self._profile.genesis
         old = verify_certificate(message.certificate, genesis, peer, self._clock())
+        known = self._consensus.state.members.get(peer)
+        if known is not None and known.removed_at is not None:
+            raise Refused(
+                f"{peer} left the mesh.",
+                code="removed",
+                remedy="To come back: pyagent-node join --again, with a new ticket.",
+            )
         async with self._admitting:
             if self._lasts(peer, message.certificate):
                 return message.certificate

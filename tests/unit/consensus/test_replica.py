@@ -12,7 +12,6 @@ from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.consensus import replica as replica_module
 from pyagent_node.consensus.checks import encode_command
 from pyagent_node.consensus.commands import BurnTicket, Command, ForgetModel
-from pyagent_node.consensus.policy import check_proposal
 from pyagent_node.consensus.replica import NO_CHAIN, Record, Replica, decode_replica
 from pyagent_node.consensus.segments import LogEntry
 
@@ -121,9 +120,3 @@ def test_garbage_is_no_snapshot(data: bytes) -> None:
     with pytest.raises(CorruptData) as caught:
         decode_replica(data)
     assert caught.value.code == "bad_snapshot"
-
-
-def test_the_leader_may_all_but_revoke_itself() -> None:
-    check_proposal(burn(1), proposer=A, role=None, leader=A)
-    with pytest.raises(PyAgentError):
-        check_proposal(burn(1), proposer=PeerId("b"), role="voter", leader=A)

@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.errors import Refused
 from pyagent_node.base.types import Digest, PeerId
-from pyagent_node.consensus.commands import AdmitMember, RevokeMember
+from pyagent_node.consensus.commands import (
+    AdmitMember,
+    Command,
+    RemoveMember,
+    RevokeMember,
+    SetDraining,
+)
 from pyagent_node.consensus.log import MemoryLog
 from pyagent_node.consensus.single import open_single
-from pyagent_node.node.certificates import DAY, Certificate, issue
+from pyagent_node.node.certificates import CLOCK_SKEW, DAY, Certificate, issue
 from pyagent_node.node.genesis import Visibility, new_genesis
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.membership import (
@@ -142,4 +148,66 @@ async def test_revocations_come_from_the_log(autojump_clock: trio.testing.MockCl
         assert looks == [0.0, 1.0]
         await trio.sleep(RECHECK_SECONDS)
         assert len(looks) == 3
+        nursery.cancel_scope.cancel()
+
+
+def command_refusal(
+    judge: Membership, command: Command, proposer: PeerId, role: str | None = "voter"
+) -> str | None:
+    try:
+        judge.authorise(command, proposer, role)
+    except Refused as error:
+        return error.code
+    return None
+
+
+def test_proposals_need_a_true_certificate_and_an_honest_clock() -> None:
+    ann, bob = membership(), membership(BOB, name="bob")
+    certificate = bob.profile.certificate
+    good = AdmitMember(BOB.peer_id, "bob", "learner", certificate, NOW)
+    assert command_refusal(ann, good, ANN.peer_id) is None
+    assert command_refusal(ann, good, BOB.peer_id) == "not_authority"
+    for changes in ({"name": "eve"}, {"role": "voter"}, {"issued": NOW + 1}):
+        changed = msgspec.structs.replace(good, **changes)
+        assert command_refusal(ann, changed, ANN.peer_id) == "certificate_forged"
+    for forged in (ann.profile.certificate, b"junk", certificate[:-1] + b"\0"):
+        changed = msgspec.structs.replace(good, certificate=forged)
+        assert command_refusal(ann, changed, ANN.peer_id) == "certificate_forged"
+    late = RemoveMember(BOB.peer_id, NOW + CLOCK_SKEW + 1)
+    assert command_refusal(ann, late, BOB.peer_id) == "clock_skew"
+    assert command_refusal(ann, RemoveMember(BOB.peer_id, NOW), BOB.peer_id) is None
+
+
+async def test_who_left_is_out_until_it_is_admitted_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    ann, bob = membership(), membership(BOB, name="bob")
+    old = AdmitMember(BOB.peer_id, "bob", "learner", bob.profile.certificate, NOW)
+    looks: list[float] = []
+    async with (
+        open_network() as network,
+        open_single(network.node(ANN.peer_id), MemoryLog(), leader=ANN.peer_id) as consensus,
+        trio.open_nursery() as nursery,
+    ):
+        ann.bind(consensus)
+        await consensus.propose(old)
+        assert ann.judge(BOB.peer_id, bob.credentials())
+        nursery.start_soon(enforce, consensus, lambda: looks.append(trio.current_time()))
+        await trio.sleep(1)
+        await consensus.propose(RemoveMember(BOB.peer_id, NOW + 5))
+        await trio.sleep(1)
+        assert looks == [0.0, 1.0]
+        assert refusal(ann, bob.credentials()) == "removed"
+        assert command_refusal(ann, SetDraining(BOB.peer_id, True), BOB.peer_id) == "removed"
+        with pytest.raises(Refused):
+            await consensus.propose(old)
+        fresh = Certificate(ann.profile.mesh_id, BOB.peer_id, "bob", "voter", NOW + 6, NOW + DAY)
+        bob.renewed(bob.profile.with_certificate(issue(AUTHORITY, fresh), "voter", "bob"))
+        assert ann.judge(BOB.peer_id, bob.credentials()) == PeerAdmission("bob", "voter")
+        await consensus.propose(
+            AdmitMember(BOB.peer_id, "bob", "voter", bob.profile.certificate, NOW + 6)
+        )
+        assert ann.judge(BOB.peer_id, bob.credentials()) == PeerAdmission("bob", "voter")
+        await consensus.propose(RevokeMember(BOB.peer_id, "stolen"))
+        assert command_refusal(ann, SetDraining(BOB.peer_id, True), BOB.peer_id) == "revoked"
         nursery.cancel_scope.cancel()

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, Refused, Unavailable
 from pyagent_node.base.mesh import FrameStream
 from pyagent_node.base.wire import Frame
-from pyagent_node.consensus.commands import BurnTicket, RevokeMember
+from pyagent_node.consensus.commands import BurnTicket, RemoveMember, RevokeMember
 from pyagent_node.consensus.log import MemoryLog
 from pyagent_node.consensus.single import SingleEngine, open_single
 from pyagent_node.node.certificates import DAY, DEFAULT_LIFETIME, Certificate, issue
@@ -337,3 +337,24 @@ async def test_a_silent_node_meets_the_deadline(autojump_clock: MockClock, meado
     with pytest.raises(Unavailable) as caught:
         await redeem(stream, meadow.ticket(), bob, name="bob", clock=meadow.clock)
     assert caught.value.code == "join_timeout"
+
+
+async def test_who_left_comes_back_with_another_ticket_only(
+    autojump_clock: MockClock, meadow: Meadow
+) -> None:
+    bob = NodeKey.generate()
+    first = meadow.ticket()
+    old = await meadow.join(bob, first)
+    await meadow.consensus.propose(RemoveMember(bob.peer_id, NOW))
+    encoded = meadow.consensus.state.members[bob.peer_id].certificate
+    stream = await meadow.stream(bob)
+    assert await refusal(stream, Renew(encoded)) == "removed"
+    meadow.network.crash(bob.peer_id)
+    with pytest.raises(Refused) as caught:
+        await meadow.join(bob, first)
+    assert caught.value.code == "ticket_used"
+    again = await meadow.join(bob, meadow.ticket())
+    assert again.issued > old.issued
+    record = meadow.consensus.state.members[bob.peer_id]
+    assert record.removed_at is None
+    assert record.certificate != encoded
