@@ -1,7 +1,8 @@
 """The bytes of a log file: records with checksums, and what may be wrong with them.  Pure.
 
-A segment is a header (magic, the index of the snapshot it continues, checksum) and records.  A
-record is ``u32 length | u32 crc32(payload) | u32 crc32(the eight bytes before) | payload`` and
+A segment is a header (magic, the index of the snapshot it continues, the number of the first
+segment of its generation, checksum) and records.  A record is
+``u32 length | u32 crc32(payload) | u32 crc32(the eight bytes before) | payload`` and
 holds everything that one ``append`` made durable.  So a crash can only spoil the **last** record,
 and only by leaving it short or by leaving whole disk sectors of it as zeros; that is a torn tail,
 of which nothing was ever acknowledged.  Any other damage is corruption and is never repaired
@@ -20,8 +21,10 @@ from pyagent_node.base.errors import CorruptData, LimitExceeded
 from pyagent_node.base.limits import MAX_TAIL
 
 SECTOR = 512
-MAGIC = b"PYALOG1\n"
-_SEGMENT_HEADER = struct.Struct(">8sQI")
+MAGIC = b"PYALOG2\n"
+_SEGMENT_HEADER = struct.Struct(">8sQQI")
+_MAGIC_V1 = b"PYALOG1\n"
+_SEGMENT_HEADER_V1 = struct.Struct(">8sQI")
 _RECORD_HEADER = struct.Struct(">III")
 SEGMENT_HEADER_BYTES = _SEGMENT_HEADER.size
 MAX_RECORD = MAX_TAIL
@@ -54,16 +57,21 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(NamedTuple):
-    """A decoded segment: the snapshot index it continues, its records, how many bytes are good."""
+    """A decoded segment: the snapshot index it continues, its records, how many bytes are good.
+
+    ``start`` is the number of the segment with which its generation begins; 0 in a segment of the
+    first layout, which is always the only one of its generation.
+    """
 
     base: int
+    start: int
     batches: list[Batch]
     good: int
 
 
-def encode_segment_header(base: int) -> bytes:
+def encode_segment_header(base: int, start: int) -> bytes:
     """Return the header of a segment that continues the snapshot at index ``base``."""
-    head = struct.pack(">8sQ", MAGIC, base)
+    head = struct.pack(">8sQQ", MAGIC, base, start)
     return head + struct.pack(">I", zlib.crc32(head))
 
 
@@ -84,13 +92,8 @@ def decode_segment(data: bytes, name: str, *, last: bool) -> Segment:
 
     Raises :class:`CorruptData` (``log_corrupt``) naming the file and the offset.
     """
-    if len(data) < SEGMENT_HEADER_BYTES:
-        raise corrupt(name, 0, "its header is missing")
-    magic, base, crc = _SEGMENT_HEADER.unpack_from(data)
-    if magic != MAGIC or crc != zlib.crc32(data[: SEGMENT_HEADER_BYTES - 4]):
-        raise corrupt(name, 0, "its header is wrong")
+    base, start, at = _decode_header(data, name)
     batches: list[Batch] = []
-    at = SEGMENT_HEADER_BYTES
     while at < len(data):
         end = _record_end(data, at)
         if end is None:
@@ -103,7 +106,18 @@ def decode_segment(data: bytes, name: str, *, last: bool) -> Segment:
         except (msgspec.DecodeError, ValueError, RecursionError):
             raise corrupt(name, at, "a record is not one of this program's") from None
         at = end
-    return Segment(base, batches, at)
+    return Segment(base, start, batches, at)
+
+
+def _decode_header(data: bytes, name: str) -> tuple[int, int, int]:
+    """Return the snapshot index, the first segment of the generation, and the header's size."""
+    form = _SEGMENT_HEADER_V1 if data[:8] == _MAGIC_V1 else _SEGMENT_HEADER
+    if len(data) < form.size:
+        raise corrupt(name, 0, "its header is missing")
+    magic, base, *start, crc = form.unpack_from(data)
+    if magic not in (MAGIC, _MAGIC_V1) or crc != zlib.crc32(data[: form.size - 4]):
+        raise corrupt(name, 0, "its header is wrong")
+    return base, start[0] if start else 0, form.size
 
 
 def _record_end(data: bytes, at: int) -> int | None:
@@ -170,8 +184,8 @@ def corrupt(name: str, at: int, why: str) -> CorruptData:
         f"The log file {name} is damaged at byte {at}: {why}.",
         code="log_corrupt",
         remedy=(
-            "On a node that follows, move the log directory away: it is fetched again. On the"
-            " node that writes the log, restore it from a backup or from another node's copy."
+            "Check the disk. If other nodes hold the log, move the log directory away and start the"
+            " node: it fetches the log from them. Else restore the directory from a backup."
         ),
         path=name,
         offset=at,
