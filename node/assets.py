@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import trio
 
 from pyagent_node.base.errors import RunnerFailed
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, PeerId, Slice
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.fetching import TransferStats
@@ -24,7 +25,9 @@ from pyagent_node.inference.runner import (
     open_slice_runner,
     open_tokenizer_runner,
 )
-from pyagent_node.node.placements import HeadParts, HostProgress
+from pyagent_node.node.holdings import RunnerKey
+from pyagent_node.node.keeping import HostProgress
+from pyagent_node.node.placements import HeadParts
 
 
 class _HeadParts(NamedTuple):
@@ -66,25 +69,17 @@ class LocalAssets:
 
     @asynccontextmanager
     async def runner(
-        self, model: ModelRecord, placement: Placement, rank: Rank, progress: HostProgress
+        self, model: ModelRecord, key: RunnerKey, epoch: int, progress: HostProgress
     ) -> AsyncIterator[StageRunner]:
         """Fetch a slice and run it while the context lasts."""
-        path = await ensure_slice(
-            self._mesh,
-            self._store,
-            model,
-            rank.slice,
-            self._peers(),
-            progress=lambda done, total: progress("fetching", done, total),
-            stats=self.stats,
-        )
+        path = await self._fetch(model, key.slice, epoch, progress)
         progress("loading")
         spec = RunnerSpec(
             kind="slice",
             path=str(path),
-            slice=rank.slice,
-            n_ctx=placement.n_ctx,
-            n_seq=placement.n_seq,
+            slice=key.slice,
+            n_ctx=key.n_ctx,
+            n_seq=key.n_seq,
             threads=self._threads,
         )
         async with open_slice_runner(spec) as runner:
@@ -92,7 +87,7 @@ class LocalAssets:
 
     @asynccontextmanager
     async def head(
-        self, model: ModelRecord, placement: Placement, progress: HostProgress
+        self, model: ModelRecord, epoch: int, progress: HostProgress
     ) -> AsyncIterator[HeadParts]:
         """Fetch header and embeddings and run a tokenizer while the context lasts."""
         assets = await ensure_head_assets(
@@ -111,3 +106,27 @@ class LocalAssets:
                     end_tokens=frozenset(tokenizer.info.end_tokens),
                 )
                 yield _HeadParts(vocabulary, tokenizer, assets.embeddings)
+
+    async def spare(
+        self, model: ModelRecord, part: Slice, epoch: int, progress: HostProgress
+    ) -> None:
+        """Fetch a slice, without running it."""
+        await self._fetch(model, part, epoch, progress)
+
+    async def tidy(self, model: Digest, needed: Callable[[], frozenset[Slice]]) -> None:
+        """Delete slice files but those that are ``needed``; what made them stays."""
+        async with self._store.busy(model):
+            await trio.to_thread.run_sync(self._store.drop_slices, model, needed())
+
+    async def _fetch(
+        self, model: ModelRecord, part: Slice, epoch: int, progress: HostProgress
+    ) -> Path:
+        return await ensure_slice(
+            self._mesh,
+            self._store,
+            model,
+            part,
+            self._peers(),
+            progress=lambda done, total: progress("fetching", done, total),
+            stats=self.stats,
+        )

@@ -24,13 +24,14 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId, Placement, Rank
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.api.schema import PlacementView, Progress, RankState, RankView
+from pyagent_node.node.part_reports import not_hosted
 from pyagent_node.node.placement_messages import (
     AskPlacements,
     HeadReport,
     PlacementReports,
     RankReport,
 )
-from pyagent_node.node.placements import PlacementController, not_hosted
+from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")

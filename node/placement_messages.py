@@ -18,7 +18,8 @@ class RankReport(msgspec.Struct, frozen=True):
     """One rank that the reporting node is to hold, and how far it is.
 
     ``done`` and ``total`` count the bytes of the slice while it is fetched.  ``failures`` counts
-    the attempts that ended in ``error``.  ``tokens_per_second`` is the stage's throughput lately.
+    the attempts that ended in ``error``, ``streak`` those since it last ran for a while.
+    ``tokens_per_second`` is the stage's throughput lately.
     """
 
     model: Digest
@@ -32,6 +33,25 @@ class RankReport(msgspec.Struct, frozen=True):
     memory_bytes: int | None = None
     load: StageView | None = None
     tokens_per_second: float = 0.0
+    streak: int = 0
+
+
+class ReserveReport(msgspec.Struct, frozen=True):
+    """A rank that the reporting node could take over, and how far it is.
+
+    ``loaded`` is for a standby, which keeps a runner; a spare keeps the slice's file.
+    """
+
+    model: Digest
+    epoch: int
+    rank: int
+    loaded: bool
+    state: HostState
+    error: ErrorInfo | None = None
+    failures: int = 0
+    done: int = 0
+    total: int | None = None
+    memory_bytes: int | None = None
 
 
 class HeadReport(msgspec.Struct, frozen=True):
@@ -55,6 +75,7 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
 
     ranks: tuple[RankReport, ...]
     heads: tuple[HeadReport, ...]
+    reserves: tuple[ReserveReport, ...] = ()
 
 
 class AskFacts(msgspec.Struct, frozen=True, tag="ask_facts"):

@@ -1,23 +1,26 @@
 """Makes this node's part of every placement real, and keeps it so.
 
-The controller follows the replicated state.  For each live placement it hosts the ranks that name
-this node (fetch the slice, start a runner, serve the stage) and the head's assets, so that any node
-can take requests.  What fails is tried again with growing pauses; what is replaced or removed is
-stopped before its successor starts, since both may not fit the memory.
+The controller follows the replicated state.  It keeps what the placements want of this node:
+runners of its ranks and standbys, slice files of its spares, and the head of every placed model, so
+that any node can take requests.  These outlive a placement: under a new epoch only what is new is
+started, so that a standby serves its rank as soon as the entry that says so is applied.  What fails
+is tried again with growing pauses; what nothing wants any more is stopped before anything new
+starts, since both may not fit the memory.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Protocol, TypeVar
 
 import trio
 
-from pyagent_node.base.errors import LimitExceeded, PyAgentError, RunnerFailed, Unavailable
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank
+from pyagent_node.base.errors import LimitExceeded, PyAgentError, RunnerFailed
+from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.head import Vocabulary
@@ -28,34 +31,27 @@ from pyagent_node.inference.pipeline.ports import (
     StageRunner,
     Tokenizer,
 )
-from pyagent_node.inference.pipeline.stage_types import StageSpec, StageView
-from pyagent_node.node.placement_messages import (
-    HeadReport,
-    HostState,
-    PlacementReports,
-    RankReport,
+from pyagent_node.inference.pipeline.stage_types import StageSpec
+from pyagent_node.node.holdings import (
+    NOTHING,
+    HeadKey,
+    RunnerKey,
+    SpareKey,
+    Wanted,
+    runner_key,
+    wanted,
 )
+from pyagent_node.node.keeping import FIRST_PAUSE, HostProgress, Kept, Mortal
+from pyagent_node.node.part_reports import Rate, head_report, rank_report, reserve_report
+from pyagent_node.node.placement_messages import PlacementReports, ReserveReport
 
 logger = logging.getLogger("pyagent_node.placements")
 
-FIRST_PAUSE: Final = 0.25
-"""Pause before the first new attempt, in seconds; each one after is twice as long."""
-LONGEST_PAUSE: Final = 60.0
-STEADY_SECONDS: Final = 60.0
-"""What ran so long has proved itself: its next failure starts with the first pause again."""
-RATE_SECONDS: Final = 1.0
-"""Shortest time over which a stage's throughput is measured."""
+K = TypeVar("K")
+T = TypeVar("T", bound=Mortal)
 
 
-class HostProgress(Protocol):
-    """Takes the progress of an attempt."""
-
-    def __call__(self, state: HostState, done: int = 0, total: int | None = None) -> None:
-        """Note the state, and the bytes fetched so far of those needed."""
-        ...
-
-
-class HeadParts(Protocol):
+class HeadParts(Mortal, Protocol):
     """What a head is made of; ``failed`` is set when the tokenizer's process has died."""
 
     @property
@@ -73,73 +69,53 @@ class HeadParts(Protocol):
         """The embedding table; ``None`` where one rank holds the whole model."""
         ...
 
-    @property
-    def failed(self) -> trio.Event:
-        """Set when the parts can no longer be used."""
-        ...
-
-    @property
-    def failure(self) -> RunnerFailed | None:
-        """Why."""
-        ...
-
 
 class Assets(Protocol):
     """Where slices, runners and head assets come from (see ``node.assets``).
 
-    Both methods report ``"fetching"`` and ``"loading"`` on the way and raise errors of
-    ``base.errors``.
+    All report ``"fetching"`` and ``"loading"`` on the way and raise errors of ``base.errors``.
+    ``epoch`` is that of the model's placement at the time of the attempt.
     """
 
     def runner(
-        self, model: ModelRecord, placement: Placement, rank: Rank, progress: HostProgress
+        self, model: ModelRecord, key: RunnerKey, epoch: int, progress: HostProgress
     ) -> AbstractAsyncContextManager[StageRunner]:
         """Fetch a slice and run it while the context lasts."""
         ...
 
     def head(
-        self, model: ModelRecord, placement: Placement, progress: HostProgress
+        self, model: ModelRecord, epoch: int, progress: HostProgress
     ) -> AbstractAsyncContextManager[HeadParts]:
         """Fetch header and embeddings and run a tokenizer while the context lasts."""
         ...
 
+    async def spare(
+        self, model: ModelRecord, part: Slice, epoch: int, progress: HostProgress
+    ) -> None:
+        """Make the file of a slice be on this node's disk."""
+        ...
 
-class _Part:
-    """A rank or the head of one placement on this node, and how it fares."""
-
-    def __init__(self, rank: int | None) -> None:
-        self.rank = rank
-        self.state: HostState = "fetching"
-        self.error: PyAgentError | None = None
-        self.failures = 0
-        self.done = 0
-        self.total: int | None = None
-        self.memory_bytes: int | None = None
-        self.rate = 0.0
-        self._sample = (0.0, 0)
-
-    def progress(self, state: HostState, done: int = 0, total: int | None = None) -> None:
-        """Note how far the attempt is."""
-        self.state, self.done, self.total = state, done, total
-
-    def sample(self, tokens: int, now: float) -> None:
-        """Measure the throughput since the last sample that is old enough."""
-        then, before = self._sample
-        if tokens < before or then == 0.0:
-            self._sample = (now, tokens)
-        elif now - then >= RATE_SECONDS:
-            self.rate = (tokens - before) / (now - then)
-            self._sample = (now, tokens)
+    async def tidy(self, model: Digest, needed: Callable[[], frozenset[Slice]]) -> None:
+        """Delete slice files of a model but those that are ``needed`` (asked at that moment)."""
+        ...
 
 
-class _Hosted:
-    """A placement with a part on this node."""
+class _OnDisk:
+    """A spare: a file does not die."""
 
-    def __init__(self, placement: Placement, parts: list[_Part]) -> None:
+    def __init__(self) -> None:
+        self.failed = trio.Event()
+        self.failure: RunnerFailed | None = None
+
+
+class _Stage:
+    """A rank that this node serves under one epoch."""
+
+    def __init__(self, placement: Placement, rank: Rank) -> None:
         self.placement = placement
-        self.parts = parts
+        self.rank = rank
         self.scope = trio.CancelScope()
-        self.ended = trio.Event()
+        self.rate = Rate()
 
 
 class PlacementController:
@@ -159,7 +135,14 @@ class PlacementController:
         self._pipeline = pipeline
         self._assets = assets
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
-        self._hosted: dict[Digest, _Hosted] = {}
+        self._placements: Mapping[Digest, Placement] = {}
+        self._wanted: Wanted = NOTHING
+        self._runners: dict[RunnerKey, Kept[StageRunner]] = {}
+        self._spares: dict[SpareKey, Kept[_OnDisk]] = {}
+        self._heads: dict[HeadKey, Kept[HeadParts]] = {}
+        self._stages: dict[tuple[Digest, int], _Stage] = {}
+        self._offered: dict[Digest, Placement] = {}
+        self._leaving: list[trio.Event] = []
 
     async def run(self) -> None:
         """Follow the replicated state until cancelled."""
@@ -175,101 +158,160 @@ class PlacementController:
                     logger.info("fell behind the log; reading the state anew")
                 await trio.lowlevel.checkpoint()
 
+    # ---- from the log to what is held ------------------------------------------------------
+
     def _reconcile(self, nursery: trio.Nursery) -> None:
         state = self._consensus.state
-        for digest, hosted in list(self._hosted.items()):
-            wanted = state.placements.get(digest)
-            if wanted is None or wanted.epoch != hosted.placement.epoch:
-                hosted.scope.cancel()
-                if wanted is None:
-                    self._pipeline.engine.forget(digest)
-        for digest, placement in state.placements.items():
-            before = self._hosted.get(digest)
-            if before is not None and before.placement.epoch == placement.epoch:
-                continue
-            mine = [r.rank for r in placement.ranks if r.peer_id == self._peer_id]
-            parts = [_Part(None), *(_Part(rank) for rank in mine)]
-            hosted = self._hosted[digest] = _Hosted(placement, parts)
-            self._pipeline.engine.expect(digest, state.models[digest].name)
-            nursery.start_soon(self._host, state.models[digest], hosted, before)
-
-    async def _host(self, model: ModelRecord, hosted: _Hosted, before: _Hosted | None) -> None:
-        try:
-            if before is not None:
-                await before.ended.wait()
-            with hosted.scope:
-                async with trio.open_nursery() as nursery:
-                    for part in hosted.parts:
-                        run = self._run_head if part.rank is None else self._run_rank
-                        nursery.start_soon(self._keep, model, hosted.placement, part, run)
-        finally:
-            hosted.ended.set()
-            if self._hosted.get(model.digest) is hosted:
-                del self._hosted[model.digest]
-
-    async def _keep(
-        self,
-        model: ModelRecord,
-        placement: Placement,
-        part: _Part,
-        run: Callable[[ModelRecord, Placement, _Part], Awaitable[RunnerFailed]],
-    ) -> None:
-        """Run a part; whenever it fails, say so, pause, and run it again."""
-        what = "the head" if part.rank is None else f"rank {part.rank}"
-        pause = FIRST_PAUSE
-        while True:
-            part.progress("fetching")
-            started = trio.current_time()
-            error: PyAgentError
-            try:
-                error = await run(model, placement, part)
-            except PyAgentError as caught:
-                error = caught
-            except Exception:
-                logger.exception("%s of %s failed in an unforeseen way", what, model.name)
-                error = PyAgentError("An internal error; see this node's log.", code="internal")
-            if trio.current_time() - started > STEADY_SECONDS:
-                pause = FIRST_PAUSE
-            part.error = error
-            part.failures += 1
-            part.progress("failed")
-            logger.warning(
-                "%s of %s failed, next attempt in %.1f s: %s", what, model.name, pause, error
-            )
-            await trio.sleep(pause * self._rng.uniform(0.8, 1.2))
-            pause = min(pause * 2, LONGEST_PAUSE)
-
-    async def _run_rank(
-        self, model: ModelRecord, placement: Placement, part: _Part
-    ) -> RunnerFailed:
-        assert part.rank is not None, "a rank's part has a number"
-        rank = placement.ranks[part.rank]
-        async with self._assets.runner(model, placement, rank, part.progress) as runner:
-            part.memory_bytes = runner.info.memory_bytes
-            part.progress("ready")
-            return await self._pipeline.stages.serve(stage_spec(model, placement, rank), runner)
-
-    async def _run_head(
-        self, model: ModelRecord, placement: Placement, part: _Part
-    ) -> RunnerFailed:
+        if state.placements is self._placements:
+            return
+        before, self._placements = self._placements, state.placements
+        self._wanted = wanted(self._placements.values(), self._peer_id)
         engine = self._pipeline.engine
-        async with self._assets.head(model, placement, part.progress) as parts:
-            engine.offer(
-                HeadModel(
-                    name=model.name,
-                    created=model.created,
-                    placement=placement,
-                    vocabulary=parts.vocabulary,
-                    tokenizer=parts.tokenizer,
-                    embeddings=parts.embeddings,
-                )
+        for digest in before.keys() - self._placements.keys():
+            self._withdraw(digest)
+            engine.forget(digest)
+        self._stop_stages()
+        self._release(nursery)
+        for digest in self._placements:
+            engine.expect(digest, state.models[digest].name)
+            self._offer(digest)
+        self._keep(nursery)
+        self._start_stages(nursery)
+
+    def _stop_stages(self) -> None:
+        for where, stage in list(self._stages.items()):
+            placement = self._wanted.stages.get(where)
+            if placement is None or placement.epoch != stage.placement.epoch:
+                stage.scope.cancel()
+                del self._stages[where]
+
+    def _release(self, nursery: trio.Nursery) -> None:
+        """Let go of what is wanted no more, and of its files once nothing uses them."""
+        self._leaving = [event for event in self._leaving if not event.is_set()]
+        ends: dict[Digest, list[trio.Event]] = {}
+        for key, kept in _take_out(self._runners, self._wanted.runners):
+            self._leaving.append(kept.ended)
+            ends.setdefault(key.model, []).append(kept.ended)
+        for spare, file in _take_out(self._spares, self._wanted.spares):
+            ends.setdefault(spare.model, []).append(file.ended)
+        _take_out(self._heads, self._wanted.heads)
+        for digest, events in ends.items():
+            nursery.start_soon(self._tidy, digest, events)
+
+    async def _tidy(self, digest: Digest, after: Sequence[trio.Event]) -> None:
+        for event in after:
+            await event.wait()
+        try:
+            await self._assets.tidy(digest, lambda: self._wanted.slices(digest))
+        except PyAgentError as error:
+            logger.warning("old slices of model %s stay on disk: %s", digest[:12], error)
+
+    def _keep(self, nursery: trio.Nursery) -> None:
+        """Begin to keep what is newly wanted; runners wait for room."""
+        models = self._consensus.state.models
+        for runner in sorted(self._wanted.runners - self._runners.keys()):
+            opener = partial(self._open_runner, models[runner.model], runner)
+            kept = Kept(self._what(runner, runner.model), opener, self._rng)
+            self._runners[runner] = kept
+            nursery.start_soon(kept.run, tuple(self._leaving))
+        for spare in sorted(self._wanted.spares - self._spares.keys()):
+            fetch = partial(self._open_spare, models[spare.model], spare)
+            file = Kept(self._what(spare, spare.model), fetch, self._rng)
+            self._spares[spare] = file
+            nursery.start_soon(file.run)
+        for head in sorted(self._wanted.heads - self._heads.keys()):
+            head_kept = Kept(
+                self._what(head, head.model),
+                partial(self._open_head, models[head.model]),
+                self._rng,
+                on_ready=partial(self._head_ready, head.model),
+                on_lost=partial(self._withdraw, head.model),
             )
-            try:
-                part.progress("ready")
-                await parts.failed.wait()
-            finally:
-                engine.withdraw(placement.model, placement.epoch)
-            return parts.failure or RunnerFailed("The tokenizer has died.", reason="unknown")
+            self._heads[head] = head_kept
+            nursery.start_soon(head_kept.run)
+
+    def _what(self, key: RunnerKey | SpareKey | HeadKey, model: Digest) -> str:
+        return f"{key} of {self._consensus.state.models[model].name}"
+
+    def _epoch(self, model: Digest) -> int:
+        placement = self._placements.get(model)
+        return placement.epoch if placement is not None else 0
+
+    def _open_runner(
+        self, model: ModelRecord, key: RunnerKey, progress: HostProgress
+    ) -> AbstractAsyncContextManager[StageRunner]:
+        return self._assets.runner(model, key, self._epoch(key.model), progress)
+
+    def _open_head(
+        self, model: ModelRecord, progress: HostProgress
+    ) -> AbstractAsyncContextManager[HeadParts]:
+        return self._assets.head(model, self._epoch(model.digest), progress)
+
+    @asynccontextmanager
+    async def _open_spare(
+        self, model: ModelRecord, key: SpareKey, progress: HostProgress
+    ) -> AsyncIterator[_OnDisk]:
+        await self._assets.spare(model, key.slice, self._epoch(key.model), progress)
+        yield _OnDisk()
+
+    # ---- ranks -----------------------------------------------------------------------------
+
+    def _start_stages(self, nursery: trio.Nursery) -> None:
+        models = self._consensus.state.models
+        for where, placement in self._wanted.stages.items():
+            if where not in self._stages:
+                rank = placement.ranks[where[1]]
+                stage = self._stages[where] = _Stage(placement, rank)
+                kept = self._runners[runner_key(placement, rank)]
+                spec = stage_spec(models[placement.model], placement, rank)
+                nursery.start_soon(self._serve, stage, spec, kept)
+
+    async def _serve(self, stage: _Stage, spec: StageSpec, kept: Kept[StageRunner]) -> None:
+        """Serve a rank under one epoch with whatever runner there is."""
+        with stage.scope:
+            while True:
+                runner = await kept.ready()
+                try:
+                    failure = await self._pipeline.stages.serve(spec, runner)
+                except PyAgentError as error:
+                    logger.warning("rank %d is not served: %s", spec.rank, error)
+                    await trio.sleep(FIRST_PAUSE)
+                    continue
+                except Exception:
+                    logger.exception("serving rank %d failed in an unforeseen way", spec.rank)
+                    failure = RunnerFailed("An internal error; see this node's log.", reason="bug")
+                kept.spoil(runner, failure)
+                await kept.gone(runner)
+
+    # ---- heads -----------------------------------------------------------------------------
+
+    def _head_ready(self, digest: Digest, parts: HeadParts) -> None:
+        self._offer(digest)
+
+    def _offer(self, digest: Digest) -> None:
+        """Let the engine take requests under the current placement, if the head is there."""
+        placement = self._placements[digest]
+        kept = self._heads.get(HeadKey(digest))
+        parts = kept.value if kept is not None else None
+        if parts is None or self._offered.get(digest) == placement:
+            return
+        model = self._consensus.state.models[digest]
+        self._offered[digest] = placement
+        self._pipeline.engine.offer(
+            HeadModel(
+                name=model.name,
+                created=model.created,
+                placement=placement,
+                vocabulary=parts.vocabulary,
+                tokenizer=parts.tokenizer,
+                embeddings=parts.embeddings,
+            )
+        )
+
+    def _withdraw(self, digest: Digest) -> None:
+        placement = self._offered.pop(digest, None)
+        if placement is not None:
+            self._pipeline.engine.withdraw(digest, placement.epoch)
 
     # ---- reports ---------------------------------------------------------------------------
 
@@ -277,17 +319,40 @@ class PlacementController:
         """Return how this node's parts fare."""
         now = trio.current_time()
         views = {(v.model, v.epoch, v.rank): v for v in self._pipeline.stages.views()}
-        ranks: list[RankReport] = []
-        heads: list[HeadReport] = []
-        for hosted in self._hosted.values():
-            placement = hosted.placement
-            for part in () if hosted.scope.cancel_called else hosted.parts:
-                if part.rank is None:
-                    heads.append(_head_report(placement, part))
-                    continue
-                view = views.get((placement.model, placement.epoch, part.rank))
-                ranks.append(_rank_report(placement, part, view, now))
-        return PlacementReports(tuple(ranks), tuple(heads))
+        ranks = []
+        for stage in self._stages.values():
+            placement, rank = stage.placement, stage.rank
+            view = views.get((placement.model, placement.epoch, rank.rank))
+            rate = stage.rate.sample(view.tokens, now) if view is not None else 0.0
+            kept = self._runners[runner_key(placement, rank)]
+            ranks.append(rank_report(placement, rank, kept, view, rate))
+        reserves = [r for p in self._placements.values() for r in self._reserves(p)]
+        heads = [
+            head_report(placement, head)
+            for digest, placement in self._placements.items()
+            if (head := self._heads.get(HeadKey(digest))) is not None
+        ]
+        return PlacementReports(tuple(ranks), tuple(heads), tuple(reserves))
+
+    def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:
+        for rank in placement.ranks:
+            if self._peer_id in rank.standbys:
+                runner = self._runners[runner_key(placement, rank)]
+                memory = runner.value.info.memory_bytes if runner.value is not None else None
+                yield reserve_report(placement, rank, runner, loaded=True, memory=memory)
+            elif self._peer_id in rank.spares:
+                key = SpareKey(placement.model, rank.slice)
+                if (spare := self._spares.get(key)) is not None:
+                    yield reserve_report(placement, rank, spare, loaded=False, memory=None)
+
+
+def _take_out(table: dict[K, Kept[T]], keep: Set[K]) -> list[tuple[K, Kept[T]]]:
+    """Remove what is not to be kept from ``table``, and let go of it."""
+    gone = [(key, kept) for key, kept in table.items() if key not in keep]
+    for key, kept in gone:
+        del table[key]
+        kept.release()
+    return gone
 
 
 def stage_spec(model: ModelRecord, placement: Placement, rank: Rank) -> StageSpec:
@@ -305,48 +370,4 @@ def stage_spec(model: ModelRecord, placement: Placement, rank: Rank) -> StageSpe
         n_vocab=model.n_vocab,
         n_ctx=placement.n_ctx,
         n_seq=placement.n_seq,
-    )
-
-
-def _rank_report(
-    placement: Placement, part: _Part, view: StageView | None, now: float
-) -> RankReport:
-    assert part.rank is not None, "a rank's part has a number"
-    if view is not None:
-        part.sample(view.tokens, now)
-    return RankReport(
-        model=placement.model,
-        epoch=placement.epoch,
-        rank=part.rank,
-        state=part.state,
-        error=part.error.to_info() if part.error and part.state == "failed" else None,
-        failures=part.failures,
-        done=part.done,
-        total=part.total,
-        memory_bytes=part.memory_bytes if part.state == "ready" else None,
-        load=view,
-        tokens_per_second=part.rate if view is not None else 0.0,
-    )
-
-
-def _head_report(placement: Placement, part: _Part) -> HeadReport:
-    return HeadReport(
-        model=placement.model,
-        epoch=placement.epoch,
-        state=part.state,
-        error=part.error.to_info() if part.error and part.state == "failed" else None,
-        failures=part.failures,
-        done=part.done,
-        total=part.total,
-    )
-
-
-def not_hosted(rank: int, peer: PeerId) -> Unavailable:
-    """Return the error for a rank that its node does not report."""
-    return Unavailable(
-        f"Node {peer} does not answer for rank {rank}.",
-        code="peer_lost",
-        remedy="Check that it runs and is connected: 'pyagent-node peers'.",
-        rank=rank,
-        peer_id=peer,
     )

@@ -6,14 +6,14 @@ Mesh, log, requests, controllers and pipelines are the real code; slices and run
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import trio
 
 from pyagent_node.base.errors import PyAgentError, RunnerFailed
-from pyagent_node.base.types import PeerId, Placement, Rank, Slice
+from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.consensus.commands import (
     ModelRecord,
     RegisterModel,
@@ -29,10 +29,12 @@ from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.holdings import RunnerKey
+from pyagent_node.node.keeping import HostProgress
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.placement_board import PlacementBoard
 from pyagent_node.node.placement_messages import AskPlacements, PlacementReports
-from pyagent_node.node.placements import HeadParts, HostProgress, PlacementController
+from pyagent_node.node.placements import HeadParts, PlacementController
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.simulations.backend import (
     N_EMBD,
@@ -60,6 +62,10 @@ RECORD = ModelRecord(
 )
 
 
+Reserves = tuple[tuple[int, ...], ...]
+"""Numbers of nodes for each rank."""
+
+
 class ToyHead(NamedTuple):
     """The head's parts of the toy."""
 
@@ -71,7 +77,10 @@ class ToyHead(NamedTuple):
 
 
 class ToyAssets:
-    """Slices that take ``seconds`` to load; ``faults`` are raised by the next attempts instead."""
+    """Slices that take ``seconds`` to get ready, half of it to come to the ``disk``.
+
+    ``faults`` are raised by the next attempts instead; ``heads`` counts the heads made.
+    """
 
     def __init__(self, seconds: float = 0.5) -> None:
         self.seconds = seconds
@@ -79,24 +88,28 @@ class ToyAssets:
         self.runners: list[ToyRunner] = []
         self.attempts: list[float] = []
         self.most_at_once = 0
+        self.heads = 0
+        self.disk: set[Slice] = set()
 
     @asynccontextmanager
     async def runner(
-        self, model: ModelRecord, placement: Placement, rank: Rank, progress: HostProgress
+        self, model: ModelRecord, key: RunnerKey, epoch: int, progress: HostProgress
     ) -> AsyncIterator[StageRunner]:
         """Load a toy."""
         self.attempts.append(trio.current_time())
-        progress("fetching", 1, 2)
-        await trio.sleep(self.seconds / 2)
+        if key.slice not in self.disk:
+            progress("fetching", 1, 2)
+            await trio.sleep(self.seconds / 2)
+        self.disk.add(key.slice)
         progress("loading")
         await trio.sleep(self.seconds / 2)
         if self.faults:
             raise self.faults.pop(0)
         runner = ToyRunner(
-            rank.slice,
-            whole=len(placement.ranks) == 1,
-            n_ctx=placement.n_ctx,
-            n_seq=placement.n_seq,
+            key.slice,
+            whole=key.slice == Slice(0, N_LAYERS, True),
+            n_ctx=key.n_ctx,
+            n_seq=key.n_seq,
             seconds=0.01,
         )
         self.runners.append(runner)
@@ -110,11 +123,25 @@ class ToyAssets:
 
     @asynccontextmanager
     async def head(
-        self, model: ModelRecord, placement: Placement, progress: HostProgress
+        self, model: ModelRecord, epoch: int, progress: HostProgress
     ) -> AsyncIterator[HeadParts]:
         """Load the toy's tokenizer."""
+        self.heads += 1
         await trio.sleep(self.seconds)
         yield ToyHead(toy_vocabulary(), ToyTokenizer(), ToyEmbeddings(), trio.Event(), None)
+
+    async def spare(
+        self, model: ModelRecord, part: Slice, epoch: int, progress: HostProgress
+    ) -> None:
+        """Fetch a file."""
+        progress("fetching", 1, 2)
+        await trio.sleep(self.seconds / 2)
+        self.disk.add(part)
+
+    async def tidy(self, model: Digest, needed: Callable[[], frozenset[Slice]]) -> None:
+        """Delete files."""
+        await trio.lowlevel.checkpoint()
+        self.disk &= needed()
 
 
 class HostingNode(NamedTuple):
@@ -160,13 +187,30 @@ class HostingWorld:
         await self.network.connect_all()
         return started[0]
 
-    async def place(self, boundaries: tuple[int, ...], nodes: tuple[int, ...]) -> Placement:
-        """Propose a placement, as seen from node 0, and return it."""
+    async def place(
+        self,
+        boundaries: tuple[int, ...],
+        nodes: tuple[int, ...],
+        *,
+        standbys: Reserves = (),
+        spares: Reserves = (),
+    ) -> Placement:
+        """Propose a placement, as seen from node 0, and return it.
+
+        ``standbys`` and ``spares`` name nodes for each rank, for all ranks or for none.
+        """
         consensus = self.nodes[0].consensus
         cuts = (0, *boundaries, N_LAYERS)
         last = len(cuts) - 2
         ranks = tuple(
-            Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r])) for r in range(last + 1)
+            Rank(
+                r,
+                Slice(cuts[r], cuts[r + 1], r == last),
+                peer(nodes[r]),
+                tuple(map(peer, standbys[r] if standbys else ())),
+                tuple(map(peer, spares[r] if spares else ())),
+            )
+            for r in range(last + 1)
         )
         before = consensus.state.placements.get(MODEL)
         await consensus.propose(RegisterModel(RECORD))

@@ -22,8 +22,8 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.types import Placement
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.api.schema import Progress
+from pyagent_node.node.keeping import FIRST_PAUSE
 from pyagent_node.node.placement_board import LOST_SECONDS, STALL_SECONDS
-from pyagent_node.node.placements import FIRST_PAUSE
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.pipeline import peer
 from pyagent_node.simulations.placements import N_LAYERS, HostingWorld, open_hosting_world
