@@ -44,6 +44,20 @@ def segments(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.log"))
 
 
+def snapshots(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.snap*"))
+
+
+async def fill(store: FileLog, first: int) -> int:
+    """Append until that fails; return the last index that was taken."""
+    index = first
+    with pytest.raises(Unavailable):  # noqa: PT012
+        while index < 100:
+            await store.append([entry(index)])
+            index += 1
+    return index - 1
+
+
 async def filled(directory: Path, last: int) -> FileLog:
     store = small(directory)
     await store.load()
@@ -113,7 +127,7 @@ async def test_a_snapshot_that_is_not_the_one_named_is_damage(tmp_path: Path) ->
     store = await filled(tmp_path, 10)
     await store.compact(Snapshot(5, 1, b"one"), ())
     await store.aclose()
-    (path,) = tmp_path.glob("*.snapshot")
+    (path,) = snapshots(tmp_path)
     path.write_bytes(encode_snapshot_file(Snapshot(6, 1, b"one")))
     with pytest.raises(CorruptData, match="of entry 6"):
         await reread(tmp_path)
@@ -136,17 +150,13 @@ async def test_a_rotation_that_fails_leaves_the_log_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = await filled(tmp_path, 2)
-    done = 2
     with monkeypatch.context() as patch:
 
         def full(path: Path, data: bytes) -> None:
             raise Unavailable("No space.", code="disk_full")
 
         patch.setattr(directory_module, "write_atomic", full)
-        with pytest.raises(Unavailable):
-            for index in range(3, 100):
-                await store.append([entry(index)])
-                done = index
+        done = await fill(store, 3)
     await store.append([entry(done + 1)])
     await store.aclose()
     assert await reread(tmp_path) == StoredLog(None, entries(1, done + 1), b"hard")
@@ -163,9 +173,7 @@ async def test_a_new_segment_that_may_not_be_durable_ends_the_log(
             raise Unavailable("The directory could not be synced.", code="disk_failed")
 
         patch.setattr(directory_module, "write_atomic", half)
-        with pytest.raises(Unavailable):
-            for index in range(3, 100):
-                await store.append([entry(index)])
+        await fill(store, 3)
     with pytest.raises(Unavailable) as caught:
         await store.append([entry(3)])
     assert caught.value.code == "log_failed"
@@ -206,7 +214,7 @@ async def test_a_log_of_the_first_layout_is_taken_over(tmp_path: Path, base: int
     await store.aclose()
     expected = StoredLog(snapshot, entries(base + 1, base + 39), b"hard")
     assert await reread(tmp_path) == expected
-    assert not list(tmp_path.glob("*.snap"))
+    assert [path.suffix for path in snapshots(tmp_path)] == [".snapshot"] * bool(base)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 19])
