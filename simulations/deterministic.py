@@ -1,0 +1,51 @@
+"""Runs a program on virtual time with a schedule that a seed decides.
+
+Trio runs tasks that are ready at once in an order of its own choosing, drawn from a private
+generator, so that no program relies on it.  Hypothesis and pytest-trio seed that generator to make
+a failure repeat itself; we do the same (there is no public way), for the length of one run.
+What is left is the order of sets of strings: a run that must be the same in another process
+needs a fixed ``PYTHONHASHSEED`` (see :func:`fixed_hashing`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+import trio
+import trio._core._run as trio_run
+import trio.testing
+
+T = TypeVar("T")
+
+HASH_SEED: Final = "0"
+
+
+def fixed_hashing() -> bool:
+    """Say whether sets of strings have the same order in every process like this one."""
+    return os.environ.get("PYTHONHASHSEED") == HASH_SEED and not sys.flags.ignore_environment
+
+
+@contextmanager
+def _seeded_scheduler(seed: int) -> Iterator[None]:
+    ours = random.Random(seed)  # noqa: S311 - must repeat itself
+    before = trio_run._r, trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+    vars(trio_run).update(_r=ours, _ALLOW_DETERMINISTIC_SCHEDULING=True)
+    try:
+        yield
+    finally:
+        vars(trio_run).update(_r=before[0], _ALLOW_DETERMINISTIC_SCHEDULING=before[1])
+
+
+def run_deterministic(program: Callable[[], Awaitable[T]], seed: int) -> T:
+    """Run ``program`` to its end and return its result.
+
+    Time is virtual: it stands still while anything can run, then jumps to the next deadline.  The
+    program must not use threads, sockets or the wall clock.
+    """
+    with _seeded_scheduler(seed):
+        return trio.run(program, clock=trio.testing.MockClock(autojump_threshold=0))
