@@ -12,15 +12,23 @@ is deterministic under ``trio.testing.MockClock``: nothing in it draws a random 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 import trio
 
-from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, Unavailable
+from pyagent_node.base.errors import (
+    Conflict,
+    DeadlineExceeded,
+    LimitExceeded,
+    PyAgentError,
+    Unavailable,
+)
+from pyagent_node.base.limits import HANDSHAKE_SECONDS
 from pyagent_node.base.mesh import FrameStream, PeerEvents, PeerInfo, StreamHandler
 from pyagent_node.base.types import PeerId
+from pyagent_node.base.wire import Frame
 from pyagent_node.node.addresses import check_address, peer_of
 from pyagent_node.node.mesh.authoriser import Authoriser, PeerAdmission
 from pyagent_node.node.mesh.events import EventHub
@@ -34,6 +42,8 @@ JOIN: Final = "/pyagent/join/1"
 CUT: Final = "the simulated link was cut"
 
 Pair = frozenset[PeerId]
+Meddler = Callable[[PeerId, PeerId, str, Frame], Sequence[Frame]]
+"""Given sender, receiver, protocol and a frame, says what arrives instead."""
 
 
 class Everyone:
@@ -60,6 +70,10 @@ class SimulatedNetwork:
         self._latency = latency
         self._latencies: dict[Pair, float] = {}
         self._cut: set[Pair] = set()
+        self._held: set[tuple[PeerId, PeerId]] = set()
+        self._released = trio.Event()
+        self.meddler: Meddler | None = None
+        """Sees, and may lose, repeat or change, every frame of the streams opened from now on."""
         self._nodes: dict[PeerId, SimulatedMesh] = {}
         self._admissions: dict[PeerId, PeerAdmission] = {}
         self._count = 0
@@ -110,6 +124,52 @@ class SimulatedNetwork:
         first, second = self._nodes.get(a), self._nodes.get(b)
         if first and second and (first.knows(b) or second.knows(a)):
             self._nursery.start_soon(self._reconnect, first, second)
+
+    def hold(self, sender: PeerId, receiver: PeerId) -> None:
+        """Stall one direction: what is sent does not arrive, and nobody is told.
+
+        Streams stay open and connections up, as on a network that silently drops packets.
+        """
+        self._held.add((sender, receiver))
+        self._hold(sender, receiver, True)
+
+    def release(self, sender: PeerId, receiver: PeerId) -> None:
+        """End a stall: what was under way arrives, in order."""
+        self._held.discard((sender, receiver))
+        self._hold(sender, receiver, False)
+        self._released.set()
+        self._released = trio.Event()
+
+    def _hold(self, sender: PeerId, receiver: PeerId, held: bool) -> None:
+        for one, other, outgoing in ((sender, receiver, True), (receiver, sender, False)):
+            if one in self._nodes:
+                self._nodes[one].hold(other, outgoing=outgoing, held=held)
+
+    def held(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Say whether what ``sender`` sends to ``receiver`` is stalled."""
+        return (sender, receiver) in self._held
+
+    def dress(self, stream: MemoryStream, opener: PeerId, other: PeerId, protocol: str) -> None:
+        """Subject a new stream to what holds for the link."""
+        stream.hold_outgoing(self.held(opener, other))
+        stream.hold_incoming(self.held(other, opener))
+        meddler = self.meddler
+        if meddler is not None:
+            stream.meddle(
+                lambda frame: meddler(opener, other, protocol, frame),
+                lambda frame: meddler(other, opener, protocol, frame),
+            )
+
+    async def flowing(self, a: PeerId, b: PeerId) -> None:
+        """Wait while either direction is stalled, as a handshake does.
+
+        Raises :class:`DeadlineExceeded` (``dial_timeout``) when that takes too long.
+        """
+        with trio.move_on_after(HANDSHAKE_SECONDS) as patience:
+            while self.held(a, b) or self.held(b, a):
+                await self._released.wait()
+        if patience.cancelled_caught:
+            raise DeadlineExceeded(f"{b} does not answer.", code="dial_timeout")
 
     def isolate(self, peer: PeerId) -> None:
         """Cut every link of a node."""
@@ -220,6 +280,7 @@ class SimulatedMesh:
 
     async def _reach(self, peer: PeerId) -> SimulatedMesh:
         other = self._network.find(self._peer_id, peer)
+        await self._network.flowing(self._peer_id, peer)
         if peer not in self._peers:
             if peer not in self._known:
                 raise Unavailable(
@@ -251,6 +312,7 @@ class SimulatedMesh:
             max_header=limits.max_header,
             max_tail=limits.max_tail,
         )
+        self._network.dress(ours, self._peer_id, other.peer_id, protocol)
         self._streams[other.peer_id] = [*held, ours]
         self._nursery.start_soon(other._serve, protocol, handler, theirs)
         return ours
@@ -279,6 +341,7 @@ class SimulatedMesh:
         if peer == self._peer_id or peer in self._peers:
             return peer
         other = self._at(address)
+        await self._network.flowing(self._peer_id, peer)
         await trio.sleep(6 * self._network.latency(self._peer_id, peer))
         other = self._at(other.addresses[0])
         if peer in self._peers:
@@ -347,6 +410,14 @@ class SimulatedMesh:
             stream.cut(reason)
         if self._peers.pop(peer, None) is not None:
             self._hub.put(peer, "down")
+
+    def hold(self, peer: PeerId, *, outgoing: bool, held: bool) -> None:
+        """Stall one direction of every stream opened to ``peer``, or let it flow again."""
+        for stream in self._streams.get(peer, []):
+            if outgoing:
+                stream.hold_outgoing(held)
+            else:
+                stream.hold_incoming(held)
 
     def stop(self) -> None:
         """End every handler of this node."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -22,6 +23,9 @@ from pyagent_node.node.mesh.faults import stream_closed
 WINDOW: Final = MIB
 """Bytes under way in one direction before its sender waits."""
 
+Meddle = Callable[[Frame], Sequence[Frame]]
+"""What a simulated network makes of a frame under way: none, itself, others besides."""
+
 
 class _Pipe:
     """One direction: frames with the time at which they arrive."""
@@ -34,6 +38,9 @@ class _Pipe:
         self.broken: str | None = None
         self.unwanted = False
         """The receiver has closed: a sender learns it at its next frame."""
+        self.held = False
+        """Nothing arrives until the network lets go of it."""
+        self.meddle: Meddle | None = None
         self._changed = trio.Event()
 
     def touch(self) -> None:
@@ -103,8 +110,10 @@ class MemoryStream:
 
     def _put(self, copy: Frame) -> None:
         pipe = self._out
-        pipe.size += len(copy.header) + len(copy.tail)
-        pipe.frames.append((trio.current_time() + self._latency, copy))
+        arrives = trio.current_time() + self._latency
+        for frame in (copy,) if pipe.meddle is None else pipe.meddle(copy):
+            pipe.size += len(frame.header) + len(frame.tail)
+            pipe.frames.append((arrives, frame))
         pipe.touch()
 
     async def receive(self) -> Frame | None:
@@ -115,6 +124,8 @@ class MemoryStream:
             if self._closed:
                 raise stream_closed("this side has closed it")
             arrives = pipe.frames[0][0] if pipe.frames else pipe.finished_at
+            if pipe.held:
+                arrives = math.inf
             if arrives <= trio.current_time():
                 if not pipe.frames:
                     return None
@@ -146,6 +157,20 @@ class MemoryStream:
         """End both directions at once: the other end's next call fails."""
         self._closed = True
         self.cut(reason)
+
+    def hold_outgoing(self, held: bool) -> None:
+        """Keep what this end sends from arriving, or let it arrive, in order, all at once."""
+        self._out.held = held
+        self._out.touch()
+
+    def hold_incoming(self, held: bool) -> None:
+        """The same for what the other end sends."""
+        self._in.held = held
+        self._in.touch()
+
+    def meddle(self, outgoing: Meddle | None, incoming: Meddle | None) -> None:
+        """Pass what either end sends through a function from now on."""
+        self._out.meddle, self._in.meddle = outgoing, incoming
 
     def cut(self, reason: str) -> None:
         """The network between the two ends is gone: both get ``stream_closed``."""
