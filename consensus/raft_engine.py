@@ -1,0 +1,531 @@
+"""The engine ``"raft-rs"`` as the rest of the node sees it: the ``Consensus`` port."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Literal
+
+import msgspec
+import trio
+
+from pyagent_node.base.errors import (
+    DeadlineExceeded,
+    PyAgentError,
+    Refused,
+    Unavailable,
+    error_from_info,
+)
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import PeerId
+from pyagent_node.consensus import raft_links
+from pyagent_node.consensus.checks import decode_command, encode_command
+from pyagent_node.consensus.commands import Command
+from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus, PeerProgress
+from pyagent_node.consensus.raft_changes import Changes, Handover, not_a_voter, not_leader
+from pyagent_node.consensus.raft_links import Links
+from pyagent_node.consensus.raft_members import Members, voters_of
+from pyagent_node.consensus.raft_messages import Hello, Propose, Refusal, Transfer, frame, pieces
+from pyagent_node.consensus.raft_node import Inbound, RaftNode
+from pyagent_node.consensus.raft_proposals import Pending, Proposals
+from pyagent_node.consensus.raft_reads import Reads
+from pyagent_node.consensus.replica import (
+    Outcome,
+    Record,
+    Replica,
+    proposal_too_old,
+    too_old,
+)
+from pyagent_node.consensus.state import State
+from pyagent_node.native import RaftDropped, RaftRefused
+
+log = logging.getLogger("pyagent_node.consensus.raft")
+
+NO_LEADER_SECONDS = 5.0
+"""Longest wait for a leader before a proposal is given up that nobody has seen."""
+
+Authorise = Callable[[Command, PeerId, str | None], None]
+"""Raises if the peer, in its role, may not propose the command."""
+
+_Role = Literal["leader", "follower", "candidate", "learner", "client"]
+_ROLES: dict[str, _Role] = {
+    "leader": "leader",
+    "follower": "follower",
+    "candidate": "candidate",
+    "precandidate": "candidate",
+    "learner": "learner",
+}
+
+
+class RaftEngine:
+    """Implements ``Consensus``; get one from :func:`pyagent_node.consensus.raft.open_raft`."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        members: Members,
+        incarnation: bytes,
+        *,
+        role: str,
+        propose_seconds: float,
+        new_request: Callable[[], bytes],
+        authorise: Authorise,
+    ) -> None:
+        self.node: RaftNode
+        self.links: Links
+        self.members = members
+        self._mesh = mesh
+        self._incarnation = incarnation
+        self._role = role
+        self._seconds = propose_seconds
+        self._new_request = new_request
+        self._authorise = authorise
+        self._proposals = Proposals()
+        self._reads = Reads()
+        self._changes = Changes(members)
+        self._offers: list[tuple[PeerId, Propose | Transfer, Callable[[], None]]] = []
+        self._refused_transfers: dict[PeerId, PyAgentError] = {}
+        self._place = (0, 0)
+        self._said: Hello | None = None
+        self._news = trio.Event()
+        self._failure: PyAgentError | None = None
+
+    # -- the port ------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The state as applied on this node."""
+        return self.node.history.state
+
+    def status(self) -> ConsensusStatus:
+        """See ``Consensus.status``."""
+        node, members = self.node, self.members
+        core = node.core.status()
+        conf = members.conf
+        voters = voters_of(conf)
+        leader = members.peer_of(core.leader) if core.leader else None
+        learners = {*conf.learners, *conf.learners_next} - voters
+        return ConsensusStatus(
+            engine="raft-rs",
+            role=_ROLES[core.role] if self._role != "client" else "client",
+            leader=leader,
+            index=node.history.index,
+            problem=node.disk or node.held or (None if leader else self._no_leader().to_info()),
+            term=core.term,
+            commit=core.commit,
+            voters=members.peers_of(voters),
+            learners=members.peers_of(learners),
+            joint=conf.joint,
+            progress=tuple(
+                PeerProgress(peer, node_id in voters, matched, active or node_id == members.me)
+                for node_id, matched, active, _ in core.progress
+                if (peer := members.peer_of(node_id)) is not None
+            ),
+        )
+
+    async def propose(self, command: Command) -> Applied:
+        """See ``Consensus.propose``."""
+        data = encode_command(command)
+        self._check_usable()
+        if self.node.disk is not None:
+            await trio.lowlevel.checkpoint()
+            raise error_from_info(self.node.disk)
+        node = self.node
+        pending = Pending(
+            self._new_request(), command, data, since=node.history.index, tick=node.tick
+        )
+        self._proposals.add(pending)
+        try:
+            node.poke()
+            with trio.move_on_after(self._seconds):
+                await pending.done.wait()
+        finally:
+            self._proposals.drop(pending.request)
+        if pending.outcome is None:
+            raise self._too_late(pending)
+        if isinstance(pending.outcome, PyAgentError):
+            raise pending.outcome
+        return pending.outcome
+
+    async def read_barrier(self) -> None:
+        """See ``Consensus.read_barrier``."""
+        self._check_usable()
+        read = self._reads.add(self.node.tick)
+        try:
+            self.node.poke()
+            with trio.move_on_after(self._seconds):
+                await read.done.wait()
+        finally:
+            self._reads.drop(read)
+        if read.error is not None:
+            raise read.error
+        if not read.done.is_set():
+            if not self.node.leader:
+                raise self._no_leader()
+            raise DeadlineExceeded(
+                f"The log could not be read up to now within {self._seconds:g} s.",
+                code="barrier_timeout",
+                remedy="This node may be catching up; try again.",
+            )
+
+    def applied(self, after: int) -> AbstractAsyncContextManager[AppliedStream]:
+        """See ``Consensus.applied``."""
+        return self.node.history.applied(after)
+
+    async def reconfigure(self, voters: frozenset[PeerId], learners: frozenset[PeerId]) -> None:
+        """See ``Consensus.reconfigure``."""
+        self._check_usable()
+        if not self.node.leads:
+            await trio.lowlevel.checkpoint()
+            raise not_leader()
+        change = self._changes.begin(voters, learners)
+        try:
+            self.node.poke()
+            with trio.move_on_after(self._seconds):
+                await change.done.wait()
+        finally:
+            self._changes.drop(change)
+        if change.error is not None:
+            raise change.error
+        if not change.done.is_set():
+            raise DeadlineExceeded(
+                f"The new voters were not agreed on within {self._seconds:g} s.",
+                code="reconfigure_timeout",
+                remedy="See which voters are reachable; the change may still complete.",
+            )
+
+    async def transfer(self, to: PeerId) -> None:
+        """See ``Consensus.transfer``."""
+        self._check_usable()
+        node, members = self.node, self.members
+        if to not in members.peers_of(members.conf.voters):
+            await trio.lowlevel.checkpoint()
+            raise not_a_voter(to)
+        self._refused_transfers.pop(to, None)
+        deadline = trio.current_time() + self._seconds
+        asked = -node.timing.election_ticks
+        with trio.CancelScope(deadline=deadline):
+            while members.peer_of(node.leader) != to:
+                refusal = self._refused_transfers.pop(to, None)
+                if refusal is not None:
+                    raise refusal
+                if node.leader and node.tick - asked >= node.timing.election_ticks:
+                    asked = node.tick
+                    self._ask_transfer(to)
+                with trio.move_on_after(node.timing.tick_seconds):
+                    await self._news.wait()
+            return
+        if not node.leader:
+            raise self._no_leader()
+        raise DeadlineExceeded(
+            f"{to} did not take the leadership within {self._seconds:g} s.",
+            code="transfer_timeout",
+            remedy="See whether it is connected and its log is up to date.",
+            peer=to,
+        )
+
+    async def compact(self) -> int:
+        """See ``Consensus.compact``."""
+        self._check_usable()
+        try:
+            with trio.fail_after(self._seconds):
+                return await self.node.compact()
+        except trio.TooSlowError:
+            raise DeadlineExceeded(
+                f"No snapshot was written within {self._seconds:g} s.", code="disk_slow"
+            ) from None
+
+    def chain_at(self, index: int) -> bytes | None:
+        """See ``Consensus.chain_at``."""
+        return self.node.history.chain_at(index)
+
+    # -- what the loop calls (never blocks) -----------------------------------------------------
+
+    def feed(self) -> None:
+        """Put what waits into the core."""
+        node = self.node
+        offers, self._offers = self._offers, []
+        for peer, offer, done in offers:
+            done()
+            if isinstance(offer, Propose):
+                self._lead(peer, offer)
+            elif node.leads:
+                self._changes.hand_over(Handover(offer.to, self._refuse_transfer(offer.to)))
+        self._place_proposals()
+        self._ask_reads()
+        if node.leads:
+            self._changes.feed(node.core)
+            if node.tick % node.timing.election_ticks == 0:
+                self._changes.replace_reborn(node.core)
+
+    def changed(self) -> None:
+        """Take note of a new term, role, leader or configuration."""
+        node = self.node
+        place = (node.leader, node.core.term)
+        if place != self._place:
+            self._place = place
+            self._proposals.new_term()
+            if not node.leads:
+                self._changes.leadership_lost()
+            node.poke()
+        self._changes.look()
+        hello = self.hello()
+        if self._said is None or msgspec.structs.replace(hello, last_index=0) != self._said:
+            self._said = msgspec.structs.replace(hello, last_index=0)
+            self.links.broadcast(hello)
+        self._news.set()
+        self._news = trio.Event()
+
+    def applied_one(self, outcome: Outcome) -> None:
+        """Take note of an applied command."""
+        self._proposals.applied(outcome)
+
+    def installed(self, replica: Replica) -> None:
+        """Take note of a snapshot that replaced the state."""
+        self._proposals.installed(replica)
+
+    def advanced(self) -> None:
+        """Take note that more may be applied than before."""
+        self._reads.applied(self.node.history.index)
+
+    def read(self, index: int, context: bytes) -> None:
+        """Take the answer to a question."""
+        self._reads.answered(context, index)
+
+    def disk_refused(self, error: PyAgentError) -> None:
+        """Refuse what waits here; others will elect another leader."""
+        self._proposals.fail(error)
+        self._reads.fail(error)
+
+    def send(self, to: int, kind: str, data: bytes) -> None:
+        """Queue a Raft message for a node; it may get lost."""
+        peer = self.members.peer_of(to)
+        sent: Callable[[bool], None] | None = None
+        if kind == "snapshot":
+
+            def report(ok: bool) -> None:
+                self.node.snapshots_sent.append((to, ok))
+                self.node.poke()
+
+            sent = report
+        if peer is not None and self.links.put(peer, pieces(to, data), sent):
+            return
+        self.node.lost.add(to)
+        if sent is not None:
+            sent(False)
+
+    def _place_proposals(self) -> None:
+        node = self.node
+        leader = self.members.peer_of(node.leader) if node.leader else None
+        if leader is None:
+            for pending in self._proposals.starved(node.tick, self._patience):
+                pending.settle(self._no_leader())
+            return
+        resend = node.timing.election_ticks // 2 + 1
+        for pending in self._proposals.due(self._place, node.tick, resend):
+            message = Propose(pending.request, pending.data, pending.since)
+            if node.leads:
+                placed = self._lead(self._mesh.peer_id, message)
+            else:
+                placed = self.links.put(leader, [frame(message)])
+            if placed:
+                pending.placed = self._place
+                pending.placed_at = node.tick
+                pending.sent += 1
+
+    def _lead(self, peer: PeerId, offer: Propose) -> bool:
+        """Append a proposal; ``False`` if that is not possible just now."""
+        node = self.node
+        if not node.leads:
+            return False
+        if self._proposals.leads(offer.request) or offer.request in node.history.replica.requests:
+            return True
+        try:
+            data = self._checked(peer, offer)
+            node.core.propose(data)
+        except PyAgentError as error:
+            self._refuse(peer, offer.request, error)
+            return True
+        except RaftDropped:  # too much is uncommitted, or the leadership is being handed over
+            return False
+        except RaftRefused as error:
+            log.error("the core refused a proposal: %s", error)
+            self._refuse(peer, offer.request, Refused(str(error), code="bad_command"))
+            return True
+        self._proposals.lead(offer.request, peer)
+        return True
+
+    def _checked(self, peer: PeerId, offer: Propose) -> bytes:
+        command = decode_command(offer.command)
+        member = self.state.members.get(peer)
+        if member is not None and member.revoked is not None:
+            raise Refused(f"The membership of {peer} was revoked.", code="revoked")
+        self._proposals.check_room(peer)
+        self._authorise(command, peer, self._role_of(peer))
+        last = self.node.core.status().last_index
+        if too_old(offer.since, last + 1):
+            error = proposal_too_old()
+            error.facts["index"] = self.node.history.index
+            raise error
+        return msgspec.msgpack.encode(
+            Record(offer.request, peer, encode_command(command), offer.since)
+        )
+
+    def _role_of(self, peer: PeerId) -> str | None:
+        if peer == self._mesh.peer_id:
+            return self._role
+        return next((p.role for p in self._mesh.peers() if p.peer_id == peer), None)
+
+    def _refuse(self, peer: PeerId, request: bytes, error: PyAgentError) -> None:
+        self.node.counters.refused_proposals += 1
+        if peer == self._mesh.peer_id:
+            self._proposals.refuse(request, error.to_info())
+        else:
+            log.info("a proposal of %s was refused: %s", peer, error)
+            self.links.put(peer, [frame(Refusal(request, error.to_info()))])
+
+    def _ask_reads(self) -> None:
+        node = self.node
+        self._reads.expire(node.tick, node.timing.election_ticks // 2 + 1)
+        if not node.leader:
+            self._reads.starve(node.tick, self._patience, self._no_leader())
+        elif self._reads.question_due:
+            context = self._new_request()
+            try:
+                node.core.read_index(context)
+            except RaftDropped:  # a new leader: it answers once it has committed something
+                return
+            self._reads.asked(context, node.tick)
+
+    @property
+    def _patience(self) -> int:
+        return int(NO_LEADER_SECONDS / self.node.timing.tick_seconds)
+
+    def _ask_transfer(self, to: PeerId) -> None:
+        node = self.node
+        if node.leads:
+            self._changes.hand_over(Handover(to, self._refuse_transfer(to)))
+            node.poke()
+            return
+        leader = self.members.peer_of(node.leader)
+        if leader is not None:
+            self.links.put(leader, [frame(Transfer(to))])
+
+    def _refuse_transfer(self, to: PeerId) -> Callable[[PyAgentError], None]:
+        def refuse(error: PyAgentError) -> None:
+            self._refused_transfers[to] = error
+
+        return refuse
+
+    # -- what the streams call ------------------------------------------------------------------
+
+    @property
+    def node_id(self) -> int:
+        """This node's Raft id."""
+        return self.members.me
+
+    def hello(self) -> Hello:
+        """Return what this node says of itself."""
+        node = self.node
+        return Hello(
+            self.members.me,
+            self._incarnation,
+            voter=node.is_voter(),
+            last_index=node.history.index,
+            leader=node.leader,
+            leader_peer=self.members.peer_of(node.leader) if node.leader else None,
+        )
+
+    def take_hello(self, peer: PeerId, hello: Hello) -> None:
+        """Note what a peer says of itself."""
+        self.members.hear(peer, hello)
+        self.node.poke()
+
+    def take(
+        self,
+        peer: PeerId,
+        hello: Hello,
+        message: raft_links.Inbound,
+        done: Callable[[], None],
+    ) -> None:
+        """Queue what a peer sent."""
+        match message:
+            case bytes():
+                self.node.take(Inbound(peer, hello, message, done))
+            case Propose() if self.node.disk is not None:
+                done()
+                if self.node.leads:
+                    self._refuse(peer, message.request, error_from_info(self.node.disk))
+            case Propose() | Transfer():
+                self._offers.append((peer, message, done))
+                self.node.poke()
+            case Refusal():
+                done()
+                if peer == self.members.peer_of(self.node.leader):
+                    self._proposals.refuse(message.request, message.error)
+                    self.node.poke()
+
+    def lost(self, peer: PeerId) -> None:
+        """Note that messages to ``peer`` may be lost."""
+        for node_id, known in self.members.peers.items():
+            if known == peer:
+                self.node.lost.add(node_id)
+        self.node.poke()
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def close(self, error: PyAgentError | None = None) -> None:
+        """Fail what waits and what comes."""
+        self._failure = error or Unavailable("The node is stopping.", code="stopping")
+        self._proposals.fail(self._failure)
+        self._reads.fail(self._failure)
+        self._changes.leadership_lost()
+        self.links.close()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _too_late(self, pending: Pending) -> PyAgentError:
+        if not self.node.leader:
+            return self._no_leader(unknown=pending.placed is not None)
+        return DeadlineExceeded(
+            f"The change was not agreed on within {self._seconds:g} s.",
+            code="propose_timeout",
+            remedy="Look whether the change happened before repeating it.",
+        )
+
+    def _no_leader(self, *, unknown: bool = False) -> Unavailable:
+        """Return why nothing can be decided now; ``unknown``: whether it was done after all."""
+        conf = self.members.conf
+        if self.members.me not in self.members.peers:
+            return Unavailable(
+                "This node has not been given the mesh's log yet.",
+                code="no_leader",
+                remedy="Connect it to the mesh's voters; the leader sends the log by itself.",
+            )
+        voters = self.members.peers_of(conf.voters)
+        present = {*self.links.peers, self._mesh.peer_id}
+        missing = [peer for peer in voters if peer not in present]
+        needed = len(conf.voters) // 2 + 1
+        here = len(voters) - len(missing)
+        why = (
+            f"{here} of {len(voters)} voters can be reached and {needed} are needed"
+            if here < needed
+            else "the voters are electing a leader"
+        )
+        doubt = " The change may have happened; look before repeating it." if unknown else ""
+        return Unavailable(
+            f"Nothing can be decided at present: {why}.{doubt}",
+            code="no_leader",
+            remedy=(
+                f"Start or reconnect {', '.join(missing[:3])}; what runs goes on meanwhile."
+                if missing
+                else "Try again in a few seconds."
+            ),
+            voters=len(voters),
+            reachable=here,
+            needed=needed,
+            missing=max(0, needed - here),
+        )

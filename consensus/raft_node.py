@@ -1,0 +1,503 @@
+"""The loop around the Raft core: clock and messages in, disk and messages out.
+
+One task drives the core.  Everything else only queues something and wakes it.  A turn feeds the
+core with all that waits and then works off what it asks for, in the order that makes it safe: what
+may be sent at once, then the disk (everything that waited shares one ``fsync``), then what may only
+be said when it is durable, then what is committed is applied.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import trio
+
+from pyagent_node.base.errors import (
+    CorruptData,
+    ErrorInfo,
+    PyAgentError,
+    Unavailable,
+    Unsupported,
+)
+from pyagent_node.base.limits import MIB
+from pyagent_node.base.types import PeerId
+from pyagent_node.consensus.history import History
+from pyagent_node.consensus.log import LogStore
+from pyagent_node.consensus.raft_members import Members, voters_of
+from pyagent_node.consensus.raft_messages import Hello
+from pyagent_node.consensus.raft_storage import (
+    HardState,
+    Loaded,
+    decode_content,
+    decode_peers,
+    encode_content,
+    encode_hard_state,
+    encode_snapshot,
+    to_log_entry,
+)
+from pyagent_node.consensus.replica import Outcome, Replica
+from pyagent_node.native import (
+    RaftConf,
+    RaftCore,
+    RaftEntry,
+    RaftReady,
+    RaftRefused,
+)
+
+log = logging.getLogger("pyagent_node.consensus.raft")
+
+MAX_MESSAGE_BYTES = MIB
+MAX_INFLIGHT = 64
+MAX_UNCOMMITTED_BYTES = 16 * MIB
+STEPS_A_TURN = 256
+COMPACT_BYTES = 16 * MIB
+KEPT_BEHIND = 1024
+"""Entries that stay in memory behind a snapshot, for followers that are a little late."""
+DISK_RETRY_SECONDS = 1.0
+LONELY_TIMEOUTS = 4
+"""Election timeouts without a leader after which strangers are listened to."""
+
+_LEVELS = {"critical": logging.ERROR, "error": logging.ERROR, "warning": logging.INFO}
+
+
+class RaftTiming(msgspec.Struct, frozen=True):
+    """The clock of the engine: an election begins after ``election_ticks`` to twice as many."""
+
+    tick_ms: float = 100.0
+    heartbeat_ticks: int = 2
+    election_ticks: int = 10
+
+    @property
+    def tick_seconds(self) -> float:
+        """One tick."""
+        return self.tick_ms / 1000
+
+    @property
+    def election_seconds(self) -> float:
+        """The longest wait for a sign of the leader before an election."""
+        return 2 * self.election_ticks * self.tick_seconds
+
+
+class RaftCounters(msgspec.Struct):
+    """What the engine counts, for ``/metrics``."""
+
+    entries: int = 0
+    commits: int = 0
+    writes: int = 0
+    elections: int = 0
+    snapshots_made: int = 0
+    snapshots_installed: int = 0
+    refused_messages: int = 0
+    refused_proposals: int = 0
+    refused_entries: int = 0
+
+
+class Inbound(msgspec.Struct, frozen=True):
+    """A Raft message that waits for its turn."""
+
+    peer: PeerId
+    hello: Hello
+    data: bytes
+    done: Callable[[], None]
+
+
+class Compaction:
+    """Somebody waits for a snapshot."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: PyAgentError | None = None
+
+
+class Hooks(msgspec.Struct):
+    """What the engine around the loop does at certain moments; none of them blocks."""
+
+    send: Callable[[int, str, bytes], None]
+    feed: Callable[[], None]
+    changed: Callable[[], None]
+    applied: Callable[[Outcome], None]
+    installed: Callable[[Replica], None]
+    advanced: Callable[[], None]
+    read: Callable[[int, bytes], None]
+    disk_refused: Callable[[PyAgentError], None]
+
+
+class RaftNode:
+    """Core, log and state of one node."""
+
+    def __init__(
+        self,
+        store: LogStore,
+        loaded: Loaded,
+        incarnation: bytes,
+        members: Members,
+        *,
+        timing: RaftTiming,
+        rng: random.Random,
+        compact_entries: int,
+        hooks: Hooks,
+    ) -> None:
+        self.counters = RaftCounters()
+        self.history = History()
+        self.history.reset(loaded.replica)
+        self.members = members
+        self.timing = timing
+        self.tick = 0
+        self.disk: ErrorInfo | None = None
+        """Why nothing can be written at present."""
+        self.held: ErrorInfo | None = None
+        """Why commands are not applied any more."""
+        self.lost: set[int] = set()
+        self.snapshots_sent: list[tuple[int, bool]] = []
+        self._store = store
+        self._rng = rng
+        self._hooks = hooks
+        self._compact_entries = compact_entries
+        self._hard = loaded.hard or HardState(1, incarnation, 0, 0, 0)
+        self._hard_unsaved = False
+        self._snapshot = (loaded.snapshot_index, loaded.snapshot_term, loaded.conf)
+        self._snapshot_data = loaded.snapshot_data
+        self._since_snapshot = 0
+        self._log: deque[RaftEntry] = deque(loaded.entries)
+        self._inbound: deque[Inbound] = deque()
+        self._compactions: list[Compaction] = []
+        self._compact_at = loaded.snapshot_index + compact_entries
+        self._wake = trio.Event()
+        self._tick_due = False
+        self._leader_seen = 0
+        self._view = (0, "", 0)
+        members.install(loaded.conf, loaded.peers)
+        self.core = self._new_core()
+
+    def _new_core(self) -> RaftCore:
+        index, term, conf = self._snapshot
+        behind = self._hard.term < term
+        core = RaftCore(
+            self.members.me,
+            conf=conf,
+            term=term if behind else self._hard.term,
+            vote=0 if behind else self._hard.vote,
+            commit=max(index, self._hard.commit),
+            snapshot_index=index,
+            snapshot_term=term,
+            snapshot_data=self._snapshot_data,
+            entries=list(self._log),
+            heartbeat_ticks=self.timing.heartbeat_ticks,
+            election_ticks=self.timing.election_ticks,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_inflight=MAX_INFLIGHT,
+            max_uncommitted_bytes=MAX_UNCOMMITTED_BYTES,
+        )
+        core.set_election_ticks(self._draw())
+        return core
+
+    def _draw(self) -> int:
+        ticks = self.timing.election_ticks
+        return self._rng.randrange(ticks, 2 * ticks)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node is the leader."""
+        return self.core.role == "leader"
+
+    @property
+    def leader(self) -> int:
+        """Raft id of the leader, 0 while there is none."""
+        return self.core.leader
+
+    @property
+    def lonely(self) -> bool:
+        """Whether there has been no leader for so long that the configuration may be an old one."""
+        return self.tick - self._leader_seen > LONELY_TIMEOUTS * self.timing.election_ticks
+
+    def poke(self) -> None:
+        """Have the loop take a turn."""
+        self._wake.set()
+
+    def take(self, message: Inbound) -> None:
+        """Queue a Raft message for the next turn."""
+        self._inbound.append(message)
+        self.poke()
+
+    async def compact(self) -> int:
+        """Have a snapshot written; see ``Consensus.compact``."""
+        wanted = Compaction()
+        self._compactions.append(wanted)
+        self.poke()
+        await wanted.done.wait()
+        if wanted.error is not None:
+            raise wanted.error
+        return self._snapshot[0]
+
+    async def start(self) -> None:
+        """Bring the state to where the log is known to be committed; campaign if alone."""
+        if self.members.conf == RaftConf([self.members.me]):
+            self.core.campaign()
+        await self._work_off()
+        self._look()
+
+    async def clock(self) -> None:
+        """Let ticks pass, for ever.  Ticks that come while the loop is busy are one."""
+        while True:
+            await trio.sleep(self.timing.tick_seconds)
+            self._tick_due = True
+            self.poke()
+
+    async def run(self) -> None:
+        """Take turns, for ever.  Raises when the disk or the core has failed for good."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            await self._turn()
+
+    async def _turn(self) -> None:
+        core = self.core
+        for node_id in sorted(self.lost):
+            core.report_unreachable(node_id)
+        self.lost.clear()
+        for node_id, ok in self.snapshots_sent:
+            core.report_snapshot(node_id, ok)
+        self.snapshots_sent.clear()
+        if self._tick_due:
+            self._tick_due = False
+            self.tick += 1
+            core.tick()
+            await self._save_commit_now_and_then()
+        for _ in range(min(STEPS_A_TURN, len(self._inbound))):
+            self._step(self._inbound.popleft())
+        if self._inbound:
+            self.poke()
+        self._look()
+        self._hooks.feed()
+        await self._work_off()
+        self._look()
+        if self._compactions:
+            await self._compact()
+        self._drain_core_log()
+
+    def _step(self, message: Inbound) -> None:
+        message.done()
+        sender = message.hello.raft_id
+        if not self.members.accepts(
+            sender, message.hello, leader=self.core.leader, lonely=self.lonely
+        ):
+            self.counters.refused_messages += 1
+            log.debug("a raft message of %s was refused: it is no member", message.peer)
+            return
+        try:
+            self.core.step(sender, message.data)
+        except RaftRefused as error:
+            self.counters.refused_messages += 1
+            log.info("a raft message of %s was refused: %s", message.peer, error)
+
+    def _look(self) -> None:
+        """Notice a new term, role or leader."""
+        view = (self.core.term, self.core.role, self.core.leader)
+        if view[2]:
+            self._leader_seen = self.tick
+        if view == self._view:
+            return
+        term, role, leader = self._view
+        if view[:2] != (term, role):
+            self.core.set_election_ticks(self._draw())
+            self.counters.elections += view[1] == "candidate" and view[0] != term
+        if view[2] != leader and view[2]:
+            log.info("%s leads the log in term %d", self.members.peer_of(view[2]), view[0])
+        self._view = view
+        self._hooks.changed()
+
+    async def _work_off(self) -> None:
+        while self.core.has_ready():
+            ready = self.core.ready()
+            try:
+                content = self._check_snapshot(ready)
+            except (CorruptData, Unsupported) as error:
+                self.counters.refused_messages += 1
+                log.error("a snapshot of the leader was refused: %s", error)
+                self.core = self._new_core()
+                continue
+            self._send(ready)
+            await self._persist(ready)
+            for to, kind, data in ready.persisted_messages:
+                self._hooks.send(to, kind, data)
+            light = self.core.advance()
+            self._send(light)
+            self._note_hard_state(light)
+            if ready.snapshot is not None and content is not None:
+                self._install(ready.snapshot, *content)
+            self._apply([*ready.committed, *light.committed])
+            for index, context in (*ready.read_states, *light.read_states):
+                self._hooks.read(index, context)
+            self._hooks.advanced()
+            if self._since_snapshot >= COMPACT_BYTES or self.history.index >= self._compact_at:
+                await self._compact()
+
+    def _send(self, ready: RaftReady) -> None:
+        for to, kind, data in ready.messages:
+            self._hooks.send(to, kind, data)
+
+    def _check_snapshot(self, ready: RaftReady) -> tuple[dict[int, PeerId], Replica] | None:
+        if ready.snapshot is None:
+            return None
+        index, _, _, data = ready.snapshot
+        return decode_content(data, index)
+
+    def _note_hard_state(self, ready: RaftReady) -> None:
+        if ready.hard_state is not None:
+            term, vote, commit = ready.hard_state
+            self._hard = HardState(1, self._hard.incarnation, term, vote, commit)
+            self._hard_unsaved = True
+
+    async def _persist(self, ready: RaftReady) -> None:
+        """Make durable what the core asks for, in one write if there is no snapshot."""
+        self._note_hard_state(ready)
+        if ready.snapshot is not None:
+            snapshot = encode_snapshot(*ready.snapshot)
+            await self._durably(lambda: self._store.compact(snapshot, ()))
+        entries = ready.entries
+        if entries or ready.must_sync or (ready.snapshot is not None and self._hard_unsaved):
+            stored = [to_log_entry(entry) for entry in entries]
+            hard = encode_hard_state(self._hard) if self._hard_unsaved else None
+            await self._durably(lambda: self._store.append(stored, hard))
+            self._hard_unsaved = False
+            self.counters.writes += 1
+            self.counters.entries += len(entries)
+        if ready.snapshot is not None:
+            self._log.clear()
+        if entries:
+            while self._log and self._log[-1].index >= entries[0].index:
+                self._log.pop()
+            self._log.extend(entries)
+
+    async def _durably(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, waiting out a full disk; nothing is said or done meanwhile.
+
+        Whoever follows a leader that waits here will elect another.  Raises any other error of
+        the disk: nobody knows what it holds then.
+        """
+        while True:
+            try:
+                await write()
+            except Unavailable as error:
+                if error.code != "disk_full":
+                    raise
+                if self.disk is None:
+                    log.error("the log cannot be written: %s", error)
+                self.disk = error.to_info()
+                self._hooks.disk_refused(error)
+                await trio.sleep(DISK_RETRY_SECONDS)
+            else:
+                if self.disk is not None:
+                    log.info("the log can be written again")
+                    self.disk = None
+                return
+
+    async def _save_commit_now_and_then(self) -> None:
+        """Write the commit index once an election timeout, so that a restart begins near it."""
+        if self._hard_unsaved and self.tick % self.timing.election_ticks == 0:
+            await self.save()
+
+    async def save(self) -> None:
+        """Write what is not written yet of the hard state."""
+        if self._hard_unsaved:
+            hard = encode_hard_state(self._hard)
+            await self._durably(lambda: self._store.append((), hard))
+            self._hard_unsaved = False
+
+    def _install(
+        self,
+        snapshot: tuple[int, int, RaftConf, bytes],
+        peers: dict[int, PeerId],
+        replica: Replica,
+    ) -> None:
+        index, term, conf, data = snapshot
+        self._snapshot, self._snapshot_data = (index, term, conf), data
+        self._since_snapshot = 0
+        self._compact_at = index + self._compact_entries
+        self.members.install(conf, peers)
+        self.history.reset(replica)
+        self.counters.snapshots_installed += 1
+        self._hooks.installed(replica)
+        self._hooks.changed()
+
+    def _apply(self, entries: list[RaftEntry]) -> None:
+        for entry in entries:
+            if entry.kind == 1:
+                conf = self.core.apply_conf(entry)
+                self.members.change(conf, decode_peers(entry.context))
+                self._hooks.changed()
+            if entry.index > self.history.index:  # not seen before a core was replaced
+                self._apply_one(entry)
+        if entries:
+            self.core.advance_apply(entries[-1].index)
+            self.history.wake()
+
+    def _apply_one(self, entry: RaftEntry) -> None:
+        """Apply an entry; whatever is wrong with it, every node goes on alike."""
+        if self.held is not None:
+            return
+        stored = to_log_entry(entry)
+        self._since_snapshot += len(stored.data)
+        replica = self.history.replica
+        outcome: Outcome | None = None
+        try:
+            if entry.kind == 0 and entry.data:
+                outcome = replica.apply_once(stored, entry.data)
+                self.counters.commits += 1
+            else:
+                replica.skip(stored)
+        except Unsupported as error:  # others may know the command: this node must not go on
+            log.error("the log is not applied any further: %s", error)
+            self.held = error.to_info()
+            return
+        except PyAgentError as error:
+            self.counters.refused_entries += 1
+            log.error("an entry of the log was skipped: %s", error)
+            replica.skip(stored)
+        fresh = outcome is not None and not outcome.repeated
+        self.history.keep(stored, outcome.applied if outcome and fresh else None, replica.chain)
+        if outcome is not None:
+            self._hooks.applied(outcome)
+
+    async def _compact(self) -> None:
+        """Write a snapshot of what is applied and drop the log before it, or try later."""
+        wanted, self._compactions = self._compactions, []
+        error: PyAgentError | None = None
+        try:
+            await self._write_snapshot()
+        except Unavailable as trouble:
+            if trouble.code != "disk_full":
+                raise
+            log.warning("the log could not be compacted, and will be later: %s", trouble)
+            error = trouble
+        self._compact_at = self.history.index + self._compact_entries
+        self._since_snapshot = 0
+        for each in wanted:
+            each.error = error
+            each.done.set()
+
+    async def _write_snapshot(self) -> None:
+        index = self.history.index
+        if index <= self._snapshot[0] or self.held is not None:
+            return
+        content = encode_content(self.members.peers, self.history.replica)
+        snapshot = self.core.snapshot(index, content)
+        rest = [to_log_entry(entry) for entry in self._log if entry.index > index]
+        await self._store.compact(encode_snapshot(*snapshot), rest)
+        self.core.compact(max(0, index - KEPT_BEHIND))
+        self._snapshot, self._snapshot_data = snapshot[:3], content
+        while self._log and self._log[0].index <= index:
+            self._log.popleft()
+        self.counters.snapshots_made += 1
+
+    def _drain_core_log(self) -> None:
+        for level, message in self.core.take_log():
+            log.log(_LEVELS.get(level, logging.DEBUG), "raft: %s", message)
+
+    def is_voter(self) -> bool:
+        """Whether this node's vote counts."""
+        return self.members.me in voters_of(self.members.conf)
