@@ -99,7 +99,13 @@ class ShiftSequence(msgspec.Struct, frozen=True, tag="shift"):
     delta: int
 
 
-SequenceOp = OpenSequence | FreeSequence | TrimSequence | CopySequence | ShiftSequence
+class ResetSequences(msgspec.Struct, frozen=True, tag="reset"):
+    """Free every slot, whatever it holds; a slice begins to serve somebody else."""
+
+
+SequenceOp = (
+    OpenSequence | FreeSequence | TrimSequence | CopySequence | ShiftSequence | ResetSequences
+)
 
 
 class StepInput(msgspec.Struct, frozen=True):

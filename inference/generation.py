@@ -13,6 +13,7 @@ from pyagent_node.inference.sampling import SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_LABEL_LENGTH = 16384
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -73,12 +74,20 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts and times of one generation (seconds on the monotonic clock)."""
+    """Token counts and times of one generation (seconds on the monotonic clock).
+
+    ``failovers`` counts how often the generation lost ranks that had computed something of it (or
+    its head) and went on without them, ``recomputed_tokens`` what was computed again for that.
+    ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     ttft_seconds: float
     seconds: float
+    failovers: int = 0
+    recomputed_tokens: int = 0
+    stall_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +109,10 @@ GenerationEvent = Generated | Finished
 
 
 class SessionView(msgspec.Struct, frozen=True):
-    """A session as ``status`` shows it."""
+    """A session as ``status`` shows it.
+
+    Its head knows how often it changed ranks, and whether it is ``suspended``: waiting for some.
+    """
 
     session: SessionId
     model: str
@@ -109,6 +121,8 @@ class SessionView(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     tokens_per_second: float
+    failovers: int = 0
+    suspended: bool = False
 
 
 class LoadedModel(msgspec.Struct, frozen=True):
@@ -140,8 +154,9 @@ class Engine(Protocol):
         The request is checked and the prompt prefilled inside; errors come from entering or from
         iterating: :class:`NotFound` (``model_not_found``), :class:`InvalidRequest`
         (``bad_parameter``, ``prompt_too_long`` with facts ``prompt_tokens`` and ``n_ctx``),
-        :class:`LimitExceeded` (``too_many_sessions``), :class:`Unavailable`,
-        :class:`RunnerFailed` (facts ``rank``, ``peer_id`` and ``reason``).
+        :class:`LimitExceeded` (``too_many_sessions``), :class:`Conflict` (``session_exists``,
+        ``model_unloaded``), :class:`Unavailable`, :class:`RunnerFailed` (facts ``rank``,
+        ``peer_id`` and ``reason``).  Errors of ranks are shown when nothing took over in time.
         """
         ...
 

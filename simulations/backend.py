@@ -8,6 +8,7 @@ step, a foreign slot or a skipped layer changes every later token.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,6 +23,7 @@ from pyagent_node.inference.backend import (
     BackendInfo,
     FreeSequence,
     OpenSequence,
+    ResetSequences,
     SequenceOp,
     StepInput,
     StepOutput,
@@ -149,7 +151,8 @@ class ToyRunner:
     """A runner of one slice of the toy, with the simulator's clock for a processor.
 
     ``seconds`` is what one decode takes.  ``widths`` records the size of each step of each decode.
-    It refuses anything that a stage must never ask for.
+    It refuses anything that a stage must never ask for.  As with a process, a decode that nobody
+    waits for any more is finished all the same, and what comes next waits for that.
     """
 
     def __init__(
@@ -169,7 +172,9 @@ class ToyRunner:
         self._part = part
         self._whole = whole
         self._slots: dict[int, _Slot] = {}
-        self._busy = False
+        self._lock = trio.Lock()
+        self._abandoned: tuple[StepInput, ...] = ()
+        self._until = 0.0
         self.info = BackendInfo(
             backend="toy",
             version="1",
@@ -199,31 +204,49 @@ class ToyRunner:
     async def apply(self, ops: Sequence[SequenceOp]) -> None:
         """Carry out sequence operations."""
         await trio.lowlevel.checkpoint()
-        self._check_alive()
-        for op in ops:
-            if isinstance(op, OpenSequence):
-                if op.seq in self._slots or not 0 <= op.seq < self.info.n_seq:
-                    raise InvalidRequest(f"slot {op.seq} cannot be opened")
-                self._slots[op.seq] = _Slot(self._part.last - self._part.first, op.sampling)
-            elif isinstance(op, FreeSequence):
-                del self._slots[op.seq]
+        async with self._lock:
+            await self._drain()
+            for op in ops:
+                self._apply(op)
+
+    def _apply(self, op: SequenceOp) -> None:
+        if isinstance(op, OpenSequence):
+            if op.seq in self._slots or not 0 <= op.seq < self.info.n_seq:
+                raise InvalidRequest(f"slot {op.seq} cannot be opened")
+            self._slots[op.seq] = _Slot(self._part.last - self._part.first, op.sampling)
+        elif isinstance(op, FreeSequence):
+            del self._slots[op.seq]
+        elif isinstance(op, ResetSequences):
+            self._slots.clear()
 
     async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
         """Compute one batch."""
-        if self._busy:
+        if self._lock.locked() and not self._abandoned:
             raise InvalidRequest("two decodes at once")
-        self._busy = True
-        try:
-            with trio.move_on_after(self.seconds):
-                await self.failed.wait()
-            await trio.lowlevel.checkpoint()
-            self._check_alive()
-            self.widths.append([len(s.tokens) for s in steps])
-            if len({s.seq for s in steps}) != len(steps):
-                raise InvalidRequest("one sequence twice in a batch")
-            return [self._step(s) for s in steps]
-        finally:
-            self._busy = False
+        async with self._lock:
+            await self._drain()
+            self._abandoned = (*steps,)
+            self._until = trio.current_time() + self.seconds
+            return await self._finish()
+
+    async def _drain(self) -> None:
+        """Let a decode end that nobody waits for; nobody is told how it went."""
+        with contextlib.suppress(InvalidRequest):
+            await self._finish()
+
+    async def _finish(self) -> list[StepOutput]:
+        """Wait for the decode in progress and return its outputs."""
+        with trio.move_on_at(self._until):
+            await self.failed.wait()
+        await trio.lowlevel.checkpoint()
+        self._check_alive()
+        steps, self._abandoned = self._abandoned, ()
+        if not steps:
+            return []
+        self.widths.append([len(s.tokens) for s in steps])
+        if len({s.seq for s in steps}) != len(steps):
+            raise InvalidRequest("one sequence twice in a batch")
+        return [self._step(s) for s in steps]
 
     def _check_alive(self) -> None:
         if self.failure is not None:

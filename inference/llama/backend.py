@@ -28,6 +28,7 @@ from pyagent_node.inference.backend import (
     FreeSequence,
     KvRange,
     OpenSequence,
+    ResetSequences,
     SequenceOp,
     ShiftSequence,
     StepInput,
@@ -170,6 +171,10 @@ class LlamaBackend:
                 self._log(seq)
                 self._context.drop(seq, 0)
                 self._logs[seq] = None
+            case ResetSequences():
+                for seq in range(len(self._logs)):
+                    self._context.drop(seq, 0)
+                    self._logs[seq] = None
             case TrimSequence(seq, start):
                 log = self._log(seq)
                 if start < 0:

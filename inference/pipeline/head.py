@@ -1,22 +1,31 @@
-"""The pure core of a session at its head: journal, steps to send, events to show.
+"""The pure core of a session at its head: the answer, its events, and the attempts to compute it.
 
-The shell (``engine``) sends what the core answers and hands it every result.  A result is turned
-into the next step at once, before the reader of the answer has seen the token, so that a slow
-reader costs nothing until it lags :data:`RUN_AHEAD` events behind; then the session waits for it.
+The shell (``engine``, ``driver``) sends what the core answers and hands it every result.  A result
+is turned into the next step at once, before the reader of the answer has seen the token, so that a
+slow reader costs nothing until it lags :data:`RUN_AHEAD` events behind; then the session waits for
+it.
+
+An attempt (see ``attempt``) that fails in a way that passes is closed and the session *suspended*;
+the shell begins another one when there are ranks for it.  The answer does not notice: the journal
+of tokens is all that an attempt starts from, and what an earlier attempt still says is not heard.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Final, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
-import numpy as np
 
-from pyagent_node.base.errors import CorruptData, PyAgentError, RunnerFailed, error_from_info
-from pyagent_node.base.types import PeerId, Placement, SessionId
-from pyagent_node.inference.backend import Activations, Tokens
+from pyagent_node.base.errors import (
+    LimitExceeded,
+    PyAgentError,
+    RunnerFailed,
+    error_from_info,
+)
+from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
+from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.generation import (
     Finished,
     Generated,
@@ -24,23 +33,16 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
+from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Route, bad_result
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
-from pyagent_node.inference.pipeline.frames import (
-    CloseSession,
-    OpenSession,
-    Result,
-    StageError,
-    Step,
-    chunk_end,
-    pack_tail,
-)
-from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing, peer_lost
+from pyagent_node.inference.pipeline.frames import Result, StageError
+from pyagent_node.inference.pipeline.journal import Outcome
+from pyagent_node.inference.pipeline.recovery import Patience
+from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 RUN_AHEAD: Final = 64
 """Events that may wait for the reader before the session stops asking for more tokens."""
-
-Embed = Callable[[Tokens], Activations]
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
@@ -51,190 +53,218 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 class HeadPlan(msgspec.Struct, frozen=True):
-    """A checked request: what to generate and where.
+    """A checked request: what to generate.
 
-    ``budget`` is the greatest number of tokens to generate; the prompt and the budget fit the
-    placement's context together.
+    ``session`` is the stable id.  ``budget`` is the greatest number of tokens to generate.
     """
 
     session: SessionId
     head: PeerId
-    placement: Placement
+    model: Digest
     budget: int
     stop: tuple[str, ...]
     ignore_eos: bool
     sampling: SamplingParams
 
 
-class Chunk(NamedTuple):
-    """The prompt tokens ``[start, stop)`` that are due to be sent."""
-
-    start: int
-    stop: int
-
-
 class HeadCore:
-    """State of one session at its head."""
+    """State of one session at its head; suspended until :meth:`begin`."""
 
-    def __init__(
-        self,
-        plan: HeadPlan,
-        prompt: Tokens,
-        vocabulary: Vocabulary,
-        embed: Embed | None,
-        now: float,
-    ) -> None:
+    def __init__(self, plan: HeadPlan, prompt: Tokens, vocabulary: Vocabulary, now: float) -> None:
         self.plan = plan
-        self.last_progress = now
-        self.generated = 0
-        self.first_token: float | None = None
-        self.started = now
         self.prompt = prompt
+        self.started = now
+        self.first_token: float | None = None
+        self.answer: list[Sampled] = []
+        """The tokens so far: the journal, together with the prompt."""
+        self.attempt: Attempt | None = None
+        """What computes the answer now; ``None`` while suspended."""
+        self.epoch = 0
+        """The epoch of the last attempt."""
+        self.over = False
+        """Whether no more events will be made."""
+        self.failovers = 0
+        self.patience = Patience(now)
         self._vocabulary = vocabulary
-        self._embed = embed
         self._text = TextAssembler(plan.stop)
         self._events: deque[GenerationEvent] = deque()
         self._error: PyAgentError | None = None
-        self._finished = False
-        self._position = 0
-        self._sent = 0
-        self._done = 0
-        self._sent_at = now
-        self._stalled: int | None = None
-        ranks = plan.placement.ranks
-        self._window = min(len(ranks) + 1, MAX_STEPS_PER_SESSION)
-        self._entry = ranks[0].peer_id
-        self._tail = ranks[-1].peer_id
-        self._peers = frozenset(rank.peer_id for rank in ranks)
+        self._placement: Placement | None = None
+        self._limit = plan.budget
+        self._begun = False
+        self._held = False
+        self._told = False
+        self._skip = 0
+        self._recomputed = 0
+        self._paused_from = now
+        self._longest_pause = 0.0
 
-    # ---- steps -----------------------------------------------------------------------------
+    # ---- attempts --------------------------------------------------------------------------
 
-    def open(self) -> Outgoing:
-        """Return the message that admits the session."""
-        plan = self.plan
-        n = len(self.prompt)
-        return Outgoing(
-            self._entry,
-            OpenSession(
-                session=plan.session,
-                model=plan.placement.model,
-                epoch=plan.placement.epoch,
-                rank=0,
-                head=plan.head,
-                positions=min(n + plan.budget, plan.placement.n_ctx),
-                prompt_tokens=n,
-                sampling=plan.sampling,
-            ),
+    def begin(
+        self, session: SessionId, placement: Placement, embed: Embed | None, now: float
+    ) -> Outgoing | None:
+        """Compute on over ``placement``, as ``session`` on the wire.
+
+        Returns the message that admits it, or ``None`` when the answer turns out to be over.
+        """
+        assert self.attempt is None, "an attempt is closed before the next begins"
+        plan, n = self.plan, len(self.prompt)
+        self._placement, self.epoch = placement, placement.epoch
+        if self.over or self._ended(now):
+            return None
+        self._limit = min(plan.budget, placement.n_ctx - n)
+        if len(self.answer) >= self._limit:
+            self.fail(self._too_long())
+            return None
+        if self.answer and not self.failovers:  # another head's, see recall
+            self.failovers, self._recomputed = 1, n + len(self.answer)
+        self.attempt = Attempt(
+            Route(session, plan.head, placement, plan.sampling),
+            self.prompt,
+            self.answer,
+            n + self._limit,
+            embed,
+            now,
         )
+        return self.attempt.open()
+
+    def interrupt(self, error: PyAgentError, now: float) -> list[Outgoing]:
+        """Take an error of the attempt: suspend the session if it passes, else end it.
+
+        Returns what closes the attempt.
+        """
+        attempt = self.attempt
+        if attempt is None or self.over:
+            return []
+        got = attempt.computed > 0
+        self._begun = self._begun or got
+        if not self.patience.forgives(
+            error,
+            epoch=self.epoch,
+            begun=self._begun,
+            got=got,
+            held=self._held and not attempt.waiting,
+            now=now,
+        ):
+            self.fail(error)
+            return []
+        self.failovers += got
+        self._recomputed += attempt.computed
+        self.attempt = None
+        return attempt.close()
+
+    def give_up(self) -> None:
+        """End a suspended session with the error that nothing cured in time."""
+        error = self.patience.error
+        assert error is not None, "only an error suspends a session"
+        error.message += " Nothing could take over in time."
+        self.fail(error)
 
     def close(self) -> list[Outgoing]:
         """Return what frees the session on every rank; it is over here too."""
-        self._finished = True
-        self._stalled = None
-        plan = self.plan
-        model, epoch = plan.placement.model, plan.placement.epoch
-        return [
-            Outgoing(rank.peer_id, CloseSession(plan.session, model, epoch, rank.rank))
-            for rank in plan.placement.ranks
-        ]
+        self.over = True
+        attempt, self.attempt = self.attempt, None
+        return [] if attempt is None else attempt.close()
 
     def next_chunk(self) -> Chunk | None:
-        """Return the prompt chunk to send now, or ``None`` when the window is full or all is sent.
-
-        The window lets every rank work on another chunk of the prompt at the same time.
-        """
-        n = len(self.prompt)
-        if self._position >= n or self._sent - self._done >= self._window or self.over:
-            return None
-        return Chunk(self._position, chunk_end(self._position, n))
-
-    def tokens(self, chunk: Chunk) -> Tokens:
-        """Return the prompt tokens of ``chunk``."""
-        return self.prompt[chunk.start : chunk.stop]
-
-    def send_chunk(self, chunk: Chunk, rows: Activations | None, now: float) -> Outgoing:
-        """Return the step for the chunk that :meth:`next_chunk` gave, with its embeddings."""
-        assert chunk.start == self._position, "chunks are sent in order"
-        last = chunk.stop == len(self.prompt)
-        return self._step(self.tokens(chunk), rows, last, now)
-
-    def _step(self, tokens: Tokens, rows: Activations | None, sample: bool, now: float) -> Outgoing:
-        placement = self.plan.placement
-        step = Step(
-            self.plan.session,
-            placement.model,
-            placement.epoch,
-            0,
-            self._sent,
-            self._position,
-            len(tokens),
-            sample,
-        )
-        self._sent += 1
-        self._position += len(tokens)
-        self._sent_at = now
-        return Outgoing(self._entry, step, pack_tail(tokens, rows))
-
-    def _continue(self, token: int, now: float) -> Outgoing:
-        tokens = cast("Tokens", np.array((token,), dtype=np.int32))
-        rows = None if self._embed is None else self._embed(tokens)
-        return self._step(tokens, rows, True, now)
+        """Return the chunk of the journal to send now, if there is one."""
+        attempt = self.attempt
+        return None if attempt is None or self.over else attempt.next_chunk(hold=self._held)
 
     # ---- what comes back -------------------------------------------------------------------
 
     def on_result(self, sender: PeerId, result: Result, now: float) -> Outgoing | None:
         """Take a result of the tail; returns the next step to send, if one is due."""
-        if self.over or sender != self._tail:
+        attempt = self.attempt
+        if attempt is None or self.over:
             return None
-        if result.step != self._done or self._done >= self._sent:
-            self._break(sender, f"step {result.step} was not due")
+        try:
+            sampled = attempt.on_result(sender, result, now)
+            if sampled is None:
+                return None
+            self._check(sampled, sender)
+        except PyAgentError as error:
+            self.fail(error)
             return None
-        self._done += 1
-        self.last_progress = now
-        if self._done < self._sent or self._position < len(self.prompt):
-            return None
-        if result.sampled is None or not self._known(result.sampled):
-            self._break(sender, "it holds no valid token")
-            return None
-        return self._on_token(result.sampled, result.spent, now)
-
-    def _on_token(self, sampled: Sampled, spent: float, now: float) -> Outgoing | None:
-        plan = self.plan
         decoding = self.first_token is not None
+        step_seconds = attempt.step_seconds(now) if decoding else 0.0
+        return self._on_token(sampled, step_seconds, result.spent if decoding else 0.0, now)
+
+    def _on_token(
+        self, sampled: Sampled, step_seconds: float, compute_seconds: float, now: float
+    ) -> Outgoing | None:
+        plan, attempt = self.plan, self.attempt
+        assert attempt is not None, "tokens come from attempts"
         if self.first_token is None:
             self.first_token = now
+        elif now - self._paused_from > self._longest_pause:
+            self._longest_pause = now - self._paused_from
+        self._paused_from = now
+        if self.patience.error is not None:
+            self.patience.cured()
         token = sampled.token
         if token in self._vocabulary.end_tokens and not plan.ignore_eos:
             self._finish("stop", now)
             return None
-        self.generated += 1
-        piece = self._vocabulary.pieces[token]
-        pieces = self._vocabulary.pieces
-        self._events.append(
-            Generated(
-                token=token,
-                text=self._text.push(piece),
-                piece=piece,
-                logprob=sampled.logprob,
-                top=tuple(TopLogprob(t, pieces[t], lp) for t, lp in sampled.top),
-                step_seconds=now - self._sent_at if decoding else 0.0,
-                compute_seconds=spent if decoding else 0.0,
-            )
-        )
-        if self._text.stopped:
-            self._finish("stop", now)
-        elif self.generated >= plan.budget:
-            self._finish("length", now)
+        self._show(sampled, step_seconds, compute_seconds)
+        if self._ended(now):
+            return None
+        if len(self.answer) >= self._limit:
+            self.fail(self._too_long())
         elif len(self._events) >= RUN_AHEAD:
-            self._stalled = token
+            self._held = True
         else:
-            return self._continue(token, now)
+            return attempt.send_token(token, now)
         return None
 
-    def on_error(self, sender: PeerId, message: StageError) -> None:
-        """Take a rank's word that it gave the session up."""
-        if sender not in self._peers:
+    def _show(self, sampled: Sampled, step_seconds: float, compute_seconds: float) -> None:
+        """Add a token to the answer."""
+        pieces = self._vocabulary.pieces
+        piece = pieces[sampled.token]
+        text = self._text.push(piece)
+        self.answer.append(sampled)
+        if self._skip:
+            self._skip -= 1
             return
+        self._events.append(
+            Generated(
+                token=sampled.token,
+                text=text,
+                piece=piece,
+                logprob=sampled.logprob,
+                top=tuple([TopLogprob(t, pieces[t], lp) for t, lp in sampled.top]),
+                step_seconds=step_seconds,
+                compute_seconds=compute_seconds,
+            )
+        )
+
+    def _ended(self, now: float) -> bool:
+        """Finish an answer whose last token is there."""
+        if self._text.stopped:
+            self._finish("stop", now)
+        elif len(self.answer) >= self.plan.budget:
+            self._finish("length", now)
+        return self.over
+
+    def recall(self, tokens: Sequence[Sampled], after: int, now: float) -> None:
+        """Start from an earlier head's tokens; those from index ``after`` on become events.
+
+        Called once, before the first attempt.  An answer shorter than ``after`` ends in an error.
+        """
+        self._skip = after
+        for sampled in tokens:
+            self._check(sampled, self.plan.head)
+            self._show(sampled, 0.0, 0.0)
+        self._begun = True
+        self.first_token = now if tokens else None
+        self._paused_from = now
+        self._held = len(self._events) >= RUN_AHEAD
+
+    def on_error(self, sender: PeerId, message: StageError, now: float) -> list[Outgoing]:
+        """Take a rank's word that it gave the session up; returns what closes the attempt."""
+        if self.attempt is None or sender not in self.attempt.peers:
+            return []
         error = error_from_info(message.error)
         error.facts.setdefault("rank", message.rank)
         error.facts.setdefault("peer_id", message.peer_id)
@@ -244,50 +274,71 @@ class HeadCore:
                 f" {error.message}"
             )
             error.remedy = error.remedy or "It is being started again; ask again in a moment."
-        self.fail(error)
+        return self.interrupt(error, now)
 
-    def peer_down(self, peer: PeerId) -> None:
-        """Fail the session if one of its ranks was on ``peer``."""
-        for rank in self.plan.placement.ranks:
-            if rank.peer_id == peer:
-                self.fail(peer_lost(rank.rank, peer))
+    def peer_down(self, peer: PeerId, now: float) -> list[Outgoing]:
+        """Interrupt the attempt if one of its ranks was on ``peer``."""
+        attempt = self.attempt
+        if attempt is not None and peer in attempt.peers:
+            for rank in attempt.route.placement.ranks:
+                if rank.peer_id == peer:
+                    return self.interrupt(peer_lost(rank.rank, peer), now)
+        return []
 
     def fail(self, error: PyAgentError) -> None:
         """End the session with ``error``, after the events that came before it."""
         if not self.over:
+            self.over = True
             self._error = error
 
     # ---- what is shown ---------------------------------------------------------------------
 
     @property
-    def over(self) -> bool:
-        """Whether no more events will be made."""
-        return self._finished or self._error is not None
+    def generated(self) -> int:
+        """The number of tokens so far."""
+        return len(self.answer)
 
     @property
-    def ready(self) -> bool:
-        """Whether :meth:`take` would not return in vain."""
-        return bool(self._events) or self.over
+    def outcome(self) -> Outcome:
+        """How the session ended."""
+        if self._error is not None:
+            return "failed"
+        return "finished" if self._told else "left"
 
-    def take(self, now: float) -> tuple[GenerationEvent | None, Outgoing | None]:
-        """Return the next event to show, and the step to send because there is room again.
+    def take(self, now: float) -> tuple[GenerationEvent | None, bool]:
+        """Return the next event to show, and whether there is room to go on with a held answer.
 
         Raises the error that ended the session, after its last event.
         """
         if not self._events:
             if self._error is not None:
                 raise self._error
-            return None, None
+            return None, False
         event = self._events.popleft()
-        step = None
-        if self._stalled is not None and not self.over and len(self._events) < RUN_AHEAD // 2:
-            step = self._continue(self._stalled, now)
-            self._stalled = None
-            self.last_progress = now
-        return event, step
+        if self._held and len(self._events) < RUN_AHEAD // 2:
+            self._held = False
+            self._paused_from = now
+            if self.attempt is not None:
+                self.attempt.last_progress = now
+            return event, True
+        if self.over and not self._events:
+            self._told = self._error is None
+        return event, False
 
     def _finish(self, reason: str, now: float) -> None:
-        self._finished = True
+        placement = self._placement
+        assert placement is not None, "an answer ends on a placement"
+        if self._skip:
+            self.fail(
+                LimitExceeded(
+                    f"The answer ended after {len(self.answer)} tokens.",
+                    code="beyond_end",
+                    remedy="Ask for the stream from an earlier token.",
+                    tokens=len(self.answer),
+                )
+            )
+            return
+        self.over = True
         first = now if self.first_token is None else self.first_token
         text = self._text.finish()
         self._events.append(
@@ -296,23 +347,28 @@ class HeadCore:
                 text=text,
                 usage=Usage(
                     prompt_tokens=len(self.prompt),
-                    completion_tokens=self.generated,
+                    completion_tokens=len(self.answer),
                     ttft_seconds=first - self.started,
                     seconds=now - self.started,
+                    failovers=self.failovers,
+                    recomputed_tokens=self._recomputed,
+                    stall_seconds=self._longest_pause,
                 ),
-                placement=self.plan.placement,
+                placement=placement,
             )
         )
 
-    def _known(self, sampled: Sampled) -> bool:
-        n = len(self._vocabulary.pieces)
-        return 0 <= sampled.token < n and all(0 <= t < n for t, _ in sampled.top)
+    def _check(self, sampled: Sampled, sender: PeerId) -> None:
+        n, top = len(self._vocabulary.pieces), sampled.top
+        if not 0 <= sampled.token < n or (top and not all(0 <= t < n for t, _ in top)):
+            raise bad_result(sender, "it holds no valid token")
 
-    def _break(self, sender: PeerId, what: str) -> None:
-        self.fail(
-            CorruptData(
-                f"Node {sender} sent a result that does not belong here: {what}.",
-                code="bad_result",
-                peer_id=sender,
-            )
+    def _too_long(self) -> PyAgentError:
+        n = len(self.prompt)
+        return LimitExceeded(
+            f"The model was placed anew with a context of {n + self._limit} tokens,"
+            f" which the prompt and {len(self.answer)} tokens of the answer fill.",
+            code="context_full",
+            remedy="Load the model with a longer context (--n-ctx) and ask again.",
+            n_ctx=n + self._limit,
         )

@@ -18,7 +18,7 @@ from pyagent_node.inference.sampling import Sampled, SamplingParams
 Outcome = Literal["finished", "failed", "left"]
 """How a session ended at this head.
 
-``finished``: its last event was made; ``failed``: an error ended it, and the caller was told;
+``finished``: its reader took the last event; ``failed``: an error ended it;
 ``left``: the caller went away first (a client that hung up, or this node is stopping).
 """
 

@@ -13,6 +13,7 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
+from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import StageLimits
@@ -27,9 +28,12 @@ class Pipeline(NamedTuple):
 
 @asynccontextmanager
 async def open_pipeline(
-    mesh: Mesh, *, limits: StageLimits | None = None
+    mesh: Mesh, *, limits: StageLimits | None = None, journal: JournalSink | None = None
 ) -> AsyncIterator[Pipeline]:
-    """Take part in pipelines over ``mesh`` while the context lasts."""
+    """Take part in pipelines over ``mesh`` while the context lasts.
+
+    ``journal`` is told of the sessions that this node heads.
+    """
     stages = StageService(mesh.peer_id, limits)
 
     def deliver(sender: PeerId, message: PipeMessage, tail: Tail) -> None:
@@ -46,7 +50,7 @@ async def open_pipeline(
 
     links = PipeLinks(mesh, deliver, lost)
     stages.attach(links)
-    engine = PipelineEngine(mesh.peer_id, links, stages)
+    engine = PipelineEngine(mesh.peer_id, links, stages, journal=journal)
 
     async def follow_peers() -> None:
         async with mesh.events() as events:
@@ -54,6 +58,8 @@ async def open_pipeline(
                 if event.change == "down":
                     engine.peer_down(event.peer_id)
                     stages.peer_down(event.peer_id)
+                else:
+                    engine.peer_up()
 
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:

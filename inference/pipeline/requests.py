@@ -1,20 +1,29 @@
-"""Checks a generation request and tokenises its prompt."""
+"""Checks generation requests and journals, and makes the head's plans of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 
-from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError, Unavailable
+from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.generation import (
+    MAX_LABEL_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     GenerationRequest,
 )
-from pyagent_node.inference.pipeline.ports import Tokenizer
+from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.inference.pipeline.ports import HeadModel, Tokenizer
+
+MAX_BUDGET: Final = 2**31 - 1
+"""Tokens of an answer that a journal may speak of."""
+_SESSION_ID: Final = re.compile("[0-9a-f]{32}")
 
 
 async def prompt_tokens(tokenizer: Tokenizer, request: GenerationRequest) -> Tokens:
@@ -57,7 +66,116 @@ def check_request(request: GenerationRequest, n_vocab: int) -> None:
     for stop in request.stop:
         if not 0 < len(stop) <= MAX_STOP_LENGTH:
             raise wrong("stop", f"A stop string must have 1 to {MAX_STOP_LENGTH} characters.")
+    if request.session is not None and not _SESSION_ID.fullmatch(request.session):
+        raise wrong("session", "A session id has 32 lowercase hexadecimal digits.")
+    if len(request.label) > MAX_LABEL_LENGTH:
+        raise wrong("label", f"A label may have at most {MAX_LABEL_LENGTH} characters.")
     for token in request.tokens or ():
         if not 0 <= token < n_vocab:
             raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
     request.sampling.check(n_vocab)
+
+
+def plan_request(
+    request: GenerationRequest,
+    prompt: Tokens,
+    model: HeadModel,
+    *,
+    session: SessionId,
+    head: PeerId,
+) -> HeadPlan:
+    """Return the plan of a request; raises :class:`InvalidRequest` (``prompt_too_long``)."""
+    n, n_ctx = len(prompt), model.placement.n_ctx
+    if n >= n_ctx:
+        raise InvalidRequest(
+            f"The prompt has {n} tokens; the context of {n_ctx} leaves room for {n_ctx - 1}.",
+            code="prompt_too_long",
+            remedy="Shorten it, or load the model with a longer context (--n-ctx).",
+            prompt_tokens=n,
+            n_ctx=n_ctx,
+        )
+    return HeadPlan(
+        session=session,
+        head=head,
+        model=model.placement.model,
+        budget=min(request.max_tokens or n_ctx, n_ctx - n),
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        sampling=request.sampling,
+    )
+
+
+def new_journal(plan: HeadPlan, prompt: Tokens, *, created: float, label: str) -> SessionJournal:
+    """Return the journal of a session that begins."""
+    return SessionJournal(
+        session=plan.session,
+        model=plan.model,
+        sampling=plan.sampling,
+        stop=plan.stop,
+        budget=plan.budget,
+        ignore_eos=plan.ignore_eos,
+        prompt=tuple(prompt.tolist()),
+        created=created,
+        label=label,
+    )
+
+
+def plan_journal(
+    journal: SessionJournal, vocabulary: Vocabulary, after: int, *, head: PeerId
+) -> HeadPlan:
+    """Return the plan of a session that goes on, from the token with index ``after``.
+
+    Raises :class:`CorruptData` (``bad_journal``) for a journal that no head wrote, and
+    :class:`InvalidRequest` (``bad_parameter``) for an ``after`` outside of any answer to it.
+    """
+    fault = _journal_fault(journal, vocabulary)
+    if fault is not None:
+        raise CorruptData(f"The journal of a session is broken: {fault}.", code="bad_journal")
+    if not 0 <= after <= journal.budget:
+        raise InvalidRequest(
+            f"The answer has at most {journal.budget} tokens; it cannot be shown from {after} on.",
+            code="bad_parameter",
+            parameter="from",
+        )
+    return HeadPlan(
+        session=journal.session,
+        head=head,
+        model=journal.model,
+        budget=journal.budget,
+        stop=journal.stop,
+        ignore_eos=journal.ignore_eos,
+        sampling=journal.sampling,
+    )
+
+
+def _journal_fault(journal: SessionJournal, vocabulary: Vocabulary) -> str | None:
+    n_vocab = len(vocabulary.pieces)
+    if not _SESSION_ID.fullmatch(journal.session):
+        return "its session id is none"
+    if not journal.prompt or not all(0 <= token < n_vocab for token in journal.prompt):
+        return "its prompt is empty or holds an unknown token"
+    if not max(1, len(journal.tokens)) <= journal.budget <= MAX_BUDGET:
+        return f"it holds {len(journal.tokens)} tokens of at most {journal.budget}"
+    if len(journal.stop) > MAX_STOP_STRINGS or len(journal.label) > MAX_LABEL_LENGTH:
+        return "it has too many stop strings, or too long a label"
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in journal.stop):
+        return "it has an empty or too long a stop string"
+    ends = frozenset() if journal.ignore_eos else vocabulary.end_tokens
+    for sampled in journal.tokens:
+        known = 0 <= sampled.token < n_vocab and all(0 <= t < n_vocab for t, _ in sampled.top)
+        if not known or sampled.token in ends:
+            return f"token {sampled.token} is unknown, or ends the answer"
+    try:
+        journal.sampling.check(n_vocab)
+    except PyAgentError as error:
+        return error.message.rstrip(".")
+    return None
+
+
+def not_ready(name: str) -> Unavailable:
+    """Return the error for a model whose head this node cannot be yet."""
+    return Unavailable(
+        f"This node cannot be the head of {name} yet.",
+        code="head_not_ready",
+        remedy="Ask again in a moment; see 'pyagent-node status'.",
+    )

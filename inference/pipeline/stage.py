@@ -253,6 +253,11 @@ class StageCore:
     # ---- work ------------------------------------------------------------------------------
 
     @property
+    def stopped(self) -> bool:
+        """Whether :meth:`stop` was called; the runner may serve somebody else by now."""
+        return self._stopped is not None
+
+    @property
     def has_work(self) -> bool:
         """Whether :meth:`next_batch` would return something."""
         return self._queue.has_work

@@ -10,6 +10,7 @@ import trio
 
 from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed, Unavailable
 from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.inference.backend import ResetSequences
 from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
@@ -37,10 +38,12 @@ EXPIRE_SECONDS: Final = 5.0
 
 
 class _Stage:
-    __slots__ = ("core", "wake")
+    __slots__ = ("core", "runner", "scope", "wake")
 
-    def __init__(self, core: StageCore) -> None:
+    def __init__(self, core: StageCore, runner: StageRunner) -> None:
         self.core = core
+        self.runner = runner
+        self.scope = trio.CancelScope()
         self.wake = trio.Event()
 
 
@@ -65,8 +68,12 @@ class StageService:
         """Serve one stage until cancelled, or until its runner dies: then return why.
 
         The stage takes frames from the moment of the call.  However it ends, every session of it
-        has been told.  Raises :class:`Conflict` (``stale_epoch``) when the rank is served at this
-        epoch or a later one.
+        has been told.  A runner may serve one stage after the other: what an earlier one left in
+        it is dropped first.  A stage that is still served for an earlier epoch of the rank, or
+        with this runner, ends with this call.
+
+        Raises :class:`Conflict` (``stale_epoch``) when the rank is served at this epoch or a later
+        one, and when a later call ended this one.
         """
         key = (spec.model, spec.rank)
         known = self._stages.get(key)
@@ -77,32 +84,38 @@ class StageService:
                 epoch=known.core.spec.epoch,
                 frame_epoch=spec.epoch,
             )
-        stage = _Stage(StageCore(spec, self._limits))
-        self._stages[key] = stage
+        for other in list(self._stages.values()):
+            if other is known or other.runner is runner:
+                self._supersede(other)
+        stage = self._stages[key] = _Stage(StageCore(spec, self._limits), runner)
         failure: RunnerFailed | None = None
 
-        def fail(error: RunnerFailed, scope: trio.CancelScope) -> None:
+        def fail(error: RunnerFailed) -> None:
             nonlocal failure
             failure = failure or error
-            scope.cancel()
+            stage.scope.cancel()
 
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, runner, fail, nursery.cancel_scope)
-                nursery.start_soon(self._expire, stage)
-                nursery.start_soon(self._feed, stage, runner, fail, nursery.cancel_scope)
-            assert failure is not None, "the stage's tasks end by failure or cancellation only"
+            with stage.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, runner, fail)
+                    nursery.start_soon(self._expire, stage)
+                    nursery.start_soon(self._feed, stage, fail)
+            if failure is None:
+                raise _ended(spec)
             return failure
         finally:
             if self._stages.get(key) is stage:
                 del self._stages[key]
-            ended = Conflict(
-                f"The placement of epoch {spec.epoch} has ended.",
-                code="stale_epoch",
-                remedy="The model was unloaded or placed anew; ask again.",
-                frame_epoch=spec.epoch,
-            )
-            self._send(stage.core.stop(failure or ended))
+            self._send(stage.core.stop(failure or _ended(spec)))
+
+    def _supersede(self, stage: _Stage) -> None:
+        """End a stage before anything else can use its runner.
+
+        Stopped, its core gives out no more work; a decode in progress is answered to nobody.
+        """
+        self._send(stage.core.stop(_ended(stage.core.spec)))
+        stage.scope.cancel()
 
     # ---- frames and events -----------------------------------------------------------------
 
@@ -178,15 +191,10 @@ class StageService:
 
     # ---- tasks -----------------------------------------------------------------------------
 
-    async def _feed(
-        self,
-        stage: _Stage,
-        runner: StageRunner,
-        fail: Callable[[RunnerFailed, trio.CancelScope], None],
-        scope: trio.CancelScope,
-    ) -> None:
-        core = stage.core
+    async def _feed(self, stage: _Stage, fail: Callable[[RunnerFailed], None]) -> None:
+        core, runner = stage.core, stage.runner
         try:
+            await runner.apply([ResetSequences()])
             while True:
                 batch = core.next_batch()
                 if batch is None:
@@ -195,13 +203,13 @@ class StageService:
                     continue
                 if batch.ops:
                     await runner.apply(batch.ops)
-                if batch.inputs:
+                if batch.inputs and not core.stopped:
                     await self._compute(core, runner, batch)
         except RunnerFailed as error:
-            fail(error, scope)
+            fail(error)
         except PyAgentError as error:
             logger.error("rank %d: the runner refused an operation: %s", core.spec.rank, error)
-            fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code), scope)
+            fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code))
 
     async def _compute(self, core: StageCore, runner: StageRunner, batch: Batch) -> None:
         start = trio.current_time()
@@ -216,15 +224,9 @@ class StageService:
         now = trio.current_time()
         self._send(core.completed(batch, outputs, now - start, now))
 
-    async def _watch(
-        self,
-        runner: StageRunner,
-        fail: Callable[[RunnerFailed, trio.CancelScope], None],
-        scope: trio.CancelScope,
-    ) -> None:
+    async def _watch(self, runner: StageRunner, fail: Callable[[RunnerFailed], None]) -> None:
         await runner.failed.wait()
-        error = runner.failure or RunnerFailed("The runner has died.", reason="unknown")
-        fail(error, scope)
+        fail(runner.failure or RunnerFailed("The runner has died.", reason="unknown"))
 
     async def _expire(self, stage: _Stage) -> None:
         while True:
@@ -238,3 +240,12 @@ class StageService:
         if links is not None:
             for peer, message, tail in out:
                 links.send(peer, message, tail)
+
+
+def _ended(spec: StageSpec) -> Conflict:
+    return Conflict(
+        f"The placement of epoch {spec.epoch} has ended.",
+        code="stale_epoch",
+        remedy="The model was unloaded or placed anew; ask again.",
+        frame_epoch=spec.epoch,
+    )
