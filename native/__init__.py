@@ -1,7 +1,14 @@
-"""The Rust module under Python: hashing, sampling, the llama.cpp tap, the private-net cipher."""
+"""The Rust module under Python: hashing, sampling, llama.cpp tap, private-net cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,
+    RaftConf,
+    RaftCore,
+    RaftDropped,
+    RaftEntry,
+    RaftReady,
+    RaftRefused,
+    RaftStatus,
     TensorTap,
     XSalsa20,
     blake3,
@@ -13,6 +20,13 @@ from pyagent_node.native._native import (
 
 __all__ = [
     "Blake3",
+    "RaftConf",
+    "RaftCore",
+    "RaftDropped",
+    "RaftEntry",
+    "RaftReady",
+    "RaftRefused",
+    "RaftStatus",
     "TensorTap",
     "XSalsa20",
     "blake3",

@@ -83,9 +83,6 @@ class RaftConf:
     def joint(self) -> bool:
         """Whether a joint change is under way."""
 
-    def __eq__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
-
 @final
 class RaftEntry:
     """One entry of the log.
@@ -117,9 +114,6 @@ class RaftEntry:
     @property
     def context(self) -> bytes:
         """What the proposer attached."""
-
-    def __eq__(self, other: object, /) -> bool: ...
-    def __hash__(self) -> int: ...
 
 @final
 class RaftReady:
@@ -247,8 +241,8 @@ class RaftCore:
     6. If there is a snapshot, put it in the place of the state (no :meth:`advance_apply`).  Apply
        ``r.committed`` and then ``light.committed``, in order: :meth:`apply_conf` for each entry of
        kind 1, commands to the state machine, empty ones skipped.  Then ``advance_apply(index of the
-       last one)``; reads of ``r.read_states`` (and ``light.read_states``) may be answered once
-       their index is applied.
+       last one)``; reads of ``r.read_states`` may be answered once their index is applied.
+    7. If :attr:`snapshot_wanted`, give it a :meth:`snapshot` of what is applied now.
 
     A node starts from its last durable snapshot: ``conf`` is the configuration at
     ``snapshot_index``, ``entries`` are those after it, without gaps (what was compacted in memory
@@ -305,6 +299,14 @@ class RaftCore:
     def leader(self) -> int:
         """The leader's id, 0 when none is known."""
 
+    @property
+    def snapshot_wanted(self) -> bool:
+        """Whether a follower waits for a newer snapshot; :meth:`snapshot` answers that.
+
+        A node takes no snapshot older than its own place in the configuration, so one that has
+        just been added often needs a new one.  The snapshot need not be durable here.
+        """
+
     def tick(self) -> None:
         """Let one tick pass."""
 
@@ -343,8 +345,9 @@ class RaftCore:
     def read_index(self, context: bytes) -> None:
         """Ask for a linearizable read; ``context`` (1 to 64 bytes) comes back in ``read_states``.
 
-        Works on every node that knows a leader.  The answer may get lost: ask again with a new
-        context after a while.  ``RaftDropped``: no leader, too many reads pending, or a new
+        Works on every node that knows a leader.  **Never use a context twice**, not even after a
+        restart: an old answer would count for the new read.  The answer may get lost: ask again
+        after a while.  ``RaftDropped``: no leader, too many reads pending, or a new
         leader that has not committed anything yet.
         """
 
@@ -363,7 +366,7 @@ class RaftCore:
     def advance(self) -> RaftReady:
         """Say that what :meth:`ready` gave is durable; returns what follows from that at once.
 
-        Only ``messages``, ``committed``, ``read_states`` and ``hard_state`` may be filled.
+        Only ``messages``, ``committed`` and ``hard_state`` may be filled.
         """
 
     def advance_apply(self, index: int) -> None:

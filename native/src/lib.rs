@@ -9,6 +9,7 @@ mod choice;
 mod hash;
 mod philox;
 mod problem;
+mod raft;
 mod sampling;
 mod select;
 mod tap;
@@ -22,6 +23,10 @@ mod _native {
     use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
     #[pymodule_export]
     use super::philox::gumbel;
+    #[pymodule_export]
+    use super::raft::core::{RaftCore, RaftDropped, RaftRefused};
+    #[pymodule_export]
+    use super::raft::types::{RaftConf, RaftEntry, RaftReady, RaftStatus};
     #[pymodule_export]
     use super::sampling::sample;
     #[pymodule_export]
