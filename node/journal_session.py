@@ -1,8 +1,10 @@
-"""One session's journal at its head: what is there, what is signed, who holds how much.  Pure."""
+"""One session's journal at its head: what is there, what is signed, who holds how much."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import trio
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.pipeline.journal import Outcome, SessionJournal
@@ -24,25 +26,26 @@ Sign = Callable[[bytes], bytes]
 class HeadedSession:
     """A session that this node heads; ``claim`` counts its heads, this one included.
 
-    ``holders`` says how many tokens each peer is known to hold.  ``changed`` is called when
-    somebody who tends the session should look again.
+    ``wanted`` are the peers that get a copy, ``holders`` says how many tokens each of them is known
+    to hold, ``registered`` are the holders in the newest manifest.  ``retained``: somebody still
+    reads the answer, or may; ``kept``: others may go on with it, so its end drops nothing.
     """
 
-    def __init__(
-        self, journal: SessionJournal, head: PeerId, claim: int, sign: Sign, now: float
-    ) -> None:
+    def __init__(self, journal: SessionJournal, head: PeerId, claim: int, sign: Sign) -> None:
         self.session = journal.session
         self.public = public_id(journal.session)
         self.model = journal.model
         self.head = head
         self.claim = claim
-        self.began = now
         self.pieces = [encode_header(journal)]
         self.size = len(self.pieces[0])
+        self.wanted: set[PeerId] = set()
         self.holders: dict[PeerId, int] = {}
-        self.outcome: Outcome | None = None
         self.registered: frozenset[PeerId] | None = None
-        """The holders in the newest manifest that was sent to the log."""
+        self.outcome: Outcome | None = None
+        self.retained = False
+        self.kept = False
+        self._changed = trio.Event()
         self._sign = sign
         self._chain = chain_of(self.pieces[0])
         self._signed: tuple[int, bytes] | None = None
@@ -60,6 +63,22 @@ class HeadedSession:
             self.pieces.append(piece)
             self.size += len(piece)
             self._chain = extend(self._chain, piece)
+
+    @property
+    def over(self) -> bool:
+        """Whether it ended and nobody needs it here any more."""
+        return self.outcome is not None and (
+            self.kept or self.outcome == "left" or not self.retained
+        )
+
+    def touch(self) -> None:
+        """Wake whoever tends the session: something but its tokens changed."""
+        self._changed.set()
+
+    async def changed(self) -> None:
+        """Wait for the next :meth:`touch`; one that came since the last wait counts."""
+        await self._changed.wait()
+        self._changed = trio.Event()
 
     def signature(self) -> bytes:
         """Return this head's signature over all there is."""
