@@ -76,7 +76,7 @@ class Patience:
         if epoch > self._epoch:
             self._epoch = epoch
             self._pause = FIRST_PAUSE
-        if got or self.error is None:  # what came after is what came of it
+        if got or not begun or self.error is None:  # what came after is what came of it
             self.error = error
         self.retry_at = now + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)

@@ -15,7 +15,6 @@ from pyagent_node.base.errors import (
     DeadlineExceeded,
     NotFound,
     PyAgentError,
-    RunnerFailed,
     Unavailable,
     Unsupported,
 )
@@ -104,22 +103,21 @@ async def test_a_dead_runner_is_started_again_and_requests_wait_for_it(
         assert (report.state, report.failures, report.error) == ("ready", 3, None)
 
 
-async def test_a_runner_that_dies_in_mid_generation_names_itself(
+async def test_a_generation_goes_on_when_a_runner_dies_under_it(
     autojump_clock: MockClock,
 ) -> None:
     async with placed(3, (3, 7), (0, 1, 2)) as (world, _):
 
         async def kill() -> None:
-            await trio.sleep(0.2)
-            world.nodes[2].assets.runners[0].kill("SIGSEGV")
+            for node in (2, 1, 0):
+                await trio.sleep(1.5)
+                world.nodes[node].assets.runners[0].kill("SIGSEGV")
 
+        sampling = SamplingParams(temperature=0.0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kill)
-            with pytest.raises(RunnerFailed) as caught:
-                await world.nodes[0].ask(PROMPT, 1000, SamplingParams(temperature=0.0))
-        assert caught.value.facts["rank"] == 2
-        assert caught.value.facts["reason"] == "SIGSEGV"
-        assert await world.nodes[0].ask(PROMPT, 10, PARAMS) == EXPECTED
+            tokens = await world.nodes[0].ask(PROMPT, 100, sampling)
+        assert tokens == toy_generate(N_LAYERS, PROMPT, 100, sampling)
 
 
 async def test_pauses_between_attempts_grow(autojump_clock: MockClock) -> None:

@@ -55,23 +55,26 @@ def start(
         n_seq=1,
     )
     plan = HeadPlan(
-        session=SessionId("s"),
+        session=SessionId("stable"),
         head=HEAD,
-        placement=placement,
+        model=placement.model,
         budget=budget,
         stop=stop,
         ignore_eos=ignore_eos,
         sampling=SamplingParams(seed=3),
     )
     tokens = np.arange(prompt, dtype=np.int32) % 250
-    return HeadCore(plan, tokens, VOCABULARY, None if ranks == 1 else embed, 10.0)
+    core = HeadCore(plan, tokens, VOCABULARY, 10.0)
+    core.begin(SessionId("s"), placement, None if ranks == 1 else embed, 10.0)
+    return core
 
 
 def send_prompt(core: HeadCore) -> list[Step]:
     """Send every chunk that may go now."""
     sent = []
     while (chunk := core.next_chunk()) is not None:
-        out = core.send_chunk(chunk, None, 10.0)
+        assert core.attempt is not None
+        out = core.attempt.send_chunk(chunk, None, 10.0)
         assert isinstance(out.message, Step)
         sent.append(out.message)
     return sent
@@ -102,7 +105,9 @@ def events(core: HeadCore, now: float = 12.0) -> list[GenerationEvent]:
 
 
 def test_the_opening_carries_what_every_rank_needs() -> None:
-    out = start(3, budget=5).open()
+    core = start(3, budget=5)
+    assert core.attempt is not None
+    out = core.attempt.open()
     assert out.peer == "p0"
     assert out.message == OpenSession(
         SessionId("s"), Digest("a" * 64), 4, 0, HEAD, 8, 3, SamplingParams(seed=3)
@@ -233,14 +238,15 @@ def test_a_lagging_reader_stops_the_session_and_starts_it_again() -> None:
     while result(core, step, 65) is not None:
         step += 1
     assert step == RUN_AHEAD - 1
-    outs = []
+    assert send_prompt(core) == []
+    rooms = []
     for _ in range(RUN_AHEAD):
-        event, out = core.take(20.0)
+        event, room = core.take(20.0)
         assert event is not None
-        outs.append(out)
-    (again,) = [o for o in outs if o is not None]
-    assert isinstance(again.message, Step)
-    assert again.message.step == RUN_AHEAD
+        rooms.append(room)
+    assert rooms.count(True) == 1
+    (again,) = send_prompt(core)
+    assert (again.step, again.n, again.sample) == (RUN_AHEAD, 1, True)
     assert result(core, RUN_AHEAD, 66) is not None
 
 
@@ -280,9 +286,11 @@ def test_a_dead_runner_is_named_with_rank_node_and_reason_after_the_tokens_befor
     send_prompt(core)
     result(core, 0, 65)
     info = RunnerFailed("It was killed by SIGKILL.", reason="SIGKILL").to_info()
-    core.on_error(PeerId("p1"), fault(1, info))
+    assert len(core.on_error(PeerId("p1"), fault(1, info), 11.0)) == 3
     event, _ = core.take(12.0)
     assert isinstance(event, Generated)
+    assert core.take(12.0) == (None, False)
+    core.give_up()
     with pytest.raises(RunnerFailed, match="runner of rank 1 on node p1 failed: It") as c:
         core.take(12.0)
     assert c.value.facts == {"reason": "SIGKILL", "rank": 1, "peer_id": "p1"}
@@ -290,7 +298,9 @@ def test_a_dead_runner_is_named_with_rank_node_and_reason_after_the_tokens_befor
 
 def test_the_error_of_a_stranger_is_not_believed() -> None:
     core = start()
-    core.on_error(PeerId("stranger"), fault(1, ErrorInfo("conflict", "stale_epoch", "x")))
+    error = fault(1, ErrorInfo("conflict", "stale_epoch", "x"))
+    assert core.on_error(PeerId("stranger"), error, 11.0) == []
+    assert core.attempt is not None
     assert not core.over
 
 
@@ -309,7 +319,7 @@ def test_a_result_of_another_than_the_tail_is_ignored(sender: str) -> None:
     core = start()
     send_prompt(core)
     assert result(core, 0, 65, sender=PeerId(sender)) is None
-    assert not core.ready
+    assert core.take(11.0) == (None, False)
     assert result(core, 0, 66) is not None
 
 
@@ -330,9 +340,11 @@ def test_an_unknown_alternative_is_refused() -> None:
 
 def test_a_lost_rank_is_named() -> None:
     core = start()
-    core.peer_down(PeerId("elsewhere"))
-    assert not core.over
-    core.peer_down(PeerId("p1"))
+    assert core.peer_down(PeerId("elsewhere"), 11.0) == []
+    assert core.attempt is not None
+    assert [o.peer for o in core.peer_down(PeerId("p1"), 11.0)] == ["p0", "p1", "p2"]
+    assert core.attempt is None
+    core.give_up()
     with pytest.raises(Unavailable) as caught:
         core.take(11.0)
     assert caught.value.code == "peer_lost"
