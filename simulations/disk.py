@@ -81,6 +81,11 @@ class SimulatedDisk:
         self._lives += 1
         self.power_for = math.inf
 
+    def survive(self) -> None:
+        """The program ended but not the machine: what it wrote is there, synced or not."""
+        self._lives += 1
+        self.power_for = math.inf
+
     def _leave(self, file: _File) -> bytes:
         """Return what a crash leaves of a file."""
         seen, kept = bytes(file.seen), file.kept
@@ -115,6 +120,14 @@ class SimulatedDisk:
         """Lose everything: the node comes back with an empty disk."""
         self._seen, self._kept = {}, {}
         self._lives += 1
+
+    def image(self) -> SimulatedDisk:
+        """Return a copy of the disk as programs see it now, to look at."""
+        other = SimulatedDisk(random.Random(0), name=f"image of {self._name}")  # noqa: S311
+        for name, file in self._seen.items():
+            other._seen[name] = other._kept[name] = _File(bytes(file.seen))
+            other._seen[name].kept = bytes(file.seen)
+        return other
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
