@@ -168,6 +168,7 @@ async def _drain(node: Node, drain: Drain, seconds: float, end: _End) -> None:
         if grace.cancelled_caught:
             log.warning("%d answers had not finished in time", len(node.engine.sessions()))
         nursery.cancel_scope.cancel()
+    node.journals.stop()
     drain.expire()
 
 

@@ -32,6 +32,8 @@ from pyagent_node.node.home import Home
 from pyagent_node.node.hosting import open_models
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.joining import keep_fresh, merge_bootstrap
+from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.logs import Redactor
 from pyagent_node.node.membership import Membership, enforce
 from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
@@ -41,6 +43,7 @@ from pyagent_node.node.nurseries import background
 from pyagent_node.node.profiles import MeshProfile, active_profile
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
+from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
 
 log = logging.getLogger("pyagent_node.daemon")
 
@@ -63,6 +66,9 @@ class Node:
     pipeline: Pipeline
     models: NodeModels
     transfers: TransferStats
+    journals: JournalKeeper
+    recovery: SessionRecovery
+    live: LiveSessions
     started: float
 
     @property
@@ -109,7 +115,8 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         open_mesh(config) as mesh,
         open_consensus(mesh, home, profile) as consensus,
         open_rpc(mesh) as rpc,
-        open_pipeline(mesh) as pipeline,
+        open_journals(mesh, consensus, rpc, key) as journals,
+        open_pipeline(mesh, journal=journals) as pipeline,
         open_models(
             mesh=mesh,
             consensus=consensus,
@@ -122,6 +129,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             memory=memory_budget(settings.memory_limit),
             assets=LocalAssets(mesh, store, threads=threads, stats=transfers),
         ) as models,
+        open_sessions(mesh.peer_id, consensus, rpc, journals, pipeline.engine) as sessions,
         background() as nursery,
     ):
         membership.bind(consensus)
@@ -148,6 +156,9 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             pipeline=pipeline,
             models=models,
             transfers=transfers,
+            journals=journals,
+            recovery=sessions.recovery,
+            live=sessions.live,
             started=time.time(),
         )
 

@@ -30,6 +30,7 @@ from pyagent_node.node.api.schema import (
 from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
+from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.placement_messages import HeadReport, RankReport
 from pyagent_node.node.runtime import Node
 from pyagent_node.node.self_check import examine
@@ -53,11 +54,21 @@ class NodeServices:
         self.telemetry.bridge(self._pipeline_samples)
         self.telemetry.bridge(self._part_samples)
         self.telemetry.bridge(self._transfer_samples)
+        self.telemetry.bridge(self._session_samples)
 
     @property
     def engine(self) -> PipelineEngine:
         """See :class:`ApiServices`."""
         return self._node.engine
+
+    @property
+    def live(self) -> LiveSessions:
+        """See :class:`ApiServices`."""
+        return self._node.live
+
+    def session_ttl(self) -> int:
+        """See :class:`ApiServices`."""
+        return self._node.consensus.state.settings["session_ttl"]
 
     def shutdown(self) -> None:
         """See :class:`ApiServices`."""
@@ -236,6 +247,15 @@ class NodeServices:
         yield Sample("transfer_chunks", "Chunks fetched from peers.", stats.chunks_fetched)
         text = "Chunks refused because their digest was wrong."
         yield Sample("transfer_corrupt_chunks", text, stats.chunks_corrupt)
+
+    def _session_samples(self) -> Iterator[Sample]:
+        """Journals of sessions, and sessions that changed their head."""
+        node = self._node
+        yield from node.journals.samples()
+        taken = "Sessions that this node took over from other heads."
+        yield Sample("sessions_taken_over", taken, node.live.taken_over)
+        bad = "Copies of journals that were refused because they had been changed."
+        yield Sample("journals_refused", bad, node.recovery.bad_copies)
 
     def _pipeline_samples(self) -> Iterator[Sample]:
         node = self._node

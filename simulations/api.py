@@ -26,6 +26,7 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
+from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.api.app import ApiOptions, create_app
 from pyagent_node.node.api.exchange import Drain
 from pyagent_node.node.api.guard import GuardOptions
@@ -48,6 +49,8 @@ from pyagent_node.node.api.schema import (
 )
 from pyagent_node.node.api.server import ApiServer, ServerOptions, open_api
 from pyagent_node.node.api.services import Report
+from pyagent_node.node.live_sessions import LiveSessions, Recovered, open_live_sessions
+from pyagent_node.node.session_recovery import session_not_found
 from pyagent_node.node.telemetry import Telemetry
 
 TOKEN = "test-token-of-32-characters-0000"  # noqa: S105 (of simulated nodes only)
@@ -192,6 +195,16 @@ class WordEngine:
             if not self.running:
                 self.idle.set()
 
+    def resume(
+        self, journal: SessionJournal, after: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
+        """Refuse: nothing is ever taken over from another node."""
+        raise session_not_found(journal.session)
+
+    def fail(self, session: SessionId, error: PyAgentError) -> bool:
+        """Know no session of others."""
+        return False
+
     def choose(self, request: GenerationRequest, position: int) -> int:
         """Return the token at ``position``; the seed counts when the temperature does."""
         if request.sampling.logit_bias:
@@ -203,8 +216,25 @@ class WordEngine:
         return int.from_bytes(digest[:4], "big") % len(self.words)
 
 
+class Forgetful:
+    """Keeps no journals."""
+
+    def retain(self, session: SessionId, claim: int = 1) -> None:
+        """Do nothing."""
+
+    def release(self, session: SessionId) -> None:
+        """Do nothing."""
+
+
+async def no_session(session: SessionId) -> Recovered:
+    """Know no session of others."""
+    raise session_not_found(session)
+
+
 class SimulatedServices:
     """A node whose operations succeed at once and are noted in ``calls``."""
+
+    live: LiveSessions
 
     def __init__(self) -> None:
         self.engine = WordEngine()
@@ -213,6 +243,10 @@ class SimulatedServices:
         self.stopped = False
         self.load_error: Exception | None = None
         self.calls: list[object] = []
+
+    def session_ttl(self) -> int:
+        """Return ten minutes."""
+        return 600
 
     def readiness(self) -> Readiness:
         """Return ready, unless ``reasons`` were set."""
@@ -307,7 +341,11 @@ async def simulated_api(
         generation=generation or GenerationOptions(random_bits=lambda bits: 42, now=lambda: 17.0),
     )
     app = create_app(services, options, drain)
-    async with open_api(app, server or ServerOptions(), drain) as running:
+    async with (
+        open_live_sessions(services.engine, Forgetful(), no_session) as live,
+        open_api(app, server or ServerOptions(), drain) as running,
+    ):
+        services.live = live
         api = SimulatedApi(services, running, drain)
         async with api.http:
             yield api

@@ -1,33 +1,69 @@
-"""Runs the generations of one request side by side and merges their events."""
+"""Reads the generations of one request side by side and merges their events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 import trio
 
 from pyagent_node.base.errors import PyAgentError
-from pyagent_node.inference.generation import Engine, GenerationEvent, GenerationRequest
+from pyagent_node.inference.generation import GenerationEvent, GenerationRequest
 from pyagent_node.node.api.errors import as_pyagent_error
 
 _QUEUED_EVENTS: Final = 32
 """Events waiting for a slow reader; then the generations wait too."""
 
 ChoiceEvent = tuple[int, GenerationEvent]
+Generate = Callable[
+    [GenerationRequest], AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]
+]
 
 
-class ChoiceEvents:
-    """An asynchronous iterator of ``(choice, event)``; ends when every choice has finished.
+@asynccontextmanager
+async def run_choices(
+    generate: Generate, requests: Sequence[GenerationRequest]
+) -> AsyncIterator[AsyncIterator[ChoiceEvent]]:
+    """Generate every request and give ``(choice, event)``, until every choice has finished.
 
-    The first error of any choice is raised in its place.
+    The first error of any choice is raised in its place.  Leaving the context leaves every
+    generation.
     """
+    if len(requests) == 1:
+        async with generate(requests[0]) as events:
+            yield _Only(events)
+        return
+    sending, receiving = trio.open_memory_channel[ChoiceEvent | PyAgentError](_QUEUED_EVENTS)
+    async with trio.open_nursery() as nursery:
+        for index, request in enumerate(requests):
+            nursery.start_soon(_run_one, generate, index, request, sending.clone())
+        sending.close()
+        with receiving:
+            yield _Merged(receiving)
+        nursery.cancel_scope.cancel()
+
+
+class _Only:
+    """The events of one choice: no task in between."""
+
+    def __init__(self, events: AsyncIterator[GenerationEvent]) -> None:
+        self._events = events
+
+    def __aiter__(self) -> _Only:
+        return self
+
+    async def __anext__(self) -> ChoiceEvent:
+        return 0, await self._events.__anext__()
+
+
+class _Merged:
+    """The events of several."""
 
     def __init__(self, source: trio.MemoryReceiveChannel[ChoiceEvent | PyAgentError]) -> None:
         self._source = source
 
-    def __aiter__(self) -> ChoiceEvents:
+    def __aiter__(self) -> _Merged:
         return self
 
     async def __anext__(self) -> ChoiceEvent:
@@ -40,30 +76,15 @@ class ChoiceEvents:
         return item
 
 
-@asynccontextmanager
-async def run_choices(
-    engine: Engine, requests: Sequence[GenerationRequest]
-) -> AsyncIterator[ChoiceEvents]:
-    """Generate every request; leaving the context cancels what still runs, on every rank."""
-    sending, receiving = trio.open_memory_channel[ChoiceEvent | PyAgentError](_QUEUED_EVENTS)
-    async with trio.open_nursery() as nursery:
-        for index, request in enumerate(requests):
-            nursery.start_soon(_run_one, engine, index, request, sending.clone())
-        sending.close()
-        with receiving:
-            yield ChoiceEvents(receiving)
-        nursery.cancel_scope.cancel()
-
-
 async def _run_one(
-    engine: Engine,
+    generate: Generate,
     index: int,
     request: GenerationRequest,
     sending: trio.MemorySendChannel[ChoiceEvent | PyAgentError],
 ) -> None:
     with sending:
         try:
-            async with engine.generate(request) as events:
+            async with generate(request) as events:
                 async for event in events:
                     await sending.send((index, event))
         except trio.BrokenResourceError:

@@ -83,9 +83,9 @@ class Sender:
         self.complete = True
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def start(self, media_type: str) -> None:
+    async def start(self, media_type: str, headers: Mapping[str, str] | None = None) -> None:
         """Begin a stream."""
-        await self._start(200, media_type, {"cache-control": "no-store"}, None)
+        await self._start(200, media_type, {"cache-control": "no-store", **(headers or {})}, None)
 
     async def write(self, data: bytes) -> None:
         """Send a part of a stream, waiting while the client does not read."""

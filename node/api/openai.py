@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Final
 
 import msgspec
 import trio
 from fastapi import APIRouter, Request, Response
 
-from pyagent_node.base.errors import NotFound, PyAgentError, Unavailable
-from pyagent_node.inference.generation import Engine, Finished, LoadedModel
+from pyagent_node.base.errors import InvalidRequest, NotFound, PyAgentError, Unavailable
+from pyagent_node.base.types import SessionId
+from pyagent_node.inference.generation import (
+    Engine,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    LoadedModel,
+)
 from pyagent_node.node.api.choices import run_choices
 from pyagent_node.node.api.errors import as_pyagent_error, too_busy
-from pyagent_node.node.api.exchange import Drain, Reply, Sender
+from pyagent_node.node.api.exchange import Drain, Reply, Sender, Work
+from pyagent_node.node.api.labels import make_label, read_label
 from pyagent_node.node.api.openai_replies import Writer
 from pyagent_node.node.api.openai_requests import Plan, plan_chat, plan_completion
 from pyagent_node.node.api.services import ApiServices
 from pyagent_node.node.telemetry import GenerationMetrics
+
+SESSION_HEADER: Final = "x-session-id"
+"""Names the sessions of a reply, one for each choice, with commas between."""
+
+_SESSION_ID: Final = re.compile(r"[0-9a-f]{32}")
+_TOKEN_INDEX: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 RandomBits = Callable[[int], int]
 """Returns that many random bits as a non-negative integer."""
@@ -93,7 +110,36 @@ def openai_router(services: ApiServices, drain: Drain, options: GenerationOption
     async def completions(request: Request) -> Response:
         return generations.reply(plan_completion(await request.body(), options.random_bits(64)))
 
+    @router.get("/sessions/{session}/stream")
+    async def resume(session: str, request: Request) -> Response:
+        return generations.resumed(
+            _session_id(session), _token_index(request.query_params.getlist("from"))
+        )
+
     return router
+
+
+def _session_id(text: str) -> SessionId:
+    if not _SESSION_ID.fullmatch(text):
+        raise InvalidRequest(
+            "A session's id has 32 hexadecimal digits in lower case.",
+            code="bad_parameter",
+            remedy=f"Take it from the header {SESSION_HEADER} of the reply.",
+            parameter="session",
+        )
+    return SessionId(text)
+
+
+def _token_index(given: list[str]) -> int:
+    text = given[0] if len(given) == 1 else "" if given else "0"
+    if not _TOKEN_INDEX.fullmatch(text):
+        raise InvalidRequest(
+            "from must be one whole number: how many tokens of the answer were received.",
+            code="bad_parameter",
+            remedy="Take it from the token_count of the last chunk.",
+            parameter="from",
+        )
+    return int(text)
 
 
 async def _json(body: object, sender: Sender) -> None:
@@ -122,21 +168,54 @@ class _Generations:
 
     def reply(self, plan: Plan) -> Reply:
         """Return the response that carries out ``plan``."""
-        return Reply(partial(self._answer, plan), drain=self._drain, seconds=self._options.seconds)
+        return self._reply(partial(self._answer, plan))
+
+    def resumed(self, session: SessionId, after: int) -> Reply:
+        """Return the response that goes on with a session."""
+        return self._reply(partial(self._resume, session, after))
+
+    def _reply(self, work: Work) -> Reply:
+        return Reply(work, drain=self._drain, seconds=self._options.seconds)
 
     async def _answer(self, plan: Plan, sender: Sender) -> None:
-        if self._running >= self._options.concurrent:
-            raise too_busy(self._options.concurrent)
+        self._check_room()
         engine = self._services.engine
         model = self._find(engine, plan)
-        options = self._options
-        writer = Writer(plan, model, options.random_bits(128), int(options.now()))
-        self._running += 1
+        ttl = self._services.session_ttl()
+        if plan.resume_seconds > ttl:
+            raise InvalidRequest(
+                f"resume_seconds is {plan.resume_seconds:g}; it must be at most {ttl}.",
+                code="bad_parameter",
+                remedy="That is the mesh's setting session_ttl.",
+                parameter="resume_seconds",
+            )
+        options, shape = self._options, plan.shape()
+        identity, created = options.random_bits(128), int(options.now())
+        sessions = [self._services.live.new_id() for _ in plan.requests]
+        requests = [
+            msgspec.structs.replace(
+                request, session=session, label=make_label(shape, identity, created, choice)
+            )
+            for choice, (request, session) in enumerate(zip(plan.requests, sessions, strict=True))
+        ]
+        with self._counting(model.name, plan):
+            writer = Writer(shape, model, identity, created)
+            answer = _Answer(sender, writer, sessions)
+            await self._generate(plan, requests, answer, model.name)
+
+    def _check_room(self) -> None:
+        if self._running >= self._options.concurrent:
+            raise too_busy(self._options.concurrent)
+
+    @contextmanager
+    def _counting(self, model: str, plan: Plan | None) -> Iterator[None]:
+        """Count a generation, and turn what ends it into an error for the client."""
         metrics = self._services.telemetry.generation
+        self._running += 1
         outcome = "cancelled"
         try:
             with metrics.running.track_inprogress():
-                await self._generate(engine, plan, writer, model.name, sender)
+                yield
             outcome = "ok"
         except trio.Cancelled:
             raise
@@ -147,7 +226,7 @@ class _Generations:
         finally:
             self._running -= 1
             if outcome != "ok":
-                metrics.ended.labels(model.name, outcome).inc()
+                metrics.ended.labels(model, outcome).inc()
 
     def _find(self, engine: Engine, plan: Plan) -> LoadedModel:
         try:
@@ -163,30 +242,85 @@ class _Generations:
             raise
 
     async def _generate(
-        self, engine: Engine, plan: Plan, writer: Writer, model: str, sender: Sender
+        self, plan: Plan, requests: list[GenerationRequest], answer: _Answer, model: str
     ) -> None:
         metrics = self._services.telemetry.generation
-        async with run_choices(engine, plan.requests) as events:
+        start = partial(self._services.live.generate, resume_seconds=plan.resume_seconds)
+        async with run_choices(start, requests) as events:
             async for index, event in events:
-                chunk = writer.add(index, event)
                 if isinstance(event, Finished):
                     _count(metrics, model, event)
-                if not plan.stream:
-                    continue
-                if not sender.started:
-                    # Only now: until the first token an error still gets its own status.
-                    await sender.start("text/event-stream; charset=utf-8")
-                    for opening in writer.opening():
-                        await sender.write(opening)
-                if chunk is not None:
-                    await sender.write(chunk)
-        if not plan.stream:
-            await sender.json(writer.whole())
-            return
-        if plan.include_usage:
-            await sender.write(writer.usage_chunk())
-        await sender.write(b"data: [DONE]\n\n")
-        await sender.end()
+                if plan.stream:
+                    await answer.show(index, event)
+                else:
+                    answer.writer.add(index, event)
+            if plan.stream:
+                await answer.finish(usage=plan.include_usage)
+            else:
+                await answer.sender.json(answer.writer.whole(), headers=answer.headers)
+
+    async def _resume(self, session: SessionId, after: int, sender: Sender) -> None:
+        self._check_room()
+        services = self._services
+        metrics = services.telemetry.generation
+        with self._counting("resumed", None):
+            async with services.live.attach(session, after) as reader:
+                label = read_label(reader.live.label)
+                answer: _Answer | None = None
+                async for event in reader:
+                    if answer is None:  # until there is a token an error gets its own status
+                        model = find_model(services.engine, reader.live.model)
+                        writer = Writer(label.shape, model, int(label.identity, 16), label.created)
+                        answer = _Answer(sender, writer, [session], only=label.choice)
+                        for seen in reader.skipped:
+                            writer.skip(label.choice, seen)
+                        if after:
+                            await answer.begin(opening=False)
+                    if isinstance(event, Finished):
+                        _count(metrics, model.name, event)
+                    await answer.show(label.choice, event)
+                if answer is not None:
+                    await answer.finish(usage=label.shape.include_usage)
+
+
+class _Answer:
+    """One reply on its way to the client; ``only`` restricts a stream to one choice."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        writer: Writer,
+        sessions: Sequence[SessionId],
+        *,
+        only: int | None = None,
+    ) -> None:
+        self.sender = sender
+        self.writer = writer
+        self.headers = {SESSION_HEADER: ",".join(sessions)}
+        self._only = only
+
+    async def begin(self, *, opening: bool = True) -> None:
+        """Start the stream."""
+        await self.sender.start("text/event-stream; charset=utf-8", self.headers)
+        if opening:
+            for chunk in self.writer.opening(self._only):
+                await self.sender.write(chunk)
+
+    async def show(self, index: int, event: GenerationEvent) -> None:
+        """Send an event."""
+        chunk = self.writer.add(index, event)
+        if not self.sender.started:
+            # Only now: until the first token an error still gets its own status.
+            await self.begin()
+        if chunk is not None:
+            await self.sender.write(chunk)
+
+    async def finish(self, *, usage: bool) -> None:
+        """End the stream."""
+        if usage:
+            await self.sender.write(self.writer.usage_chunk())
+        await self.sender.write(b"data: [DONE]\n\n")
+        await self.sender.end()
 
 
 def _count(metrics: GenerationMetrics, model: str, event: Finished) -> None:
@@ -199,8 +333,10 @@ def _count(metrics: GenerationMetrics, model: str, event: Finished) -> None:
         metrics.token.labels(model).observe(1 / usage.tokens_per_second)
 
 
-def _for_client(error: PyAgentError, plan: Plan) -> PyAgentError:
+def _for_client(error: PyAgentError, plan: Plan | None) -> PyAgentError:
     """Name the parameter where OpenAI's clients expect it."""
+    if plan is None:
+        return error
     if error.code == "prompt_too_long":
         error.facts.setdefault("parameter", "messages" if plan.kind == "chat" else "prompt")
     elif error.code == "model_not_found":

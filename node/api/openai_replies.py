@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from pyagent_node.inference.generation import Finished, Generated, LoadedModel, TopLogprob
-from pyagent_node.node.api.openai_requests import Plan
+from pyagent_node.node.api.openai_requests import Shape
 
 Json = dict[str, object]
 
@@ -161,27 +161,36 @@ def _tokens(events: Sequence[Generated]) -> Json:
 class Writer:
     """Builds the replies to one request.
 
-    ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time.
+    ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time.  Chunks
+    say in ``token_count`` how many tokens of their choice there were so far, themselves included:
+    from there a client asks for the rest if it loses the stream.
     """
 
-    def __init__(self, plan: Plan, model: LoadedModel, identity: int, created: int) -> None:
-        self._plan = plan
-        self._style: Style = ChatStyle() if plan.kind == "chat" else CompletionStyle()
-        self._choices = [Choice() for _ in plan.requests]
+    def __init__(self, shape: Shape, model: LoadedModel, identity: int, created: int) -> None:
+        self._shape = shape
+        self._style: Style = ChatStyle() if shape.kind == "chat" else CompletionStyle()
+        self._choices = [Choice() for _ in range(shape.choices)]
         self._fingerprint = fingerprint(model)
         self._id = f"{self._style.prefix}{identity:032x}"
         self._created = created
-        self._model = plan.model
+        self._model = shape.model
 
-    def opening(self) -> list[bytes]:
-        """Return the chunks before the first token."""
+    def opening(self, only: int | None = None) -> list[bytes]:
+        """Return the chunks before the first token: of every choice, or of ``only`` one."""
         fields = self._style.opening()
         if fields is None:
             return []
         return [
             self._chunk([{"index": i, **fields, "logprobs": None, "finish_reason": None}])
-            for i in range(len(self._choices))
+            for i in (range(len(self._choices)) if only is None else (only,))
         ]
+
+    def skip(self, index: int, event: Generated | Finished) -> None:
+        """Take in an event that the reader of a choice has seen already."""
+        if isinstance(event, Generated):
+            choice = self._choices[index]
+            choice.events.append(event)
+            choice.offset += _characters(event) if self._shape.logprobs else 0
 
     def add(self, index: int, event: Generated | Finished) -> bytes | None:
         """Take in an event; return the chunk to stream for it, if there is anything to show."""
@@ -196,24 +205,26 @@ class Writer:
                         **self._style.part(event.text),
                         "logprobs": None,
                         "finish_reason": event.reason,
+                        "token_count": len(choice.events),
                     }
                 ],
                 finished=event,
             )
         choice.events.append(event)
         logprobs: Json | None = None
-        if self._plan.logprobs:
-            logprobs = self._style.logprobs([event], choice.offset, self._plan.top_logprobs)
+        if self._shape.logprobs:
+            logprobs = self._style.logprobs([event], choice.offset, self._shape.top_logprobs)
             choice.offset += _characters(event)
-        elif not event.text and not self._plan.token_ids:
+        elif not event.text and not self._shape.token_ids:
             return None
         body: Json = {
             "index": index,
             **self._style.part(event.text),
             "logprobs": logprobs,
             "finish_reason": None,
+            "token_count": len(choice.events),
         }
-        if self._plan.token_ids:
+        if self._shape.token_ids:
             body |= _tokens([event])
         return self._chunk([body])
 
@@ -229,24 +240,24 @@ class Writer:
             body: Json = {
                 "index": index,
                 **self._style.whole(choice.text),
-                "logprobs": self._style.logprobs(choice.events, 0, self._plan.top_logprobs)
-                if self._plan.logprobs
+                "logprobs": self._style.logprobs(choice.events, 0, self._shape.top_logprobs)
+                if self._shape.logprobs
                 else None,
                 "finish_reason": choice.finished.reason,
             }
-            if self._plan.token_ids:
+            if self._shape.token_ids:
                 body |= _tokens(choice.events)
             choices.append(body)
         reply = self._envelope(self._style.whole_object, choices)
         reply["usage"] = self._usage()
-        if self._plan.token_ids:
+        if self._shape.token_ids:
             assert self._choices[0].finished is not None
             reply["pyagent"] = self._details(self._choices[0].finished)
         return msgspec.json.encode(reply)
 
     def _usage(self) -> Json:
         ended = [c.finished.usage for c in self._choices if c.finished is not None]
-        each = len(self._choices) // self._plan.prompts
+        each = len(self._choices) // self._shape.prompts
         prompt = sum(usage.prompt_tokens for usage in ended[::each])
         completion = sum(usage.completion_tokens for usage in ended)
         return {
@@ -259,9 +270,9 @@ class Writer:
         self, choices: list[Json], usage: Json | None = None, finished: Finished | None = None
     ) -> bytes:
         reply = self._envelope(self._style.chunk_object, choices)
-        if self._plan.include_usage:
+        if self._shape.include_usage:
             reply["usage"] = usage
-        if finished is not None and self._plan.token_ids:
+        if finished is not None and self._shape.token_ids:
             reply["pyagent"] = self._details(finished)
         return b"data: " + msgspec.json.encode(reply) + b"\n\n"
 
@@ -279,7 +290,7 @@ class Writer:
         usage = finished.usage
         return {
             "placement": finished.placement,
-            "seed": self._plan.seed,
+            "seed": self._shape.seed,
             "ttft_seconds": usage.ttft_seconds,
             "seconds": usage.seconds,
             "tokens_per_second": usage.tokens_per_second,

@@ -4,14 +4,16 @@ Pure: bytes in, a :class:`Plan` out.  Fields that change the answer and that we 
 refused by name; fields that do not (``user``, ``metadata``, ...) and unknown ones are ignored.
 
 Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repetition_penalty``,
-``ignore_eos``, ``max_tokens: -1`` (up to the context), and ``return_token_ids`` (adds
+``ignore_eos``, ``max_tokens: -1`` (up to the context), ``return_token_ids`` (adds
 ``token_ids``, with ``step_seconds`` and ``compute_seconds`` of each, to every choice and a
-``pyagent`` object with the placement and the times of the first choice to the end of the answer).
+``pyagent`` object with the placement and the times of the first choice to the end of the answer),
+and ``resume_seconds`` (how long the answer goes on without its client, who may come back for it).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Final, Literal
 
 import msgspec
@@ -81,6 +83,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    resume_seconds: float | None = None
 
 
 class ChatBody(_Common, frozen=True, kw_only=True):
@@ -110,23 +113,38 @@ class CompletionBody(_Common, frozen=True, kw_only=True):
     best_of: int | None = None
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request: ``requests[i]`` answers choice ``i``.
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer is shown, whoever shows it.
 
-    ``prompts`` is the number of distinct prompts; choice ``i`` belongs to prompt
-    ``i // (len(requests) // prompts)``.
+    ``choices`` belong to ``prompts`` distinct prompts: choice ``i`` to prompt
+    ``i // (choices // prompts)``.
     """
 
     kind: Literal["chat", "completion"]
     model: str
-    stream: bool
     include_usage: bool
     logprobs: bool
     top_logprobs: int
     token_ids: bool
     seed: int
     prompts: int
+    choices: int
+
+
+class Plan(Shape, frozen=True, kw_only=True):
+    """A checked request: ``requests[i]`` answers choice ``i``.
+
+    ``resume_seconds`` is how long the answer goes on without its client.
+    """
+
+    stream: bool
+    resume_seconds: float
     requests: tuple[GenerationRequest, ...]
+
+    def shape(self) -> Shape:
+        """Return how the answer is shown."""
+        names = Shape.__struct_fields__
+        return Shape(**{name: getattr(self, name) for name in names})
 
 
 _CHAT = msgspec.json.Decoder(ChatBody)
@@ -246,6 +264,8 @@ def _plan(
         token_ids=bool(body.return_token_ids),
         seed=sampling.seed,
         prompts=len(requests),
+        choices=len(choices),
+        resume_seconds=_resume_seconds(body.resume_seconds),
         requests=tuple(choices),
     )
 
@@ -303,6 +323,13 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise _bad("stop", f"strings must have 1 to {MAX_STOP_LENGTH} characters")
     return stops
+
+
+def _resume_seconds(value: float | None) -> float:
+    seconds = 0.0 if value is None else value
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise _bad("resume_seconds", f"is {seconds!r}; it must be 0 or more")
+    return seconds
 
 
 def _max_tokens(name: str, value: int | None) -> int | None:

@@ -21,6 +21,7 @@ from pyagent_node.node.api.schema import (
     Readiness,
     StatusView,
 )
+from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.telemetry import Telemetry
 
 Report = Callable[[Progress], None]
@@ -33,6 +34,15 @@ class ApiServices(Protocol):
     @property
     def engine(self) -> Engine:
         """Answers generation requests."""
+        ...
+
+    @property
+    def live(self) -> LiveSessions:
+        """Runs the generations, apart from their readers."""
+        ...
+
+    def session_ttl(self) -> int:
+        """Return for how many seconds a session without its client or its head can be resumed."""
         ...
 
     @property

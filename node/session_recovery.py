@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 import trio
@@ -17,6 +18,13 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.journal_holding import JournalHolder
 from pyagent_node.node.journal_messages import FetchJournal, JournalCopy, public_id, read_copy
+from pyagent_node.node.journals import JournalKeeper
+from pyagent_node.node.live_sessions import (
+    LiveSessions,
+    Recovered,
+    ResumableEngine,
+    open_live_sessions,
+)
 from pyagent_node.node.rpc import Rpc
 
 log = logging.getLogger("pyagent_node.journals")
@@ -25,13 +33,6 @@ FETCH_SECONDS: Final = 8.0
 """Longest time in which one holder must have answered."""
 MORE_SECONDS: Final = 0.25
 """How long other holders are waited for once a good copy is here: theirs may be longer."""
-
-
-class Recovered(NamedTuple):
-    """A session's journal, and the number under which this node heads it now."""
-
-    journal: SessionJournal
-    claim: int
 
 
 class SessionRecovery:
@@ -156,3 +157,34 @@ def _unavailable(failures: list[PyAgentError]) -> PyAgentError:
         code="journal_unavailable",
         remedy="Try again in a moment; see 'pyagent-node status' for nodes that are away.",
     )
+
+
+class Sessions(NamedTuple):
+    """A node's part in sessions: those it heads, and how it comes to head others."""
+
+    live: LiveSessions
+    recovery: SessionRecovery
+
+
+@asynccontextmanager
+async def open_sessions(
+    peer_id: PeerId,
+    consensus: Consensus,
+    rpc: Rpc,
+    journals: JournalKeeper,
+    engine: ResumableEngine,
+    *,
+    wall: Callable[[], float] = time.time,
+) -> AsyncIterator[Sessions]:
+    """Run sessions on ``engine`` while the context lasts, with journals and resuming."""
+    recovery = SessionRecovery(
+        peer_id,
+        consensus,
+        rpc,
+        journals.holder,
+        can_serve=lambda model: model in consensus.state.placements,
+        wall=wall,
+    )
+    async with open_live_sessions(engine, journals, recovery.recover) as live:
+        journals.on_claimed = live.claimed
+        yield Sessions(live, recovery)
