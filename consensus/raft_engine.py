@@ -262,6 +262,7 @@ class RaftEngine:
     def changed(self) -> None:
         """Take note of a new term, role, leader or configuration."""
         node = self.node
+        self._changes.look()
         place = (node.leader, node.core.term)
         if place != self._place:
             self._place = place
@@ -269,7 +270,6 @@ class RaftEngine:
             if not node.leads:
                 self._changes.leadership_lost()
             node.poke()
-        self._changes.look()
         hello = self.hello()
         if self._said is None or msgspec.structs.replace(hello, last_index=0) != self._said:
             self._said = msgspec.structs.replace(hello, last_index=0)

@@ -333,6 +333,8 @@ class RaftNode:
             for index, context in (*ready.read_states, *light.read_states):
                 self._hooks.read(index, context)
             self._hooks.advanced()
+            if self.core.snapshot_wanted and self.held is None:
+                self.core.snapshot(self.history.index, self._content())
             if self._since_snapshot >= COMPACT_BYTES or self.history.index >= self._compact_at:
                 await self._compact()
 
@@ -480,11 +482,14 @@ class RaftNode:
             each.error = error
             each.done.set()
 
+    def _content(self) -> bytes:
+        return encode_content(self.members.peers, self.history.replica)
+
     async def _write_snapshot(self) -> None:
         index = self.history.index
         if index <= self._snapshot[0] or self.held is not None:
             return
-        content = encode_content(self.members.peers, self.history.replica)
+        content = self._content()
         snapshot = self.core.snapshot(index, content)
         rest = [to_log_entry(entry) for entry in self._log if entry.index > index]
         await self._store.compact(encode_snapshot(*snapshot), rest)
