@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+import trio
+
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, Slice
@@ -16,8 +18,10 @@ from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.blob_server import BlobServer
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.pipeline.pipeline import Pipeline
+from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.healer import Healer
 from pyagent_node.node.models import ModelDefaults, NodeModels
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.placement_board import PlacementBoard
@@ -28,7 +32,7 @@ from pyagent_node.node.placement_messages import (
     PlacementReports,
 )
 from pyagent_node.node.placements import Assets, PlacementController
-from pyagent_node.node.planning import facts_reply
+from pyagent_node.node.planning import facts_reply, planner_shape, survey
 from pyagent_node.node.rpc import Rpc
 
 _SLICE: Final = re.compile(r"[0-9]{1,6}-[0-9]{1,6}(\+head)?", re.ASCII)
@@ -68,19 +72,32 @@ async def open_models(
     )
     board = PlacementBoard(mesh, rpc, consensus, controller)
 
+    async def nodes(model: Digest) -> dict[PeerId, NodeFacts]:
+        return {node.peer_id: node for node in (await survey(mesh, rpc, facts, model)).nodes}
+
+    healer = Healer(
+        mesh=mesh,
+        consensus=consensus,
+        rpc=rpc,
+        own=controller.reports,
+        facts=nodes,
+        shapes=Shapes(store).get,
+    )
+
     async def answer_facts(peer: PeerId, ask: AskFacts, tail: bytes) -> tuple[FactsReply, bytes]:
         return await facts_reply(mesh, facts, ask.model), b""
 
     async def answer_placements(
         peer: PeerId, ask: AskPlacements, tail: bytes
     ) -> tuple[PlacementReports, bytes]:
-        return controller.reports(), b""
+        return healer.reports(), b""
 
     rpc.register(AskFacts, answer_facts)
     rpc.register(AskPlacements, answer_placements)
     BlobServer(store).attach(mesh)
     async with background() as nursery:
         nursery.start_soon(controller.run)
+        nursery.start_soon(healer.run)
         yield NodeModels(
             mesh=mesh,
             consensus=consensus,
@@ -91,6 +108,24 @@ async def open_models(
             defaults=defaults or ModelDefaults(),
             clock=clock,
         )
+
+
+class Shapes:
+    """The sizes of models, from the headers that lie here."""
+
+    def __init__(self, store: ModelStore) -> None:
+        self._store = store
+        self._known: dict[Digest, ModelShape] = {}
+
+    async def get(self, model: Digest) -> ModelShape | None:
+        """Return a model's sizes, ``None`` while its header is not here."""
+        if model not in self._known:
+            try:
+                file = await trio.to_thread.run_sync(self._store.model_file, model)
+                self._known[model] = planner_shape(file.header, model[:12])
+            except PyAgentError:
+                return None
+        return self._known[model]
 
 
 def _held(store: ModelStore, digest: Digest) -> tuple[Slice, ...]:

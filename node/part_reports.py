@@ -67,6 +67,7 @@ def reserve_report(
         model=placement.model,
         epoch=placement.epoch,
         rank=rank.rank,
+        slice=rank.slice,
         loaded=loaded,
         state=kept.state,
         error=kept.failure,

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
-from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.base.types import Digest, PeerId, Slice
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
 from pyagent_node.inference.pipeline.stage_types import StageView
 
@@ -45,6 +45,7 @@ class ReserveReport(msgspec.Struct, frozen=True):
     model: Digest
     epoch: int
     rank: int
+    slice: Slice
     loaded: bool
     state: HostState
     error: ErrorInfo | None = None
@@ -71,11 +72,37 @@ class AskPlacements(msgspec.Struct, frozen=True, tag="ask_placements"):
 
 
 class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
-    """Everything that the node hosts of the current placements."""
+    """Everything that the node hosts of the current placements.
+
+    ``cut`` names the neighbours of its ranks that it is not connected to, and for how many
+    seconds.  ``problems`` is what the node, if it leads, would like to change and cannot, by model.
+    """
 
     ranks: tuple[RankReport, ...]
     heads: tuple[HeadReport, ...]
     reserves: tuple[ReserveReport, ...] = ()
+    cut: dict[PeerId, float] = {}
+    problems: dict[Digest, tuple[str, ...]] = {}
+
+
+class AreYouThere(msgspec.Struct, frozen=True, tag="are_you_there"):
+    """Ask a node for a sign of life."""
+
+
+class Here(msgspec.Struct, frozen=True, tag="here"):
+    """A sign of life."""
+
+
+class TryPeer(msgspec.Struct, frozen=True, tag="try_peer"):
+    """Ask a node whether it can reach ``peer``."""
+
+    peer: PeerId
+
+
+class Tried(msgspec.Struct, frozen=True, tag="tried"):
+    """Whether the peer answered."""
+
+    hears: bool
 
 
 class AskFacts(msgspec.Struct, frozen=True, tag="ask_facts"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import trio
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
 from pyagent_node.base.mesh import Mesh
@@ -14,7 +16,6 @@ from pyagent_node.inference.models.architectures import EMBEDDING, layer_of, mod
 from pyagent_node.inference.models.gguf_header import GgufHeader
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts, PlanOptions
 from pyagent_node.node.api.schema import LoadRequest
-from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.placement_messages import AskFacts, FactsReply
 from pyagent_node.node.rpc import Rpc
 
@@ -22,6 +23,14 @@ logger = logging.getLogger("pyagent_node.placements")
 
 FACTS_SECONDS = 10.0
 """Longest wait for a node's facts; one that does not answer takes no part."""
+
+
+class FactsSource(Protocol):
+    """Knows this node (see ``node.facts``)."""
+
+    async def facts(self, model: Digest) -> NodeFacts:
+        """Return this node's facts with regard to a model."""
+        ...
 
 
 class Swarm(NamedTuple):
@@ -61,10 +70,10 @@ def planner_shape(header: GgufHeader, name: str) -> ModelShape:
     )
 
 
-async def survey(mesh: Mesh, rpc: Rpc, facts: FactsProvider, model: Digest) -> Swarm:
-    """Ask every connected member for its facts; those that do not answer are left out.
+async def survey(mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest) -> Swarm:
+    """Ask every connected member for its facts, all at once; those that do not answer are left out.
 
-    One after the other: nodes that share a machine would measure each other otherwise.
+    The order of the answers does not show in the result.
     """
     swarm = Swarm([], {})
 
@@ -84,13 +93,15 @@ async def survey(mesh: Mesh, rpc: Rpc, facts: FactsProvider, model: Digest) -> S
                 swarm.rtt_ms[reply.facts.peer_id, other] = rtt
 
     take(await facts_reply(mesh, facts, model))
-    for peer in mesh.peers():
-        if peer.role != "client":
-            await ask(peer.peer_id)
+    async with trio.open_nursery() as nursery:
+        for peer in mesh.peers():
+            if peer.role != "client":
+                nursery.start_soon(ask, peer.peer_id)
+    swarm.nodes.sort(key=lambda node: node.peer_id)
     return swarm
 
 
-async def facts_reply(mesh: Mesh, facts: FactsProvider, model: Digest) -> FactsReply:
+async def facts_reply(mesh: Mesh, facts: FactsSource, model: Digest) -> FactsReply:
     """Return what this node answers to :class:`AskFacts`."""
     rtt = {p.peer_id: p.rtt_ms for p in mesh.peers() if p.rtt_ms is not None}
     return FactsReply(await facts.facts(model), rtt)

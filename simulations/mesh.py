@@ -178,10 +178,9 @@ class SimulatedNetwork:
                 self.cut(peer, other)
 
     def rejoin(self, peer: PeerId) -> None:
-        """Heal every link of a node."""
-        for other in list(self._nodes):
-            if other != peer:
-                self.heal(peer, other)
+        """Heal every link of a node, also those to nodes that do not run now."""
+        for pair in [pair for pair in self._cut if peer in pair]:
+            self.heal(*pair)
 
     def crash(self, peer: PeerId) -> None:
         """Stop a node at once: its handlers are cancelled, its peers see it go."""
@@ -197,7 +196,9 @@ class SimulatedNetwork:
     def find(self, a: PeerId, b: PeerId) -> SimulatedMesh:
         """Return ``b`` as seen from ``a``; raises :class:`Unavailable` (``peer_unreachable``)."""
         if not self.reachable(a, b):
-            raise Unavailable(f"{b} cannot be reached.", code="peer_unreachable")
+            raise Unavailable(
+                f"{b} cannot be reached.", code="peer_unreachable", refused=b not in self._nodes
+            )
         return self._nodes[b]
 
     def _separate(self, a: PeerId, b: PeerId, reason: str) -> None:

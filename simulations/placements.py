@@ -27,14 +27,22 @@ from pyagent_node.consensus.single import open_single
 from pyagent_node.inference.generation import Generated, GenerationRequest
 from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
+from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.healer import Healer
 from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.node.keeping import HostProgress
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.placement_board import PlacementBoard
-from pyagent_node.node.placement_messages import AskPlacements, PlacementReports
+from pyagent_node.node.placement_messages import (
+    AskFacts,
+    AskPlacements,
+    FactsReply,
+    PlacementReports,
+)
 from pyagent_node.node.placements import HeadParts, PlacementController
+from pyagent_node.node.planning import facts_reply, survey
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.simulations.backend import (
     N_EMBD,
@@ -62,6 +70,18 @@ RECORD = ModelRecord(
 )
 
 
+SHAPE = ModelShape(
+    name=NAME,
+    layer_bytes=(1 << 20,) * N_LAYERS,
+    layer_flops=(1 << 20,) * N_LAYERS,
+    head_bytes=1 << 20,
+    head_flops=1 << 20,
+    embedding_bytes=0,
+    kv_bytes=1,
+)
+NEED = 200 << 20
+"""Memory that a toy runner takes from its node; more than a plan reckons with."""
+
 Reserves = tuple[tuple[int, ...], ...]
 """Numbers of nodes for each rank."""
 
@@ -79,7 +99,8 @@ class ToyHead(NamedTuple):
 class ToyAssets:
     """Slices that take ``seconds`` to get ready, half of it to come to the ``disk``.
 
-    ``faults`` are raised by the next attempts instead; ``heads`` counts the heads made.
+    ``faults`` are raised by the next attempts instead; ``heads`` counts the heads made.  ``memory``
+    is what the node has for runners.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -89,6 +110,7 @@ class ToyAssets:
         self.attempts: list[float] = []
         self.most_at_once = 0
         self.heads = 0
+        self.memory = 10**12
         self.disk: set[Slice] = set()
 
     @asynccontextmanager
@@ -144,6 +166,24 @@ class ToyAssets:
         self.disk &= needed()
 
 
+class ToyFacts:
+    """What a node says of itself; unlike the real provider it needs no threads, which stop no
+    simulated clock.
+    """
+
+    def __init__(self, peer_id: PeerId, name: str, assets: ToyAssets) -> None:
+        self._peer_id = peer_id
+        self._name = name
+        self._assets = assets
+
+    async def facts(self, model: Digest) -> NodeFacts:
+        """Return the facts as of now."""
+        await trio.lowlevel.checkpoint()
+        assets = self._assets
+        free = max(1, assets.memory - len(assets.runners) * NEED)
+        return NodeFacts(self._peer_id, self._name, free, 1, 1e9, 1e9, tuple(sorted(assets.disk)))
+
+
 class HostingNode(NamedTuple):
     """One node of the swarm."""
 
@@ -153,6 +193,7 @@ class HostingNode(NamedTuple):
     assets: ToyAssets
     controller: PlacementController
     board: PlacementBoard
+    healer: Healer
 
     async def ask(self, tokens: list[int], n: int, params: SamplingParams) -> list[int]:
         """Return the tokens of an answer."""
@@ -164,28 +205,45 @@ class HostingNode(NamedTuple):
 class HostingWorld:
     """The nodes; node 0 writes the log.  Get one from :func:`open_hosting_world`."""
 
-    def __init__(self, network: SimulatedNetwork, nursery: trio.Nursery) -> None:
+    def __init__(self, network: SimulatedNetwork, nursery: trio.Nursery, *, heal: bool) -> None:
         self.network = network
         self.nodes: list[HostingNode] = []
+        self._heal = heal
         self._nursery = nursery
+        self._scopes: dict[int, trio.CancelScope] = {}
 
     async def add(self) -> HostingNode:
         """Start one more node, connected to all others."""
-        number = len(self.nodes)
+        node = await self._start(len(self.nodes))
+        self.nodes.append(node)
+        return node
+
+    async def _start(self, number: int) -> HostingNode:
         started: list[HostingNode] = []
         ready = trio.Event()
+        scope = self._scopes[number] = trio.CancelScope()
 
         async def run() -> None:
-            async with _node(self.network, number) as node:
-                started.append(node)
-                ready.set()
-                await trio.sleep_forever()
+            with scope:
+                async with _node(self.network, number, heal=self._heal) as node:
+                    started.append(node)
+                    ready.set()
+                    await trio.sleep_forever()
 
         self._nursery.start_soon(run)
         await ready.wait()
-        self.nodes += started
         await self.network.connect_all()
         return started[0]
+
+    def crash(self, number: int) -> None:
+        """Kill a node: nothing of it is left but what others remember."""
+        self.network.crash(peer(number))
+        self._scopes[number].cancel()
+
+    async def restart(self, number: int) -> HostingNode:
+        """Start a crashed node again, its disk empty."""
+        self.nodes[number] = await self._start(number)
+        return self.nodes[number]
 
     async def place(
         self,
@@ -226,7 +284,9 @@ class HostingWorld:
 
 
 @asynccontextmanager
-async def _node(network: SimulatedNetwork, number: int) -> AsyncIterator[HostingNode]:
+async def _node(
+    network: SimulatedNetwork, number: int, *, heal: bool
+) -> AsyncIterator[HostingNode]:
     mesh = network.node(peer(number), name=f"n{number}")
     async with AsyncExitStack() as stack:
         rng = random.Random(number)  # noqa: S311 - a simulation must repeat itself
@@ -245,22 +305,51 @@ async def _node(network: SimulatedNetwork, number: int) -> AsyncIterator[Hosting
         controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
         board = PlacementBoard(mesh, rpc, consensus, controller)
 
+        provider = ToyFacts(mesh.peer_id, f"n{number}", assets)
+
+        async def facts(model: Digest) -> dict[PeerId, NodeFacts]:
+            swarm = await survey(mesh, rpc, provider, model)
+            return {node.peer_id: node for node in swarm.nodes}
+
+        healer = Healer(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            own=controller.reports,
+            facts=facts,
+            shapes=_shape,
+        )
+
         async def answer(
             asker: PeerId, ask: AskPlacements, tail: bytes
         ) -> tuple[PlacementReports, bytes]:
-            return controller.reports(), b""
+            return healer.reports(), b""
+
+        async def answer_facts(
+            asker: PeerId, ask: AskFacts, tail: bytes
+        ) -> tuple[FactsReply, bytes]:
+            return await facts_reply(mesh, provider, ask.model), b""
 
         rpc.register(AskPlacements, answer)
+        rpc.register(AskFacts, answer_facts)
         nursery = await stack.enter_async_context(background())
         nursery.start_soon(controller.run)
-        yield HostingNode(mesh, consensus, pipeline, assets, controller, board)
+        if heal:
+            nursery.start_soon(healer.run)
+        yield HostingNode(mesh, consensus, pipeline, assets, controller, board, healer)
+
+
+async def _shape(digest: Digest) -> ModelShape:
+    return SHAPE
 
 
 @asynccontextmanager
-async def open_hosting_world(nodes: int, *, latency: float = 0.001) -> AsyncIterator[HostingWorld]:
-    """Run a swarm of ``nodes`` nodes without a placement."""
+async def open_hosting_world(
+    nodes: int, *, latency: float = 0.001, heal: bool = False
+) -> AsyncIterator[HostingWorld]:
+    """Run a swarm of ``nodes`` nodes without a placement; ``heal`` lets the leader keep them up."""
     async with open_network(latency=latency) as network, background() as nursery:
-        world = HostingWorld(network, nursery)
+        world = HostingWorld(network, nursery, heal=heal)
         for _ in range(nodes):
             await world.add()
         yield world

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import msgspec
 
+from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId, Rank, Slice
+
+MEMORY_SHARE: Final = 0.9
+"""Share of a node's free memory that a plan may use."""
+RUNNER_BYTES: Final = 96 * MIB
+"""Memory of a runner process besides weights and KV."""
 
 
 class NodeFacts(msgspec.Struct, frozen=True):
@@ -52,6 +59,14 @@ class ModelShape(msgspec.Struct, frozen=True):
     def n_layers(self) -> int:
         """Number of layers."""
         return len(self.layer_bytes)
+
+    def needs(self, part: Slice, *, n_ctx: int, n_seq: int) -> int:
+        """Return the bytes of memory of a runner of ``part``."""
+        need = sum(self.layer_bytes[part.first : part.last]) + RUNNER_BYTES
+        need += (part.last - part.first) * self.kv_bytes * n_ctx * n_seq
+        if part.head:
+            need += self.head_bytes + (self.embedding_bytes if part.first == 0 else 0)
+        return need
 
 
 class PlanOptions(msgspec.Struct, frozen=True):

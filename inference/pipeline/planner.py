@@ -28,17 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.errors import InvalidRequest, Unavailable
-from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId, Rank, Slice
-from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts, Plan, PlanOptions
+from pyagent_node.inference.pipeline.plan_types import (
+    MEMORY_SHARE,
+    RUNNER_BYTES,
+    ModelShape,
+    NodeFacts,
+    Plan,
+    PlanOptions,
+)
 
 EXACT_NODES: Final = 8
 BEAM: Final = 48
 """States of one length that are kept beyond :data:`EXACT_NODES` nodes."""
-MEMORY_SHARE: Final = 0.9
-"""Share of a node's free memory that a plan may use."""
-RUNNER_BYTES: Final = 96 * MIB
-"""Memory of a runner process besides weights and KV."""
 STAGE_SECONDS: Final = 0.0005
 """Fixed time of a stage: two process borders and a batch's set-up."""
 FETCH_SECONDS: Final = 0.00002
@@ -325,12 +327,8 @@ class _Search:
     # ---- memory ----------------------------------------------------------------------------
 
     def _need(self, part: Slice) -> int:
-        model = self._model
-        need = sum(model.layer_bytes[part.first : part.last])
-        need += (part.last - part.first) * self._kv_bytes_per_layer() + RUNNER_BYTES
-        if part.head:
-            need += model.head_bytes + (model.embedding_bytes if part.first == 0 else 0)
-        return need
+        options = self._options
+        return self._model.needs(part, n_ctx=options.n_ctx, n_seq=options.n_seq)
 
     def _fits_together(self, ranks: Sequence[Rank]) -> bool:
         """Whether each node can hold all its ranks (the search looks at one at a time)."""

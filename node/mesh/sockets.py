@@ -137,4 +137,5 @@ def _unreachable(address: str, error: OSError) -> Unavailable:
         code="peer_unreachable",
         remedy="Check that the node runs there and that no firewall is in between.",
         address=address,
+        refused=error.errno == errno.ECONNREFUSED,
     )
