@@ -14,8 +14,8 @@ use raft::{
 use super::checks::{self, Verdict};
 use super::conf;
 use super::lines::Lines;
+use super::pack::pack;
 use super::storage::{make_snapshot, MemoryLog};
-use super::wire::MAX_ENTRIES;
 
 /// The most reads that wait on a leader.
 const MAX_READS: usize = 1024;
@@ -179,7 +179,6 @@ impl Node {
             max_committed_size_per_ready: COMMITTED_BYTES,
             check_quorum: true,
             pre_vote: true,
-            batch_append: true,
             read_only_option: ReadOnlyOption::Safe,
             ..Config::default()
         };
@@ -426,9 +425,10 @@ impl Node {
             self.due.clear();
         }
         let read_states = ready.take_read_states();
+        let most = self.max_message_bytes;
         let work = Work {
-            messages: self.cut(ready.take_messages()),
-            persisted_messages: self.cut(ready.take_persisted_messages()),
+            messages: pack(ready.take_messages(), most),
+            persisted_messages: pack(ready.take_persisted_messages(), most),
             entries: entries.clone(),
             hard_state: ready.hs().cloned(),
             must_sync: ready.must_sync(),
@@ -463,7 +463,7 @@ impl Node {
         }
         let hard_state = light.commit_index().map(|_| self.raw.raft.hard_state());
         let work = Work {
-            messages: self.cut(light.take_messages()),
+            messages: pack(light.take_messages(), self.max_message_bytes),
             hard_state,
             committed: light.take_committed_entries(),
             ..Work::default()
@@ -471,37 +471,6 @@ impl Node {
         self.hand_out(&work.committed);
         self.settle();
         Ok(work)
-    }
-
-    /// Cut messages with more entries than a receiver takes, or than were asked for.
-    fn cut(&self, messages: Vec<Message>) -> Vec<Message> {
-        let mut all = Vec::with_capacity(messages.len());
-        for mut message in messages {
-            if message.entries.len() < 2 {
-                all.push(message);
-                continue;
-            }
-            let entries: Vec<Entry> = message.take_entries().into();
-            let empty = message.clone();
-            let mut size = 0;
-            for entry in entries {
-                let bytes = entry.data.len() + entry.context.len();
-                let full = size + bytes > self.max_message_bytes;
-                if !message.entries.is_empty() && (full || message.entries.len() == MAX_ENTRIES) {
-                    let next = Message {
-                        index: entry.index - 1,
-                        log_term: message.entries.last().map_or(0, |last| last.term),
-                        ..empty.clone()
-                    };
-                    all.push(std::mem::replace(&mut message, next));
-                    size = 0;
-                }
-                size += bytes;
-                message.mut_entries().push(entry);
-            }
-            all.push(message);
-        }
-        all
     }
 
     pub fn advance_apply(&mut self, index: u64) -> Outcome<()> {

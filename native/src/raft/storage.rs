@@ -18,10 +18,12 @@ pub struct MemoryLog {
     wanted: AtomicBool,
 }
 
-/// A snapshot message without data or with, as the crate wants it.
+/// A snapshot as the crate has it.
 pub fn make_snapshot(index: u64, term: u64, conf: ConfState, data: Bytes) -> Snapshot {
-    let mut snapshot = Snapshot::default();
-    snapshot.data = data;
+    let mut snapshot = Snapshot {
+        data,
+        ..Snapshot::default()
+    };
     let metadata = snapshot.mut_metadata();
     metadata.index = index;
     metadata.term = term;

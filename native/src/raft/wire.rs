@@ -211,9 +211,11 @@ mod tests {
 
     #[test]
     fn takes_what_the_library_writes() {
-        let mut message = Message::default();
-        message.to = u64::MAX;
-        message.priority = -1;
+        let mut message = Message {
+            to: u64::MAX,
+            priority: -1,
+            ..Message::default()
+        };
         message.mut_entries().push(Entry {
             index: 7,
             data: b"command".as_slice().into(),
