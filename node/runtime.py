@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import psutil
 import trio
 
-from pyagent_node.base.errors import PyAgentError, Unsupported
-from pyagent_node.consensus.log import FileLog
+from pyagent_node.base.errors import PyAgentError
 from pyagent_node.consensus.port import Consensus
-from pyagent_node.consensus.single import open_single
 from pyagent_node.inference.llama.memory import available_memory
 from pyagent_node.inference.models.fetching import TransferStats
 from pyagent_node.inference.models.store import ModelStore
@@ -28,6 +26,7 @@ from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
+from pyagent_node.node.engines import open_consensus
 from pyagent_node.node.home import Home
 from pyagent_node.node.hosting import open_models
 from pyagent_node.node.identity import NodeKey
@@ -40,7 +39,7 @@ from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits, MeshMetrics
 from pyagent_node.node.models import ModelDefaults, NodeModels
 from pyagent_node.node.nurseries import background
-from pyagent_node.node.profiles import MeshProfile, active_profile
+from pyagent_node.node.profiles import active_profile
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
@@ -113,7 +112,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     threads = settings.threads or None
     async with (
         open_mesh(config) as mesh,
-        open_consensus(mesh, home, profile) as consensus,
+        open_consensus(mesh, home, membership) as consensus,
         open_rpc(mesh) as rpc,
         open_journals(mesh, consensus, rpc, key) as journals,
         open_pipeline(mesh, journal=journals) as pipeline,
@@ -161,24 +160,6 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             live=sessions.live,
             started=time.time(),
         )
-
-
-def open_consensus(
-    mesh: Libp2pMesh, home: Home, profile: MeshProfile
-) -> AbstractAsyncContextManager[Consensus]:
-    """Open the engine that the mesh's genesis names.
-
-    Raises :class:`Unsupported` (``unknown_engine``).
-    """
-    genesis = profile.genesis
-    if genesis.engine != "single":
-        raise Unsupported(
-            f"The mesh {genesis.name} uses the consensus engine {genesis.engine!r}.",
-            code="unknown_engine",
-            remedy="Update pyagent-node on this machine.",
-        )
-    store = FileLog(home.log_dir(profile.mesh_id))
-    return open_single(mesh, store, leader=genesis.writer, role=profile.role)
 
 
 def memory_budget(limit: int) -> Callable[[], int]:
