@@ -2,7 +2,7 @@
 
 PySyncObj 0.3.17 reads the clock and the random generator from the globals of its module, unpickles
 whatever a peer or a file holds, and opens pipes and pollers.  This module executes a **private
-copy** of ``pysyncobj.syncobj`` in which each of those names is something of ours: the clock and the
+copy** of ``pysyncobj.syncobj`` in which each of those names is something of ours: clock and
 generator are the ones of the :class:`Seams` in force, and ``pickle`` refuses.  So a path that was
 overlooked fails loudly instead of running what a peer sent.  The copy is never put into
 ``sys.modules``; a program that uses PySyncObj for itself is not touched.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,13 +26,16 @@ VERSION = "0.3.17"
 
 
 class Seams:
-    """What one engine's copy of ``SyncObj`` may know of the world: the time and a generator."""
+    """What one node's ``SyncObj`` may know of the world.
 
-    __slots__ = ("now", "rng")
+    ``now`` is its time in seconds, ``draw`` what its random generator returns, in [0, 1).
+    """
 
-    def __init__(self, rng: random.Random) -> None:
+    __slots__ = ("draw", "now")
+
+    def __init__(self) -> None:
         self.now = 0.0
-        self.rng = rng
+        self.draw = 0.0
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -84,7 +86,7 @@ def _now() -> float:
 
 
 def _draw() -> float:
-    return _active.get().rng.random()
+    return _active.get().draw
 
 
 def _no_sleep(_seconds: float) -> NoReturn:
