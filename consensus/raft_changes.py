@@ -173,5 +173,5 @@ def not_a_voter(peer: PeerId) -> InvalidRequest:
         f"{peer} has no vote, so it cannot lead.",
         code="not_a_voter",
         remedy="Choose one of the voters.",
-        peer=peer,
+        peer_id=peer,
     )

@@ -222,7 +222,7 @@ class RaftEngine:
             f"{to} did not take the leadership within {self._seconds:g} s.",
             code="transfer_timeout",
             remedy="See whether it is connected and its log is up to date.",
-            peer=to,
+            peer_id=to,
         )
 
     async def compact(self) -> int:

@@ -83,7 +83,7 @@ class Members:
             f"{peer} cannot be given the log: it was never connected to this node.",
             code="peer_unreachable",
             remedy="Start it, and try again when it shows among the peers.",
-            peer=peer,
+            peer_id=peer,
         )
 
     def peers_of(self, ids: Iterable[int]) -> tuple[PeerId, ...]:
