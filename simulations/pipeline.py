@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import trio
 
-from pyagent_node.base.errors import RunnerFailed
+from pyagent_node.base.errors import Conflict, RunnerFailed
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.inference.generation import Finished, Generated, GenerationRequest
+from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
@@ -62,6 +64,7 @@ class PipelineWorld:
         self.network = network
         self.meshes = meshes
         self.pipelines = pipelines
+        self.placement = Placement(MODEL, 0, (), 0, 0)
         self.runners: list[ToyRunner] = []
         self.failures: list[RunnerFailed] = []
         self._nursery = nursery
@@ -77,9 +80,16 @@ class PipelineWorld:
         n_ctx: int = 4096,
         n_seq: int = 8,
         seconds: float = 0.01,
+        keep: bool = False,
     ) -> Placement:
-        """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last."""
-        self.unplace()
+        """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last.
+
+        With ``keep`` the runners go over to the new placement, rank by rank, and their old stages
+        are left to end by that.
+        """
+        kept = self.runners if keep else []
+        if not keep:
+            self.unplace()
         self._epoch += 1
         cuts = (0, *boundaries, n_layers)
         last = len(cuts) - 2
@@ -87,7 +97,8 @@ class PipelineWorld:
             Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r])) for r in range(last + 1)
         )
         placement = Placement(MODEL, self._epoch, ranks, n_ctx, n_seq)
-        self.runners = [
+        self.placement = placement
+        self.runners = kept or [
             ToyRunner(r.slice, whole=last == 0, n_ctx=n_ctx, n_seq=n_seq, seconds=seconds)
             for r in ranks
         ]
@@ -95,6 +106,18 @@ class PipelineWorld:
             self.start_rank(placement, rank.rank)
         self.offer(placement)
         return placement
+
+    def restart(self, rank: int) -> None:
+        """Serve one rank of the placement with a new runner, as after the death of the last."""
+        placement, old = self.placement, self.runners[rank]
+        self.runners[rank] = ToyRunner(
+            placement.ranks[rank].slice,
+            whole=len(placement.ranks) == 1,
+            n_ctx=placement.n_ctx,
+            n_seq=placement.n_seq,
+            seconds=old.seconds,
+        )
+        self.start_rank(placement, rank)
 
     def offer(self, placement: Placement) -> None:
         """Make every node a head for ``placement``."""
@@ -127,8 +150,12 @@ class PipelineWorld:
         node = next(i for i, mesh in enumerate(self.meshes) if mesh.peer_id == spec.peer_id)
         if scope.cancel_called:
             return
-        with scope:
+        with scope, contextlib.suppress(Conflict):
             self.failures.append(await self.pipelines[node].stages.serve(spec, runner))
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run something of a test next to the nodes."""
+        self._nursery.start_soon(task)
 
     def unplace(self) -> None:
         """Stop every stage; the heads still offer the model."""
@@ -175,14 +202,19 @@ class PipelineWorld:
 
 @asynccontextmanager
 async def open_pipeline_world(
-    nodes: int, *, latency: float = 0.0, limits: StageLimits | None = None
+    nodes: int,
+    *,
+    latency: float = 0.0,
+    limits: StageLimits | None = None,
+    journal: JournalSink | None = None,
 ) -> AsyncIterator[PipelineWorld]:
-    """Run ``nodes`` connected nodes without a placement."""
+    """Run ``nodes`` connected nodes without a placement; ``journal`` hears of all heads."""
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i), name=f"n{i}") for i in range(nodes)]
         pipelines = [
-            await stack.enter_async_context(open_pipeline(mesh, limits=limits)) for mesh in meshes
+            await stack.enter_async_context(open_pipeline(mesh, limits=limits, journal=journal))
+            for mesh in meshes
         ]
         await network.connect_all()
         nursery = await stack.enter_async_context(background())

@@ -213,14 +213,18 @@ class StageCore:
         return out
 
     def link_lost(self, peer: PeerId, *, control: bool) -> list[Outgoing]:
-        """End the sessions whose frames to ``peer`` may be lost, on one lane (see ``frames``)."""
+        """End the sessions whose frames to ``peer`` may be lost, on one lane (see ``frames``).
+
+        A head that this rank cannot reach is told through the ranks before.
+        """
         out: list[Outgoing] = []
         for session in list(self._sessions.values()):
             if control and session.head == peer:
                 error = Unavailable(
                     f"Rank {self.spec.rank} lost its stream to the head.", code="stream_closed"
                 )
-                out += self._give_up(session, error)
+                self._free(session)
+                out.append(self._error(self.spec.upstream or peer, session.id, error))
             elif not control and self.spec.downstream == peer:
                 rank = self.spec.rank + 1
                 out += self._give_up(session, peer_lost(rank, peer), rank=rank, peer=peer)

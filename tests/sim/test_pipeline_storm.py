@@ -1,4 +1,4 @@
-"""Seeded storms over whole pipelines: answers are right or errors, and nothing leaks."""
+"""Seeded storms over whole pipelines: answers come, and are right, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import PyAgentError
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.pipeline import peer
@@ -17,18 +16,6 @@ from pyagent_node.simulations.placements import N_LAYERS, HostingWorld, open_hos
 
 NODES = 4
 REQUESTS = 30
-EXPECTED_CODES = {
-    "head_not_ready",
-    "peer_lost",
-    "peer_unreachable",
-    "runner_failed",
-    "session_idle",
-    "session_unknown",
-    "stage_not_ready",
-    "stale_epoch",
-    "step_deadline",
-    "stream_closed",
-}
 
 
 class Storm:
@@ -49,13 +36,7 @@ class Storm:
         n = rng.randrange(1, 60)
         patience = rng.choice([0.3, 2.0, 200.0])
         with trio.move_on_after(patience) as scope:
-            try:
-                tokens = await node.ask(prompt, n, params)
-            except PyAgentError as error:
-                if error.code not in EXPECTED_CODES:
-                    raise
-                self.outcomes[error.code] += 1
-                return
+            tokens = await node.ask(prompt, n, params)
             assert tokens == toy_generate(N_LAYERS, prompt, n, params)
             self.outcomes["answered"] += 1
         if scope.cancelled_caught:
@@ -85,7 +66,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_storm_leaves_right_answers_or_errors_and_no_leaks(
+async def test_a_storm_delays_answers_and_leaves_no_leaks(
     seed: int, autojump_clock: MockClock
 ) -> None:
     async with open_hosting_world(NODES) as world:
