@@ -343,7 +343,7 @@ async def open_journals(
 
     ``wall`` gives Unix seconds.
     """
-    holder = JournalHolder(mesh, consensus, rpc, book or JournalBook())
+    holder = JournalHolder(mesh, consensus, rpc, JournalBook() if book is None else book)
     async with background() as nursery:
         nursery.start_soon(holder.sweep)
         keeper = JournalKeeper(mesh, consensus, key, holder, wall=wall, nursery=nursery)
