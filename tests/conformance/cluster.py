@@ -239,9 +239,15 @@ class Cluster:
     async def settled(self, seconds: float = 60.0) -> int:
         """Wait until every machine that runs has applied all there is; return that index."""
         applied = await self.propose(SetMeshSetting("standbys", self.rng.randrange(5)))
-        with trio.fail_after(seconds):
-            while any(m.running.state.index < applied.index for m in self.up()):
+        with trio.move_on_after(seconds):
+            while behind := [m for m in self.up() if m.running.state.index < applied.index]:
                 await trio.sleep(POLL_SECONDS)
+        told = [
+            (m.number, [p.peer_id[-4:] for p in m.mesh.peers()], m.running.status())
+            for m in self.up()
+            if m.mesh
+        ]
+        assert not behind, f"some do not follow to {applied.index}: {told}"
         return applied.index
 
     def check(self) -> None:
