@@ -148,6 +148,14 @@ class Replica:
         self._check_next(entry)
         self._link(entry, msgspec.structs.replace(self.state, index=entry.index))
 
+    def jump(self, index: int) -> None:
+        """Count what is applied as entry ``index``, further on, of a log that begins anew there.
+
+        Proposals on their way are then too old to be taken (see :attr:`Record.since`).
+        """
+        self.chain = blake3(self.chain + b"recovered" + index.to_bytes(8, "big"))
+        self.state = msgspec.structs.replace(self.state, index=index)
+
     def _check_next(self, entry: LogEntry) -> None:
         if entry.index != self.state.index + 1:
             raise CorruptData(
