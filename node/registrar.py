@@ -18,6 +18,7 @@ from pyagent_node.base.errors import (
     LimitExceeded,
     PyAgentError,
     Refused,
+    Unavailable,
 )
 from pyagent_node.base.limits import HANDSHAKE_SECONDS
 from pyagent_node.base.mesh import FrameStream, Mesh
@@ -56,6 +57,8 @@ MAX_AT_ONCE = 32
 """Conversations with strangers at the same time."""
 MAX_SECONDS = 30.0
 """Longest conversation."""
+RETRY_SECONDS = 1.0
+"""Pause before the log is asked again whether it knows this node."""
 
 
 class Registrar:
@@ -88,7 +91,20 @@ class Registrar:
         return self._membership.profile
 
     async def admit_self(self) -> None:
-        """See that the log knows this node itself as a member, under its name."""
+        """See that the log knows this node itself as a member, under its name.
+
+        Waits for the log as long as it takes: a mesh may start without a quorum.
+        """
+        while True:
+            try:
+                await self._consensus.read_barrier()
+                await self._announce()
+                return
+            except Unavailable as error:
+                log.info("the log does not know this node yet: %s", error)
+                await trio.sleep(RETRY_SECONDS)
+
+    async def _announce(self) -> None:
         own = self._profile
         known = self._consensus.state.members.get(self._server)
         if known is None or known.certificate != own.certificate:

@@ -43,6 +43,7 @@ from pyagent_node.node.profiles import active_profile
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
+from pyagent_node.node.steward import Steward
 
 log = logging.getLogger("pyagent_node.daemon")
 
@@ -133,8 +134,10 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     ):
         membership.bind(consensus)
         registrar = _registrar(mesh, membership, consensus, key)
+        steward = Steward(mesh, consensus, clock=time.time)
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
             "membership": lambda: enforce(consensus, mesh.recheck),
+            "steward": steward.run,
             "certificate": lambda: keep_fresh(
                 home, membership, mesh, key, clock=time.time, registrar=registrar
             ),
