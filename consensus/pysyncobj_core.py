@@ -156,6 +156,11 @@ class PySyncCore:
         return node.id if node is not None else 0
 
     @property
+    def snapshot_wanted(self) -> bool:
+        """Never: a snapshot of any age will do, the entries after it are kept."""
+        return False
+
+    @property
     def _commit(self) -> int:
         return self._raft._SyncObj__raftCommitIndex
 

@@ -21,10 +21,10 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.journal import COMPACT_ENTRIES
 from pyagent_node.consensus.log import LogStore, StoredLog
+from pyagent_node.consensus.raft_core import RAFT_RS, Kind
 from pyagent_node.consensus.raft_engine import Authorise, RaftEngine
 from pyagent_node.consensus.raft_links import Links
 from pyagent_node.consensus.raft_members import Members
-from pyagent_node.consensus.raft_messages import PROTOCOL
 from pyagent_node.consensus.raft_node import Hooks, RaftNode, RaftTiming
 from pyagent_node.consensus.raft_storage import (
     FOUNDING_INDEX,
@@ -60,6 +60,7 @@ async def open_raft(
     new_request: Callable[[], bytes] = lambda: os.urandom(REQUEST_BYTES),
     propose_seconds: float = RPC_SECONDS,
     compact_entries: int = COMPACT_ENTRIES,
+    kind: Kind = RAFT_RS,
 ) -> AsyncIterator[RaftEngine]:
     """Run the engine on this node; leaving the context stops it and closes the store.
 
@@ -76,13 +77,14 @@ async def open_raft(
             mesh,
             members,
             incarnation,
+            name=kind.name,
             role=role,
             propose_seconds=propose_seconds,
             new_request=new_request,
             authorise=authorise,
         )
         draw = rng or random.SystemRandom()
-        engine.links = Links(mesh, engine, draw)
+        engine.links = Links(mesh, engine, draw, kind.protocol)
         engine.node = RaftNode(
             store,
             loaded,
@@ -91,6 +93,7 @@ async def open_raft(
             timing=timing or RaftTiming(),
             rng=draw,
             compact_entries=compact_entries,
+            new_core=kind.new_core,
             hooks=Hooks(
                 send=engine.send,
                 feed=engine.feed,
@@ -103,7 +106,7 @@ async def open_raft(
             ),
         )
         await engine.node.start()
-        mesh.handle(PROTOCOL, engine.links.serve)
+        mesh.handle(kind.protocol, engine.links.serve)
         async with trio.open_nursery() as nursery:
 
             async def guard(task: Callable[[], Awaitable[None]]) -> None:

@@ -14,9 +14,10 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.types import PeerId
+from pyagent_node.consensus.raft_core import Core
 from pyagent_node.consensus.raft_members import Members
 from pyagent_node.consensus.raft_storage import encode_peers
-from pyagent_node.native import RaftConf, RaftCore, RaftDropped, RaftRefused
+from pyagent_node.native import RaftConf, RaftDropped, RaftRefused
 
 
 class Change:
@@ -82,7 +83,7 @@ class Changes:
         """Queue a hand-over of the leadership."""
         self._handovers.append(handover)
 
-    def feed(self, core: RaftCore) -> None:
+    def feed(self, core: Core) -> None:
         """Put into the core what waits; on the leader."""
         change = self._change
         if change is not None and not change.proposed:
@@ -96,7 +97,7 @@ class Changes:
             except RaftDropped:
                 each.refuse(Unavailable("The leadership changes just now.", code="no_leader"))
 
-    def _propose(self, core: RaftCore, change: Change) -> None:
+    def _propose(self, core: Core, change: Change) -> None:
         try:
             placed = core.propose_conf(
                 change.conf.voters, change.conf.learners, encode_peers(change.newcomers)
@@ -133,7 +134,7 @@ class Changes:
             each.refuse(not_leader())
         self._handovers.clear()
 
-    def replace_reborn(self, core: RaftCore) -> None:
+    def replace_reborn(self, core: Core) -> None:
         """Give the log to members that lost theirs, under their new ids, first without a vote.
 
         Their old ids cannot vote ever again, so keeping them would only weaken the quorum.

@@ -1,4 +1,4 @@
-"""The engine ``"raft-rs"`` as the rest of the node sees it: the ``Consensus`` port."""
+"""A Raft engine as the rest of the node sees it: the ``Consensus`` port."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ class RaftEngine:
         members: Members,
         incarnation: bytes,
         *,
+        name: str,
         role: str,
         propose_seconds: float,
         new_request: Callable[[], bytes],
@@ -77,6 +78,7 @@ class RaftEngine:
         self.members = members
         self._mesh = mesh
         self._incarnation = incarnation
+        self._name = name
         self._role = role
         self._seconds = propose_seconds
         self._new_request = new_request
@@ -107,7 +109,7 @@ class RaftEngine:
         leader = members.peer_of(core.leader) if core.leader else None
         learners = {*conf.learners, *conf.learners_next} - voters
         return ConsensusStatus(
-            engine="raft-rs",
+            engine=self._name,
             role=_ROLES[core.role] if self._role != "client" else "client",
             leader=leader,
             index=node.history.index,

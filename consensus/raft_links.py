@@ -29,7 +29,6 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.raft_messages import (
     MAX_MESSAGE,
-    PROTOCOL,
     RAFT_MESSAGES,
     Hello,
     Piece,
@@ -105,10 +104,13 @@ class _Queued(msgspec.Struct):
 class Link:
     """The stream to one peer."""
 
-    def __init__(self, mesh: Mesh, peer: PeerId, node: Node, counters: LinkCounters) -> None:
+    def __init__(
+        self, mesh: Mesh, peer: PeerId, node: Node, counters: LinkCounters, protocol: str
+    ) -> None:
         self.scope = trio.CancelScope()
         self._mesh = mesh
         self._peer = peer
+        self._protocol = protocol
         self._node = node
         self._counters = counters
         self._queue: deque[_Queued] = deque()
@@ -157,7 +159,7 @@ class Link:
     async def _session(self) -> None:
         try:
             with trio.fail_after(DIAL_SECONDS):
-                stream = await self._mesh.open(self._peer, PROTOCOL)
+                stream = await self._mesh.open(self._peer, self._protocol)
         except trio.TooSlowError:
             raise DeadlineExceeded(
                 f"{self._peer} did not answer within {DIAL_SECONDS:g} s.", code="peer_unreachable"
@@ -202,11 +204,12 @@ class Link:
 class Links:
     """All streams of one node, both ways."""
 
-    def __init__(self, mesh: Mesh, node: Node, rng: random.Random) -> None:
+    def __init__(self, mesh: Mesh, node: Node, rng: random.Random, protocol: str) -> None:
         self.counters = LinkCounters()
         self._mesh = mesh
         self._node = node
         self._rng = rng
+        self._protocol = protocol
         self._links: dict[PeerId, Link] = {}
         self._serving: dict[PeerId, trio.CancelScope] = {}
         self._closed = False
@@ -237,7 +240,9 @@ class Links:
                 if link is not None:
                     link.scope.cancel()
                 if event.change == "up" and len(self._links) < MAX_PEERS:
-                    link = Link(self._mesh, event.peer_id, self._node, self.counters)
+                    link = Link(
+                        self._mesh, event.peer_id, self._node, self.counters, self._protocol
+                    )
                     self._links[event.peer_id] = link
                     nursery.start_soon(link.run, self._rng)
 
@@ -248,7 +253,7 @@ class Links:
             scope.cancel()
 
     async def serve(self, stream: FrameStream) -> None:
-        """Read what one peer sends; the handler of ``/pyagent/raft/1``.
+        """Read what one peer sends; the handler of the protocol.
 
         A second stream of the same peer replaces the first.
         """

@@ -27,6 +27,7 @@ from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.history import History
 from pyagent_node.consensus.log import LogStore
+from pyagent_node.consensus.raft_core import Core, NewCore, Ready
 from pyagent_node.consensus.raft_members import Members, voters_of
 from pyagent_node.consensus.raft_messages import Hello
 from pyagent_node.consensus.raft_storage import (
@@ -42,9 +43,7 @@ from pyagent_node.consensus.raft_storage import (
 from pyagent_node.consensus.replica import Outcome, Replica
 from pyagent_node.native import (
     RaftConf,
-    RaftCore,
     RaftEntry,
-    RaftReady,
     RaftRefused,
 )
 
@@ -140,6 +139,7 @@ class RaftNode:
         rng: random.Random,
         compact_entries: int,
         hooks: Hooks,
+        new_core: NewCore,
     ) -> None:
         self.counters = RaftCounters()
         self.history = History()
@@ -156,6 +156,7 @@ class RaftNode:
         self._store = store
         self._rng = rng
         self._hooks = hooks
+        self._kind = new_core
         self._compact_entries = compact_entries
         self._hard = loaded.hard or HardState(1, incarnation, 0, 0, 0)
         self._hard_unsaved = False
@@ -173,10 +174,10 @@ class RaftNode:
         members.install(loaded.conf, loaded.peers)
         self.core = self._new_core()
 
-    def _new_core(self) -> RaftCore:
+    def _new_core(self) -> Core:
         index, term, conf = self._snapshot
         behind = self._hard.term < term
-        core = RaftCore(
+        core = self._kind(
             self.members.me,
             conf=conf,
             term=term if behind else self._hard.term,
@@ -304,7 +305,7 @@ class RaftNode:
         term, role, leader = self._view
         if view[:2] != (term, role):
             self.core.set_election_ticks(self._draw())
-            self.counters.elections += view[1] == "candidate" and view[0] != term
+            self.counters.elections += view[0] != term and view[1] in ("candidate", "leader")
         if view[2] != leader and view[2]:
             log.info("%s leads the log in term %d", self.members.peer_of(view[2]), view[0])
         self._view = view
@@ -338,23 +339,23 @@ class RaftNode:
             if self._since_snapshot >= COMPACT_BYTES or self.history.index >= self._compact_at:
                 await self._compact()
 
-    def _send(self, ready: RaftReady) -> None:
+    def _send(self, ready: Ready) -> None:
         for to, kind, data in ready.messages:
             self._hooks.send(to, kind, data)
 
-    def _check_snapshot(self, ready: RaftReady) -> tuple[dict[int, PeerId], Replica] | None:
+    def _check_snapshot(self, ready: Ready) -> tuple[dict[int, PeerId], Replica] | None:
         if ready.snapshot is None:
             return None
         index, _, _, data = ready.snapshot
         return decode_content(data, index)
 
-    def _note_hard_state(self, ready: RaftReady) -> None:
+    def _note_hard_state(self, ready: Ready) -> None:
         if ready.hard_state is not None:
             term, vote, commit = ready.hard_state
             self._hard = HardState(1, self._hard.incarnation, term, vote, commit)
             self._hard_unsaved = True
 
-    async def _persist(self, ready: RaftReady) -> None:
+    async def _persist(self, ready: Ready) -> None:
         """Make durable what the core asks for, in one write if there is no snapshot."""
         self._note_hard_state(ready)
         if ready.snapshot is not None:
