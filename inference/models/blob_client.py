@@ -37,16 +37,18 @@ Tail = bytes | bytearray | memoryview
 
 
 class BlobClient:
-    """One stream to a peer; one task may use it.
+    """One stream to a peer; one task may use it.  ``epoch`` is that of the placement to be served.
 
-    Errors: :class:`Unavailable`, :class:`DeadlineExceeded` (``peer_slow``), what the peer answered
+    Errors: :class:`Conflict` (``stale_epoch``, fact ``epoch``) when the peer knows a later one,
+    :class:`Unavailable`, :class:`DeadlineExceeded` (``peer_slow``), what the peer answered
     (:class:`NotFound`, :class:`LimitExceeded`, ...), and :class:`CorruptData`
     (``unexpected_reply``, ``malformed_message``, ``bitmap_malformed``) for a peer that breaks the
     protocol.
     """
 
-    def __init__(self, stream: FrameStream) -> None:
+    def __init__(self, stream: FrameStream, epoch: int = 0) -> None:
         self._stream = stream
+        self._epoch = epoch
         self._asked: deque[int] = deque()
 
     @property
@@ -56,7 +58,7 @@ class BlobClient:
 
     async def manifest(self, model: Digest) -> Tail:
         """Return the peer's encoded manifest, unchecked."""
-        await self._send(GetManifest(model))
+        await self._send(GetManifest(model, self._epoch))
         reply, tail = await self._receive()
         if not isinstance(reply, ManifestReply) or reply.model != model:
             raise _unexpected(reply)
@@ -64,7 +66,7 @@ class BlobClient:
 
     async def have(self, model: Digest, count: int) -> ChunkSet:
         """Return which of the ``count`` chunks the peer holds; only while none is unanswered."""
-        await self._send(GetHave(model))
+        await self._send(GetHave(model, self._epoch))
         reply, tail = await self._receive()
         if not isinstance(reply, HaveReply) or reply.model != model or reply.count != count:
             raise _unexpected(reply)
@@ -73,7 +75,7 @@ class BlobClient:
     async def ask_chunk(self, model: Digest, index: int) -> None:
         """Ask for a chunk without waiting for it."""
         self._asked.append(index)
-        await self._send(GetChunk(model, index))
+        await self._send(GetChunk(model, index, self._epoch))
 
     async def next_chunk(self, model: Digest) -> tuple[int, Tail | None]:
         """Wait for the chunk asked for first; its bytes are ``None`` if the peer lacks it."""
@@ -115,7 +117,7 @@ class BlobClient:
 
 
 @asynccontextmanager
-async def open_blob_client(mesh: Mesh, peer: PeerId) -> AsyncIterator[BlobClient]:
+async def open_blob_client(mesh: Mesh, peer: PeerId, epoch: int = 0) -> AsyncIterator[BlobClient]:
     """Open a stream to ``peer`` for the block; errors as for :class:`BlobClient`."""
     try:
         with trio.fail_after(DIAL_SECONDS):
@@ -125,7 +127,7 @@ async def open_blob_client(mesh: Mesh, peer: PeerId) -> AsyncIterator[BlobClient
             f"Peer {peer} did not open a transfer in {DIAL_SECONDS:.0f} s.", code="peer_slow"
         ) from None
     try:
-        yield BlobClient(stream)
+        yield BlobClient(stream, epoch)
     finally:
         with trio.move_on_after(CLOSE_SECONDS, shield=True):
             await stream.aclose()

@@ -2,6 +2,9 @@
 
 A client sends requests on a stream of its own and may send several before the first answer; the
 server answers them in order.  Raw bytes (a manifest, a bitmap, a chunk) travel as the frame's tail.
+
+Every request names the epoch of the placement for which it is made (0: for none).  A server that
+knows a later one answers ``stale_epoch`` with that epoch and sends nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class GetManifest(msgspec.Struct, frozen=True, tag="get_manifest"):
     """Ask for the manifest of a model."""
 
     model: Digest
+    epoch: int = 0
 
 
 class ManifestReply(msgspec.Struct, frozen=True, tag="manifest"):
@@ -35,6 +39,7 @@ class GetHave(msgspec.Struct, frozen=True, tag="get_have"):
     """Ask which chunks of a model the peer holds."""
 
     model: Digest
+    epoch: int = 0
 
 
 class HaveReply(msgspec.Struct, frozen=True, tag="have"):
@@ -49,6 +54,7 @@ class GetChunk(msgspec.Struct, frozen=True, tag="get_chunk"):
 
     model: Digest
     index: int
+    epoch: int = 0
 
 
 class ChunkReply(msgspec.Struct, frozen=True, tag="chunk"):

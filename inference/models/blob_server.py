@@ -8,10 +8,16 @@ from typing import Final, TypeVar
 
 import trio
 
-from pyagent_node.base.errors import ErrorInfo, LimitExceeded, PyAgentError, Unavailable
+from pyagent_node.base.errors import (
+    Conflict,
+    ErrorInfo,
+    LimitExceeded,
+    PyAgentError,
+    Unavailable,
+)
 from pyagent_node.base.limits import MAX_PEERS
 from pyagent_node.base.mesh import FrameStream, Mesh
-from pyagent_node.base.types import PeerId
+from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.inference.models.blob_messages import (
     PROTOCOL,
@@ -42,6 +48,15 @@ IDLE_SECONDS: Final = 300.0
 SEND_SECONDS: Final = 120.0
 """Longest time for a peer to take one answer."""
 
+PUBLIC: Final = (
+    "model_not_found",
+    "chunk_not_held",
+    "bad_digest",
+    "stale_epoch",
+    "too_many_requests",
+)
+"""Errors that a peer is told as they are."""
+
 T = TypeVar("T")
 
 _log = logging.getLogger("pyagent_node.models.blobs")
@@ -71,12 +86,20 @@ class Allowance:
 
 
 class BlobServer:
-    """The serving side; ``on_sent`` is told the bytes of every chunk that was sent to a peer."""
+    """The serving side; ``on_sent`` is told the bytes of every chunk that was sent to a peer.
+
+    ``epoch_of`` gives the epoch of a model's placement as this node knows it, 0 for none.
+    """
 
     def __init__(
-        self, store: ModelStore, on_sent: Callable[[PeerId, int], None] | None = None
+        self,
+        store: ModelStore,
+        on_sent: Callable[[PeerId, int], None] | None = None,
+        *,
+        epoch_of: Callable[[Digest], int] = lambda _: 0,
     ) -> None:
         self._store = store
+        self._epoch_of = epoch_of
         self._on_sent = on_sent
         self._streams: dict[PeerId, int] = {}
         self._asks: dict[PeerId, Allowance] = {}
@@ -132,6 +155,7 @@ class BlobServer:
 
     async def _answer(self, peer: PeerId, request: BlobRequest) -> tuple[BlobReply, bytes]:
         try:
+            self._fence(request)
             match request:
                 case GetManifest(model):
                     self._allow(peer)
@@ -146,6 +170,18 @@ class BlobServer:
                     return ChunkReply(model, index), data
         except PyAgentError as error:
             return BlobError(_public(error)), b""
+
+    def _fence(self, request: BlobRequest) -> None:
+        """Refuse what is asked for a placement that has been replaced."""
+        current = self._epoch_of(request.model)
+        if 0 < request.epoch < current:
+            raise Conflict(
+                f"The placement of {request.model[:16]} is at epoch {current}, not"
+                f" {request.epoch}.",
+                code="stale_epoch",
+                remedy="Wait for this node's log to catch up, then ask for the new placement.",
+                epoch=current,
+            )
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self._reads)
@@ -166,7 +202,7 @@ class BlobServer:
 
 def _public(error: PyAgentError) -> ErrorInfo:
     """Return what a peer may know of an error: no paths of this machine."""
-    if error.code in ("model_not_found", "chunk_not_held", "bad_digest", "too_many_requests"):
+    if error.code in PUBLIC:
         return error.to_info()
     _log.warning("a request of a peer failed: %s", error)
     return Unavailable("The model cannot be read on this node.", code="read_failed").to_info()

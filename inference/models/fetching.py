@@ -66,8 +66,10 @@ class ChunkFetch:
         stats: TransferStats,
         banned: set[PeerId],
         progress: Callable[[int], None],
+        epoch: int = 0,
     ) -> None:
         self._mesh = mesh
+        self._epoch = epoch
         self._partial = partial
         self._model = partial.manifest.digest
         self._stats = stats
@@ -75,6 +77,7 @@ class ChunkFetch:
         self._progress = progress
         self._plan = ChunkScheduler(partial.have.missing(wanted))
         self._last_error: PyAgentError | None = None
+        self._stale: PyAgentError | None = None
         self._fault: PyAgentError | None = None
         """Why this node cannot keep chunks, which is no peer's fault."""
         self._waiting: deque[PeerId] = deque()
@@ -86,7 +89,8 @@ class ChunkFetch:
 
         Peers that send wrong bytes join the banned ones and are left out from then on.
         :class:`CorruptData` (``chunk_corrupt``) when the only peers left sent wrong bytes,
-        :class:`Unavailable` (``no_source``) when nobody holds what is missing, and the errors of
+        :class:`Unavailable` (``no_source``) when nobody holds what is missing, :class:`Conflict`
+        (``stale_epoch``) when that is because peers know a later placement, and the errors of
         the disk.  What came is kept.
         """
         left_out = {self._mesh.peer_id, *self._banned}
@@ -102,7 +106,7 @@ class ChunkFetch:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._partial.sync)
         if self._plan.missing:
-            raise self._fault or self._failure()
+            raise self._fault or self._stale or self._failure()
 
     async def _watch(self) -> None:
         """Return when all is there, when nobody is left to ask, or when nothing moves."""
@@ -131,7 +135,7 @@ class ChunkFetch:
         while self._plan.missing:
             before = self._stats.by_peer.get(peer, 0)
             try:
-                async with open_blob_client(self._mesh, peer) as client:
+                async with open_blob_client(self._mesh, peer, self._epoch) as client:
                     await self._converse(peer, client)
                 return
             except (Unavailable, LimitExceeded) as error:
@@ -150,6 +154,8 @@ class ChunkFetch:
     def _give_up(self, peer: PeerId, error: PyAgentError) -> None:
         _log.info("transfer from %s: %s", peer, error)
         self._last_error = error
+        if error.code == "stale_epoch":
+            self._stale = error  # one peer's word alone ends nothing: others are asked on
         self._stats.dropped[peer] = error.code
         if isinstance(error, CorruptData):
             self._banned.add(peer)

@@ -97,14 +97,18 @@ async def ensure_manifest(
     store: ModelStore,
     model: ModelRef,
     peers: Sequence[PeerId],
+    *,
+    epoch: int = 0,
 ) -> ModelManifest:
     """Return the model's manifest, fetching it from one of ``peers`` if it is not here.
 
-    Raises :class:`Unavailable` (``no_source``) and :class:`CorruptData` (``manifest_mismatch``)
+    ``epoch`` is that of the placement for which it is needed, 0 for none; a peer that knows a
+    later one gives nothing.  Raises :class:`Conflict` (``stale_epoch``) when only such peers have
+    it, :class:`Unavailable` (``no_source``) and :class:`CorruptData` (``manifest_mismatch``)
     when the peers that answered sent another one than ``model.manifest``.
     """
     async with store.busy(model.digest):
-        return await _manifest(mesh, store, model, peers)
+        return await _manifest(mesh, store, model, peers, epoch)
 
 
 async def ensure_slice(
@@ -116,6 +120,7 @@ async def ensure_slice(
     *,
     progress: Progress | None = None,
     stats: TransferStats | None = None,
+    epoch: int = 0,
 ) -> Path:
     """Return the GGUF file of a slice, fetching its bytes from ``peers`` where they are missing.
 
@@ -129,8 +134,8 @@ async def ensure_slice(
         cached = await trio.to_thread.run_sync(_cached, store, model, part)
         if cached is not None:
             return cached
-        manifest = await _manifest(mesh, store, model, peers)
-        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats)
+        manifest = await _manifest(mesh, store, model, peers, epoch)
+        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats, epoch=epoch)
         await fetch.header()
         file = await trio.to_thread.run_sync(store.model_file, model.digest)
         await fetch.ranges(slice_plan(file.header, part).copy.needs)
@@ -145,14 +150,15 @@ async def ensure_head_assets(
     *,
     progress: Progress | None = None,
     stats: TransferStats | None = None,
+    epoch: int = 0,
 ) -> HeadAssets:
     """Return embeddings and tokenizer, fetching header and embedding table where missing.
 
     Errors as for :func:`ensure_slice`, and :class:`Unsupported` (``unsupported_embedding``).
     """
     async with store.busy(model.digest):
-        manifest = await _manifest(mesh, store, model, peers)
-        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats)
+        manifest = await _manifest(mesh, store, model, peers, epoch)
+        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats, epoch=epoch)
         await fetch.header()
         file = await trio.to_thread.run_sync(store.model_file, model.digest)
         await fetch.ranges(embedding_ranges(file))
@@ -169,11 +175,12 @@ async def ensure_model(
     *,
     progress: Progress | None = None,
     stats: TransferStats | None = None,
+    epoch: int = 0,
 ) -> Path:
     """Return the whole model file, fetching what is missing; errors as for :func:`ensure_slice`."""
     async with store.busy(model.digest):
-        manifest = await _manifest(mesh, store, model, peers)
-        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats)
+        manifest = await _manifest(mesh, store, model, peers, epoch)
+        fetch = _Fetch(mesh, store, manifest, peers, progress=progress, stats=stats, epoch=epoch)
         await fetch.ranges([ByteRange(0, manifest.size)])
         return await trio.to_thread.run_sync(store.complete, model.digest)
 
@@ -190,8 +197,10 @@ class _Fetch:
         *,
         progress: Progress | None,
         stats: TransferStats | None,
+        epoch: int,
     ) -> None:
         self._mesh = mesh
+        self._epoch = epoch
         self._store = store
         self._manifest = manifest
         self._peers = peers
@@ -231,6 +240,7 @@ class _Fetch:
                 stats=self._stats,
                 banned=self._banned,
                 progress=advance,
+                epoch=self._epoch,
             )
             await fetch.run(self._peers)
         advance(0)
@@ -252,7 +262,7 @@ def _cached(store: ModelStore, model: ModelRef, part: Slice) -> Path | None:
 
 
 async def _manifest(
-    mesh: Mesh, store: ModelStore, model: ModelRef, peers: Sequence[PeerId]
+    mesh: Mesh, store: ModelStore, model: ModelRef, peers: Sequence[PeerId], epoch: int
 ) -> ModelManifest:
     manifest = await trio.to_thread.run_sync(_known, store, model)
     if manifest is not None:
@@ -264,7 +274,7 @@ async def _manifest(
     async def ask(peer: PeerId, scope: trio.CancelScope) -> None:
         async with limit:
             try:
-                async with open_blob_client(mesh, peer) as client:
+                async with open_blob_client(mesh, peer, epoch) as client:
                     data = bytes(await client.manifest(model.digest))
                 manifest = await trio.to_thread.run_sync(_decode, data, model)
             except PyAgentError as error:
@@ -282,7 +292,7 @@ async def _manifest(
     if found:
         return await trio.to_thread.run_sync(_add, store, found[0], model.name)
     for error in errors:
-        if isinstance(error, CorruptData):
+        if isinstance(error, CorruptData) or error.code == "stale_epoch":
             raise error
     raise Unavailable(
         f"No connected peer has the manifest of model {model.digest[:16]}"
