@@ -32,6 +32,12 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Placement
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.node.api.placement_schema import (
+    DrainReply,
+    DrainRequest,
+    PlacementsReply,
+    PlanView,
+)
 from pyagent_node.node.api.schema import (
     ADMIN_PREFIX,
     ConnectReply,
@@ -275,6 +281,22 @@ class Client:
     def load(self, request: LoadRequest, report: Report | None = None) -> PlacementView:
         """Place a model and wait until it can be asked; ``report`` gets the progress."""
         return self._follow("/models/load", request, Line[PlacementView], report)
+
+    def placements(self) -> tuple[PlacementView, ...]:
+        """Return every placement with its ranks, standbys and spares."""
+        return self._get("/placements", PlacementsReply).placements
+
+    def plan(self, request: LoadRequest, report: Report | None = None) -> PlanView:
+        """Ask what placing a model anew would change."""
+        return self._follow("/placements/plan", request, Line[PlanView], report)
+
+    def apply(self, request: LoadRequest, report: Report | None = None) -> PlacementView:
+        """Place a model anew as planned, and wait until it can be asked."""
+        return self._follow("/placements/apply", request, Line[PlacementView], report)
+
+    def drain(self, request: DrainRequest, report: Report | None = None) -> DrainReply:
+        """Take a node's work away and wait until it has none, or let it work again."""
+        return self._follow("/placements/drain", request, Line[DrainReply], report)
 
     def unload(self, model: str) -> None:
         """Remove the placement of a model."""

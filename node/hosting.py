@@ -22,7 +22,7 @@ from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.healer import Healer
-from pyagent_node.node.models import ModelDefaults, NodeModels
+from pyagent_node.node.models import NodeModels
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.placement_board import PlacementBoard
 from pyagent_node.node.placement_messages import (
@@ -32,6 +32,7 @@ from pyagent_node.node.placement_messages import (
     PlacementReports,
 )
 from pyagent_node.node.placements import Assets, PlacementController
+from pyagent_node.node.placing import ModelDefaults
 from pyagent_node.node.planning import facts_reply, planner_shape, survey
 from pyagent_node.node.rpc import Rpc
 

@@ -1,7 +1,6 @@
 """The models of a node and of its mesh: pull, load, unload, remove, list.
 
-``load`` asks every node for its facts, plans, proposes the placement and waits until every rank is
-ready; a placement that cannot get ready is taken back.
+How a model is placed is ``placing``'s.
 """
 
 from __future__ import annotations
@@ -11,36 +10,30 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-import msgspec
 import trio
 
 from pyagent_node.base.errors import (
     Conflict,
-    InvalidRequest,
     NotFound,
     PyAgentError,
     Unavailable,
-    Unsupported,
 )
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import Digest, Placement
+from pyagent_node.base.types import Digest
 from pyagent_node.consensus.commands import (
     ForgetModel,
     ModelRecord,
     RegisterModel,
     RemovePlacement,
-    SetPlacement,
 )
 from pyagent_node.consensus.port import Consensus
-from pyagent_node.inference.models.architectures import check_sliceable, model_shape
-from pyagent_node.inference.models.gguf_header import GgufHeader
+from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.pull import pull
 from pyagent_node.inference.models.sources import CATALOGUE
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import StoredModel
-from pyagent_node.inference.models.transfer import ensure_head_assets, ensure_model
-from pyagent_node.inference.pipeline.plan_types import Plan
-from pyagent_node.inference.pipeline.planner import plan
+from pyagent_node.inference.models.transfer import ensure_model
+from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     LoadRequest,
     ModelView,
@@ -48,27 +41,20 @@ from pyagent_node.node.api.schema import (
     Progress,
     PullRequest,
 )
+from pyagent_node.node.draining import drain
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.placement_messages import PlacementReports
-from pyagent_node.node.planning import choose_nodes, planner_shape, survey
+from pyagent_node.node.placing import ModelDefaults, Placer
 from pyagent_node.node.rpc import Rpc
+
+__all__ = ["ModelDefaults", "NodeModels"]
 
 logger = logging.getLogger("pyagent_node.models")
 
 UNLOAD_SECONDS: Final = 15.0
 """Longest wait for the nodes to stop what was unloaded; they go on stopping after it."""
-DEFAULT_N_CTX: Final = 2048
-DEFAULT_N_SEQ: Final = 8
-
 T = TypeVar("T")
-
-
-class ModelDefaults(msgspec.Struct, frozen=True):
-    """Context length and number of sessions where a load request names none."""
-
-    n_ctx: int = DEFAULT_N_CTX
-    n_seq: int = DEFAULT_N_SEQ
 
 
 class NodeModels:
@@ -88,12 +74,19 @@ class NodeModels:
     ) -> None:
         self._mesh = mesh
         self._consensus = consensus
-        self._rpc = rpc
         self._store = store
-        self._facts = facts
         self._board = board
-        self._defaults = defaults
         self._clock = clock
+        self._placer = Placer(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            store=store,
+            facts=facts,
+            board=board,
+            defaults=defaults,
+            find=self._find,
+        )
 
     # ---- looking ---------------------------------------------------------------------------
 
@@ -210,111 +203,23 @@ class NodeModels:
     # ---- load ------------------------------------------------------------------------------
 
     async def load(self, request: LoadRequest, report: Report) -> PlacementView:
-        """Place a model and wait until every rank, and the head here, is ready.
+        """Place a model and wait until it can be asked; see :meth:`Placer.load`."""
+        return await self._placer.load(request, report)
 
-        A model that is placed already is placed anew if the request says how, else it stays.
-        Raises :class:`NotFound` (``model_not_found``), the errors of ``planner.plan`` and of
-        ``PlacementBoard.wait_ready``; the placement is then taken back.
-        """
-        record = await self._find(request.model)
-        current = self._consensus.state.placements.get(record.digest)
-        chosen = (request.ranks, request.layers, request.nodes, request.n_ctx, request.n_seq)
-        if current is not None and all(value is None for value in chosen):
-            await self._board.wait_ready(current, report)
-            return await self._placed(current)
-        best = await self._plan(record, request, report)
-        for line in best.explanation:
-            logger.info("%s: %s", record.name, line)
-        placement = await self._place(record, request, best)
-        report(
-            Progress(
-                step="place",
-                text=f"placed at epoch {placement.epoch}: " + "; ".join(best.explanation),
-            )
+    async def plan(self, request: LoadRequest, report: Report) -> PlanView:
+        """Say what placing a model anew would change; see :meth:`Placer.plan`."""
+        return await self._placer.plan(request, report)
+
+    async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Place a model anew as planned; see :meth:`Placer.apply`."""
+        return await self._placer.apply(request, report)
+
+    async def drain(self, request: DrainRequest, report: Report) -> DrainReply:
+        """Take a node's work away, or let it work again; see :func:`draining.drain`."""
+        await self._catch_up()
+        return await drain(
+            self._consensus, self._board, request.node, undo=request.undo, report=report
         )
-        try:
-            await self._board.wait_ready(placement, report)
-        except PyAgentError:
-            await self._take_back(placement)
-            raise
-        return await self._placed(placement)
-
-    async def _plan(self, record: ModelRecord, request: LoadRequest, report: Report) -> Plan:
-        n_ctx, n_seq = self._sizes(record, request)
-        report(Progress(step="plan", text="measuring the nodes"))
-        header = await self._header(record, report)
-        swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
-        nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
-        try:
-            check_sliceable(header)
-        except Unsupported:
-            if options.boundaries or (options.ranks or 1) > 1:
-                raise
-            options = msgspec.structs.replace(options, ranks=1)
-        return plan(
-            planner_shape(header, record.name),
-            nodes,
-            swarm.rtt_ms,
-            options,
-            head=self._mesh.peer_id,
-        )
-
-    def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
-        n_ctx = request.n_ctx
-        if n_ctx is None:
-            n_ctx = min(self._defaults.n_ctx, record.n_ctx_train)
-        elif not 1 <= n_ctx <= record.n_ctx_train:
-            raise InvalidRequest(
-                f"n_ctx is {n_ctx}; {record.name} was trained for 1 to {record.n_ctx_train}.",
-                code="bad_parameter",
-                parameter="n_ctx",
-            )
-        return n_ctx, self._defaults.n_seq if request.n_seq is None else request.n_seq
-
-    async def _header(self, record: ModelRecord, report: Report) -> GgufHeader:
-        """Return the model's header, fetching the head's assets (which a load needs anyway)."""
-        try:
-            return (await self._in_thread(self._store.model_file, record.digest)).header
-        except NotFound:
-            peers = [p.peer_id for p in self._mesh.peers()]
-
-            def progress(done: int, total: int | None) -> None:
-                report(Progress(step="fetch", text="embeddings", done=done, total=total))
-
-            assets = await ensure_head_assets(
-                self._mesh, self._store, record, peers, progress=progress
-            )
-            assets.close()
-            return (await self._in_thread(self._store.model_file, record.digest)).header
-
-    async def _place(self, record: ModelRecord, request: LoadRequest, best: Plan) -> Placement:
-        n_ctx, n_seq = self._sizes(record, request)
-        before = self._consensus.state.placements.get(record.digest)
-        await self._consensus.propose(
-            SetPlacement(
-                model=record.digest,
-                ranks=best.ranks,
-                n_ctx=n_ctx,
-                n_seq=n_seq,
-                after_epoch=before.epoch if before is not None else 0,
-            )
-        )
-        placement = self._consensus.state.placements.get(record.digest)
-        if placement is None or placement.ranks != best.ranks:
-            raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
-        return placement
-
-    async def _take_back(self, placement: Placement) -> None:
-        try:
-            await self._consensus.propose(RemovePlacement(placement.model, placement.epoch))
-        except PyAgentError as error:
-            logger.warning("epoch %d was not taken back: %s", placement.epoch, error)
-
-    async def _placed(self, placement: Placement) -> PlacementView:
-        for view in await self._board.views():
-            if (view.model, view.epoch) == (placement.model, placement.epoch):
-                return view
-        raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
 
     # ---- unload, remove --------------------------------------------------------------------
 

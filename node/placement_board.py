@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import (
@@ -23,13 +24,22 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId, Placement, Rank
 from pyagent_node.consensus.port import Consensus
-from pyagent_node.node.api.schema import PlacementView, Progress, RankState, RankView
+from pyagent_node.node.api.schema import (
+    PlacementView,
+    Progress,
+    RankState,
+    RankView,
+    ReserveState,
+    ReserveView,
+)
+from pyagent_node.node.drafts import same_cut
 from pyagent_node.node.part_reports import not_hosted
 from pyagent_node.node.placement_messages import (
     AskPlacements,
     HeadReport,
     PlacementReports,
     RankReport,
+    ReserveReport,
 )
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.rpc import Rpc
@@ -91,17 +101,38 @@ class PlacementBoard:
     async def views(self) -> tuple[PlacementView, ...]:
         """Return every placement with its ranks' states, as ``status`` shows them."""
         placements = list(self._consensus.state.placements.values())
-        reports = await self.reports(r.peer_id for p in placements for r in p.ranks)
+        reports = await self.reports(
+            peer
+            for placement in placements
+            for rank in placement.ranks
+            for peer in (rank.peer_id, *rank.standbys, *rank.spares)
+        )
         return tuple(self._view(placement, reports) for placement in placements)
 
     def _view(self, placement: Placement, reports: dict[PeerId, PlacementReports]) -> PlacementView:
         state = self._consensus.state
         record = state.models.get(placement.model)
+
+        def name(peer: PeerId) -> str:
+            member = state.members.get(peer)
+            return member.name if member is not None else peer[-8:]
+
         ranks = []
         for rank in placement.ranks:
-            member = state.members.get(rank.peer_id)
-            name = member.name if member is not None else rank.peer_id[-8:]
-            ranks.append(_rank_view(rank, name, _report_of(placement, rank, reports)))
+            view = _rank_view(rank, name(rank.peer_id), _report_of(placement, rank, reports))
+            ranks.append(
+                msgspec.structs.replace(
+                    view,
+                    standbys=tuple(
+                        _reserve_view(placement, rank, peer, name(peer), reports.get(peer))
+                        for peer in rank.standbys
+                    ),
+                    spares=tuple(
+                        _reserve_view(placement, rank, peer, name(peer), reports.get(peer))
+                        for peer in rank.spares
+                    ),
+                )
+            )
         return PlacementView(
             model=placement.model,
             name=record.name if record is not None else placement.model[:12],
@@ -112,24 +143,30 @@ class PlacementBoard:
             ranks=tuple(ranks),
         )
 
-    async def wait_ready(self, placement: Placement, report: Report) -> None:
-        """Wait until every rank, and the head on this node, is ready.
+    async def wait_ready(self, placement: Placement, report: Report) -> Placement:
+        """Wait until every rank, and the head on this node, is ready; return what is then placed.
 
+        That is another epoch than at first when ranks were moved to other nodes meanwhile.
         Raises the error of a rank that cannot get ready (facts ``rank`` and ``peer_id``),
         :class:`Unavailable` (``peer_lost``) for a node that does not answer, :class:`Conflict`
         (``stale_epoch``) when the model is placed anew meanwhile, and :class:`DeadlineExceeded`.
         """
-        peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
-        heard = dict.fromkeys(peers, trio.current_time())
+        heard: dict[PeerId, float] = {}
         moved, last = trio.current_time(), None
         while True:
             current = self._consensus.state.placements.get(placement.model)
-            if current is None or current.epoch != placement.epoch:
+            wanted = (placement.ranks, placement.n_ctx, placement.n_seq)
+            if current is None or not same_cut(current, *wanted):
                 raise Conflict(
                     "The model was unloaded or placed anew meanwhile.", code="stale_epoch"
                 )
+            placement = current
+            peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
+            started = trio.current_time()
             reports = await self.reports(peers)
             now = trio.current_time()
+            for peer in peers:
+                heard.setdefault(peer, started)
             heard.update(dict.fromkeys(reports, now))
             ranks = [_report_of(placement, rank, reports) for rank in placement.ranks]
             head = _head_of(placement, reports.get(self._mesh.peer_id))
@@ -143,7 +180,7 @@ class PlacementBoard:
             ready = [r is not None and r.state == "ready" for r in ranks]
             _tell(report, [r for r in (*ranks, head) if r is not None], sum(ready), len(ranks))
             if all(ready) and head is not None and head.state == "ready":
-                return
+                return placement
             picture = [(r.state, r.done, r.failures) if r else None for r in (*ranks, head)]
             if picture != last:
                 moved, last = now, picture
@@ -155,6 +192,17 @@ class PlacementBoard:
                     remedy="See the logs of the nodes whose ranks are not ready.",
                 )
             await trio.sleep(POLL_SECONDS)
+
+    async def memory(self, placement: Placement) -> dict[PeerId, int]:
+        """Return the bytes that runners of ``placement`` take on their nodes."""
+        peers = {peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys)}
+        used: dict[PeerId, int] = {}
+        for peer, told in (await self.reports(peers)).items():
+            held: list[RankReport | ReserveReport] = [*told.ranks, *told.reserves]
+            used[peer] = sum(
+                part.memory_bytes or 0 for part in held if part.model == placement.model
+            )
+        return used
 
     async def wait_gone(self, placement: Placement) -> None:
         """Wait until no node that answers still holds a part of ``placement``."""
@@ -241,6 +289,28 @@ def _rank_view(rank: Rank, name: str, found: RankReport | None) -> RankView:
         memory_bytes=found.memory_bytes if found is not None else None,
         tokens_per_second=found.tokens_per_second if load is not None and found else None,
     )
+
+
+def _reserve_view(
+    placement: Placement, rank: Rank, peer: PeerId, name: str, told: PlacementReports | None
+) -> ReserveView:
+    loaded = peer in rank.standbys
+    for found in told.reserves if told is not None else ():
+        if (found.model, found.slice, found.loaded) == (placement.model, rank.slice, loaded):
+            state: ReserveState = "missing"
+            if found.state == "ready":
+                state = "hot" if loaded else "disk"
+            elif found.state != "fetching":
+                state = found.state
+            detail = found.error.message if found.error is not None else None
+            return ReserveView(
+                peer_id=peer,
+                name=name,
+                state=state,
+                detail=detail,
+                memory_bytes=found.memory_bytes,
+            )
+    return ReserveView(peer_id=peer, name=name, state="unknown", detail="no report of it")
 
 
 def _detail(error: ErrorInfo | None, found: RankReport) -> str | None:

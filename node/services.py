@@ -12,6 +12,7 @@ import psutil
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
     DoctorReply,
@@ -187,6 +188,18 @@ class NodeServices:
     async def load(self, request: LoadRequest, report: Report) -> PlacementView:
         """See :class:`ApiServices`."""
         return await self._node.models.load(request, report)
+
+    async def plan(self, request: LoadRequest, report: Report) -> PlanView:
+        """See :class:`ApiServices`."""
+        return await self._node.models.plan(request, report)
+
+    async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
+        """See :class:`ApiServices`."""
+        return await self._node.models.apply(request, report)
+
+    async def drain_node(self, request: DrainRequest, report: Report) -> DrainReply:
+        """See :class:`ApiServices`."""
+        return await self._node.models.drain(request, report)
 
     async def unload(self, model: str) -> None:
         """See :class:`ApiServices`."""

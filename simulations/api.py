@@ -31,6 +31,7 @@ from pyagent_node.node.api.app import ApiOptions, create_app
 from pyagent_node.node.api.exchange import Drain
 from pyagent_node.node.api.guard import GuardOptions
 from pyagent_node.node.api.openai import GenerationOptions
+from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     Check,
     ConnectReply,
@@ -294,6 +295,35 @@ class SimulatedServices:
         return PlacementView(
             model=DIGEST, name="words", epoch=7, n_ctx=64, n_seq=8, ready=True, ranks=()
         )
+
+    async def plan(self, request: LoadRequest, report: Report) -> PlanView:
+        """Plan nothing."""
+        self.calls.append(request)
+        report(Progress(step="plan", text="planning"))
+        if self.load_error is not None:
+            raise self.load_error
+        return PlanView(
+            model=DIGEST,
+            name="words",
+            epoch=7,
+            n_ctx=64,
+            n_seq=8,
+            token_seconds=0.01,
+            token_seconds_now=None,
+            ranks=(),
+            changes=(),
+            explanation=("nothing is better",),
+        )
+
+    async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Load."""
+        return await self.load(request, report)
+
+    async def drain_node(self, request: DrainRequest, report: Report) -> DrainReply:
+        """Note the node."""
+        self.calls.append(request)
+        report(Progress(step="drain", done=1, total=1, unit="parts"))
+        return DrainReply(peer_id=PEER, name=request.node, draining=not request.undo)
 
     async def unload(self, model: str) -> None:
         """Succeed for ``words`` only."""

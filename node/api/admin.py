@@ -15,6 +15,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
 from pyagent_node.node.api.errors import decode_body
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, ndjson_error
+from pyagent_node.node.api.placement_schema import DrainRequest, PlacementsReply
 from pyagent_node.node.api.schema import (
     ADMIN_PREFIX,
     ConnectRequest,
@@ -40,6 +41,7 @@ _CONNECT = msgspec.json.Decoder(ConnectRequest)
 _INVITE = msgspec.json.Decoder(InviteRequest)
 _PULL = msgspec.json.Decoder(PullRequest)
 _LOAD = msgspec.json.Decoder(LoadRequest)
+_DRAIN = msgspec.json.Decoder(DrainRequest)
 _UNLOAD = msgspec.json.Decoder(UnloadRequest)
 
 T = TypeVar("T")
@@ -125,6 +127,28 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
     async def load(request: Request) -> Response:
         body = decode_body(await request.body(), _LOAD)
         return follow(partial(services.load, body))
+
+    @router.get("/placements")
+    async def placements() -> Response:
+        async def work() -> PlacementsReply:
+            return PlacementsReply((await services.status()).placements)
+
+        return reply(work)
+
+    @router.post("/placements/plan")
+    async def plan(request: Request) -> Response:
+        body = decode_body(await request.body(), _LOAD)
+        return follow(partial(services.plan, body))
+
+    @router.post("/placements/apply")
+    async def apply(request: Request) -> Response:
+        body = decode_body(await request.body(), _LOAD)
+        return follow(partial(services.apply, body))
+
+    @router.post("/placements/drain")
+    async def drain_node(request: Request) -> Response:
+        body = decode_body(await request.body(), _DRAIN)
+        return follow(partial(services.drain_node, body))
 
     @router.post("/models/unload")
     async def unload(request: Request) -> Response:

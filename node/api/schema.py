@@ -52,11 +52,25 @@ class MeshView(msgspec.Struct, frozen=True, kw_only=True):
 RankState = Literal["ready", "loading", "failed", "unknown"]
 
 
+ReserveState = Literal["hot", "disk", "loading", "missing", "failed", "unknown"]
+"""``hot``: a runner is loaded; ``disk``: the slice's file is there; ``missing``: not yet."""
+
+
+class ReserveView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that could take a rank over; ``detail`` explains ``"failed"`` and ``"unknown"``."""
+
+    peer_id: PeerId
+    name: str
+    state: ReserveState
+    detail: str | None = None
+    memory_bytes: int | None = None
+
+
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of a placement with its load as its node last reported it.
 
     ``state`` is ``"unknown"`` while nothing was heard from the node; ``detail`` explains any state
-    but ``"ready"``.
+    but ``"ready"``.  ``standbys`` keep its slice loaded, ``spares`` keep it on disk.
     """
 
     rank: int
@@ -70,6 +84,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     queued: int | None = None
     memory_bytes: int | None = None
     tokens_per_second: float | None = None
+    standbys: tuple[ReserveView, ...] = ()
+    spares: tuple[ReserveView, ...] = ()
 
 
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +184,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``layers`` are the inner boundaries between ranks (``[10, 20]`` makes three of thirty layers);
     with neither ``ranks`` nor ``layers`` the planner decides.  ``nodes`` restricts the choice to
     these peer ids or names, in rank order when their number equals the number of ranks.
+    ``standbys`` and ``spares`` are how many each rank shall have where nodes and memory allow; the
+    mesh's settings say it otherwise.
     """
 
     model: str
@@ -176,6 +194,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[str, ...] | None = None
     n_ctx: int | None = None
     n_seq: int | None = None
+    standbys: int | None = None
+    spares: int | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

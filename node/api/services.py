@@ -7,6 +7,7 @@ from typing import Protocol
 
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.generation import Engine
+from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
     DoctorReply,
@@ -76,6 +77,18 @@ class ApiServices(Protocol):
 
     async def load(self, request: LoadRequest, report: Report) -> PlacementView:
         """Place a model and wait until every rank is ready."""
+        ...
+
+    async def plan(self, request: LoadRequest, report: Report) -> PlanView:
+        """Say what placing a model anew would change."""
+        ...
+
+    async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Place a model anew as planned, and wait until every rank is ready."""
+        ...
+
+    async def drain_node(self, request: DrainRequest, report: Report) -> DrainReply:
+        """Take a node's work away and wait until it has none, or let it work again."""
         ...
 
     async def unload(self, model: str) -> None:

@@ -1,0 +1,65 @@
+"""The messages of the admin API about placements: plans and drains.
+
+As ``schema``: plain values only, for the command line as well.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.node.api.schema import PlacementView
+
+
+class PlannedRank(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank as it would be; ``standbys`` and ``spares`` are names of nodes."""
+
+    rank: int
+    layers: tuple[int, int]
+    head: bool
+    peer_id: PeerId
+    name: str
+    standbys: tuple[str, ...] = ()
+    spares: tuple[str, ...] = ()
+
+
+class PlanView(msgspec.Struct, frozen=True, kw_only=True):
+    """What planning a model again would give.
+
+    ``epoch`` is that of the placement as it is, ``None`` when the model is not loaded.
+    ``token_seconds`` is the predicted time of one token, ``token_seconds_now`` that of the
+    placement as it is (``None`` when a node of it does not answer).  ``changes`` is empty when
+    nothing would change; ``explanation`` says what decided.
+    """
+
+    model: Digest
+    name: str
+    epoch: int | None
+    n_ctx: int
+    n_seq: int
+    token_seconds: float
+    token_seconds_now: float | None
+    ranks: tuple[PlannedRank, ...]
+    changes: tuple[str, ...]
+    explanation: tuple[str, ...]
+
+
+class PlacementsReply(msgspec.Struct, frozen=True):
+    """Every placement with the state of its ranks, standbys and spares."""
+
+    placements: tuple[PlacementView, ...]
+
+
+class DrainRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Take the work of a node (name or peer id) away, or let it work again (``undo``)."""
+
+    node: str
+    undo: bool = False
+
+
+class DrainReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The node holds nothing any more and may leave, or works again."""
+
+    peer_id: PeerId
+    name: str
+    draining: bool

@@ -1,0 +1,204 @@
+"""Placements that are planned and not proposed yet, and how they differ from what is.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.consensus.commands import ModelRecord
+from pyagent_node.inference.pipeline.plan_types import ModelShape, Plan, PlanOptions
+from pyagent_node.inference.pipeline.planner import plan
+from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
+from pyagent_node.node.api.placement_schema import PlannedRank, PlanView
+from pyagent_node.node.api.schema import LoadRequest
+from pyagent_node.node.planning import Swarm
+
+MAX_RESERVES: Final = 4
+"""Most standbys, and most spares, that a rank can be given."""
+
+
+def same_cut(placement: Placement, ranks: Sequence[Rank], n_ctx: int, n_seq: int) -> bool:
+    """Whether a placement has these slices and sizes, on whatever nodes."""
+    return (
+        [rank.slice for rank in placement.ranks] == [rank.slice for rank in ranks]
+        and placement.n_ctx == n_ctx
+        and placement.n_seq == n_seq
+    )
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """A placement that was planned and not proposed yet."""
+
+    record: ModelRecord
+    plan: Plan
+    ranks: tuple[Rank, ...]
+    n_ctx: int
+    n_seq: int
+    want_standbys: int | None
+    want_spares: int | None
+    before: Placement | None
+    before_seconds: float | None
+    names: dict[PeerId, str]
+
+
+def with_reserves(
+    shape: ModelShape,
+    ranks: Sequence[Rank],
+    swarm: Swarm,
+    request: LoadRequest,
+    settings: Mapping[str, int],
+    *,
+    before: Placement | None,
+    n_ctx: int,
+    n_seq: int,
+) -> tuple[Rank, ...]:
+    """Return planned ranks with as many standbys and spares as are wanted and fit."""
+    standbys, spares = request.standbys, request.spares
+    pending: dict[PeerId, int] = {}
+    for rank in ranks:
+        need = shape.needs(rank.slice, n_ctx=n_ctx, n_seq=n_seq)
+        pending[rank.peer_id] = pending.get(rank.peer_id, 0) + need
+    options = ReserveOptions(
+        n_ctx=n_ctx,
+        n_seq=n_seq,
+        standbys=settings.get("standbys", 0) if standbys is None else standbys,
+        spares=settings.get("spares", 0) if spares is None else spares,
+        pending=pending,
+    )
+    known = {rank.slice: rank for rank in before.ranks} if before is not None else {}
+    kept = tuple(
+        rank
+        if (old := known.get(rank.slice)) is None
+        else msgspec.structs.replace(
+            rank,
+            standbys=tuple(p for p in old.standbys if p != rank.peer_id),
+            spares=tuple(p for p in old.spares if p != rank.peer_id),
+        )
+        for rank in ranks
+    )
+    good = frozenset(node.peer_id for node in swarm.nodes)
+    return choose_reserves(shape, kept, swarm.nodes, options, good=good)
+
+
+def token_seconds(
+    shape: ModelShape, before: Placement | None, swarm: Swarm, head: PeerId
+) -> float | None:
+    """Return what a token costs in the placement as it is, by the same measure."""
+    if before is None:
+        return None
+    options = PlanOptions(
+        n_ctx=1,
+        n_seq=1,
+        boundaries=tuple(rank.slice.last for rank in before.ranks[:-1]),
+        nodes=tuple(rank.peer_id for rank in before.ranks),
+    )
+    try:
+        now = plan(shape, swarm.nodes, swarm.rtt_ms, options, head=head)
+    except PyAgentError:  # a node is away or short of memory
+        return None
+    return now.token_seconds
+
+
+def chooses(request: LoadRequest) -> bool:
+    """Whether the request says how the model is to be placed."""
+    chosen = (request.ranks, request.layers, request.nodes, request.n_ctx, request.n_seq)
+    return any(value is not None for value in (*chosen, request.standbys, request.spares))
+
+
+def as_it_is(request: LoadRequest, current: Placement | None) -> LoadRequest:
+    """Return the request with the sizes of the placement where it names none."""
+    if current is None:
+        return request
+    return msgspec.structs.replace(
+        request,
+        n_ctx=current.n_ctx if request.n_ctx is None else request.n_ctx,
+        n_seq=current.n_seq if request.n_seq is None else request.n_seq,
+        standbys=current.want_standbys if request.standbys is None else request.standbys,
+        spares=current.want_spares if request.spares is None else request.spares,
+    )
+
+
+def check_reserves(request: LoadRequest) -> None:
+    """Raise :class:`InvalidRequest` (``bad_parameter``) for numbers that cannot be."""
+    for name, value in (("standbys", request.standbys), ("spares", request.spares)):
+        if value is not None and not 0 <= value <= MAX_RESERVES:
+            raise InvalidRequest(
+                f"{name} is {value}; a rank can have 0 to {MAX_RESERVES}.",
+                code="bad_parameter",
+                parameter=name,
+            )
+
+
+def same(draft: Draft) -> bool:
+    """Whether the ranks stay where they are."""
+    before = draft.before
+    if before is None or not same_cut(before, draft.ranks, draft.n_ctx, draft.n_seq):
+        return False
+    wanted = (before.want_standbys, before.want_spares)
+    peers = [rank.peer_id for rank in before.ranks]
+    return wanted == (draft.want_standbys, draft.want_spares) and peers == [
+        rank.peer_id for rank in draft.ranks
+    ]
+
+
+def plan_view(draft: Draft) -> PlanView:
+    """Return the draft as the API shows it."""
+
+    def name(peer: PeerId) -> str:
+        return draft.names.get(peer, peer[-8:])
+
+    return PlanView(
+        model=draft.record.digest,
+        name=draft.record.name,
+        epoch=draft.before.epoch if draft.before is not None else None,
+        n_ctx=draft.n_ctx,
+        n_seq=draft.n_seq,
+        token_seconds=draft.plan.token_seconds,
+        token_seconds_now=draft.before_seconds,
+        ranks=tuple(
+            PlannedRank(
+                rank=rank.rank,
+                layers=(rank.slice.first, rank.slice.last),
+                head=rank.slice.head,
+                peer_id=rank.peer_id,
+                name=name(rank.peer_id),
+                standbys=tuple(map(name, rank.standbys)),
+                spares=tuple(map(name, rank.spares)),
+            )
+            for rank in draft.ranks
+        ),
+        changes=tuple(_changes(draft, name)),
+        explanation=draft.plan.explanation,
+    )
+
+
+def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
+    """Say what would be different."""
+    before = draft.before
+    if before is None:
+        return ["the model is not loaded: it would be"]
+    lines = []
+    if (before.n_ctx, before.n_seq) != (draft.n_ctx, draft.n_seq):
+        lines.append(f"{draft.n_seq} sessions of {draft.n_ctx} tokens")
+    old = {rank.slice: rank for rank in before.ranks}
+    for rank in draft.ranks:
+        was = old.get(rank.slice)
+        if was is None:
+            lines.append(f"layers {rank.slice} are cut anew, for {name(rank.peer_id)}")
+            continue
+        if was.peer_id != rank.peer_id:
+            lines.append(
+                f"layers {rank.slice} move from {name(was.peer_id)} to {name(rank.peer_id)}"
+            )
+        for what, now, then in (
+            ("standbys", rank.standbys, was.standbys),
+            ("spares", rank.spares, was.spares),
+        ):
+            if now != then:
+                names = ", ".join(map(name, now)) or "none"
+                lines.append(f"{what} of layers {rank.slice}: {names}")
+    return lines

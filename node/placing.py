@@ -1,0 +1,282 @@
+"""Decides where a model's layers go: load, plan, apply, drain.
+
+``load`` asks every node for its facts, plans, proposes the placement with its standbys and waits
+until every rank is ready; what cannot get ready, or is given up, is taken back.  ``plan`` says what
+planning again would change, ``apply`` changes it; sessions go on under the new placement.  What
+happens to a placement later, without anybody asking, is ``healer``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import trio
+
+from pyagent_node.base.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PyAgentError,
+    Unsupported,
+)
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import Placement
+from pyagent_node.consensus.commands import (
+    ModelRecord,
+    RemovePlacement,
+    SetPlacement,
+    SetStandbys,
+)
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.inference.models.architectures import check_sliceable
+from pyagent_node.inference.models.gguf_header import GgufHeader
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.transfer import ensure_head_assets
+from pyagent_node.inference.pipeline.planner import plan
+from pyagent_node.node.api.placement_schema import PlanView
+from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
+from pyagent_node.node.drafts import (
+    Draft,
+    as_it_is,
+    check_reserves,
+    chooses,
+    plan_view,
+    same,
+    same_cut,
+    token_seconds,
+    with_reserves,
+)
+from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.placement_board import PlacementBoard, Report
+from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
+from pyagent_node.node.rpc import Rpc
+
+logger = logging.getLogger("pyagent_node.models")
+
+TAKE_BACK_SECONDS: Final = 5.0
+"""Longest time to take back a placement that nobody waits for any more."""
+DEFAULT_N_CTX: Final = 2048
+DEFAULT_N_SEQ: Final = 8
+
+
+class ModelDefaults(msgspec.Struct, frozen=True):
+    """Context length and number of sessions where a load request names none."""
+
+    n_ctx: int = DEFAULT_N_CTX
+    n_seq: int = DEFAULT_N_SEQ
+
+
+class Placer:
+    """What a node can do with placements; ``find`` returns a model's record by name or digest."""
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        consensus: Consensus,
+        rpc: Rpc,
+        store: ModelStore,
+        facts: FactsProvider,
+        board: PlacementBoard,
+        defaults: ModelDefaults,
+        find: Callable[[str], Awaitable[ModelRecord]],
+    ) -> None:
+        self._mesh = mesh
+        self._consensus = consensus
+        self._rpc = rpc
+        self._store = store
+        self._facts = facts
+        self._board = board
+        self._defaults = defaults
+        self._find = find
+
+    # ---- load, plan, apply -----------------------------------------------------------------
+
+    async def load(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Place a model and wait until every rank, and the head here, is ready.
+
+        A model that is placed already is placed anew if the request says how, else it stays.
+        Raises :class:`NotFound` (``model_not_found``), the errors of ``planner.plan`` and of
+        ``PlacementBoard.wait_ready``; then, or when it is cancelled, what was before is restored.
+        """
+        record = await self._find(request.model)
+        current = self._consensus.state.placements.get(record.digest)
+        if current is not None and not chooses(request):
+            return await self._await(current, report)
+        draft = await self._draft(record, request, report)
+        return await self._carry_out(draft, report)
+
+    async def plan(self, request: LoadRequest, report: Report) -> PlanView:
+        """Say what placing a model anew would change, and why; errors as for :meth:`load`."""
+        record = await self._find(request.model)
+        request = as_it_is(request, self._current(record))
+        return plan_view(await self._draft(record, request, report))
+
+    async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
+        """Do what :meth:`plan` says; nothing when the placement is as planned already."""
+        record = await self._find(request.model)
+        request = as_it_is(request, self._current(record))
+        draft = await self._draft(record, request, report)
+        if draft.before is None or not same(draft):
+            return await self._carry_out(draft, report)
+        standbys = tuple(rank.standbys for rank in draft.ranks)
+        spares = tuple(rank.spares for rank in draft.ranks)
+        if draft.ranks != draft.before.ranks:
+            await self._consensus.propose(
+                SetStandbys(record.digest, standbys, spares, draft.before.epoch)
+            )
+        return await self._await(draft.before, report)
+
+    def _current(self, record: ModelRecord) -> Placement | None:
+        return self._consensus.state.placements.get(record.digest)
+
+    async def _draft(self, record: ModelRecord, request: LoadRequest, report: Report) -> Draft:
+        n_ctx, n_seq = self._sizes(record, request)
+        check_reserves(request)
+        report(Progress(step="plan", text="measuring the nodes"))
+        header = await self._header(record, report)
+        before = self._current(record)
+        swarm = await self._swarm(record, before)
+        nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
+        try:
+            check_sliceable(header)
+        except Unsupported:
+            if options.boundaries or (options.ranks or 1) > 1:
+                raise
+            options = msgspec.structs.replace(options, ranks=1)
+        shape = planner_shape(header, record.name)
+        best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
+        names = {node.peer_id: node.name for node in swarm.nodes}
+        return Draft(
+            record,
+            best,
+            with_reserves(
+                shape,
+                best.ranks,
+                swarm,
+                request,
+                self._consensus.state.settings,
+                before=before,
+                n_ctx=n_ctx,
+                n_seq=n_seq,
+            ),
+            n_ctx,
+            n_seq,
+            request.standbys,
+            request.spares,
+            before,
+            token_seconds(shape, before, swarm, self._mesh.peer_id),
+            names,
+        )
+
+    async def _swarm(self, record: ModelRecord, before: Placement | None) -> Swarm:
+        """Return the nodes that may take work, with the memory that this model gives back."""
+        swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
+        draining = {m.peer_id for m in self._consensus.state.members.values() if m.draining}
+        used = await self._board.memory(before) if before is not None else {}
+        nodes = [
+            msgspec.structs.replace(
+                node, memory_bytes=node.memory_bytes + used.get(node.peer_id, 0)
+            )
+            for node in swarm.nodes
+            if node.peer_id not in draining
+        ]
+        return Swarm(nodes, swarm.rtt_ms)
+
+    def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
+        n_ctx = request.n_ctx
+        if n_ctx is None:
+            n_ctx = min(self._defaults.n_ctx, record.n_ctx_train)
+        elif not 1 <= n_ctx <= record.n_ctx_train:
+            raise InvalidRequest(
+                f"n_ctx is {n_ctx}; {record.name} was trained for 1 to {record.n_ctx_train}.",
+                code="bad_parameter",
+                parameter="n_ctx",
+            )
+        return n_ctx, self._defaults.n_seq if request.n_seq is None else request.n_seq
+
+    async def _header(self, record: ModelRecord, report: Report) -> GgufHeader:
+        """Return the model's header, fetching the head's assets (which a load needs anyway)."""
+        try:
+            return (await trio.to_thread.run_sync(self._store.model_file, record.digest)).header
+        except NotFound:
+            peers = [p.peer_id for p in self._mesh.peers()]
+
+            def progress(done: int, total: int | None) -> None:
+                report(Progress(step="fetch", text="embeddings", done=done, total=total))
+
+            assets = await ensure_head_assets(
+                self._mesh, self._store, record, peers, progress=progress
+            )
+            assets.close()
+            return (await trio.to_thread.run_sync(self._store.model_file, record.digest)).header
+
+    async def _carry_out(self, draft: Draft, report: Report) -> PlacementView:
+        """Propose a draft and wait until it works; else restore what was before."""
+        for line in draft.plan.explanation:
+            logger.info("%s: %s", draft.record.name, line)
+        done = False
+        try:
+            placement = await self._place(draft)
+            what = "; ".join(draft.plan.explanation)
+            report(Progress(step="place", text=f"placed at epoch {placement.epoch}: {what}"))
+            view = await self._await(placement, report)
+            done = True
+        finally:
+            if not done:
+                with trio.CancelScope(shield=True), trio.move_on_after(TAKE_BACK_SECONDS):
+                    await self._take_back(draft)
+        return view
+
+    async def _place(self, draft: Draft) -> Placement:
+        digest = draft.record.digest
+        await self._consensus.propose(
+            SetPlacement(
+                model=digest,
+                ranks=draft.ranks,
+                n_ctx=draft.n_ctx,
+                n_seq=draft.n_seq,
+                after_epoch=draft.before.epoch if draft.before is not None else 0,
+                want_standbys=draft.want_standbys,
+                want_spares=draft.want_spares,
+            )
+        )
+        placement = self._consensus.state.placements.get(digest)
+        if placement is None or not same_cut(placement, draft.ranks, draft.n_ctx, draft.n_seq):
+            raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
+        return placement
+
+    async def _take_back(self, draft: Draft) -> None:
+        """Restore what was before, unless somebody else has placed the model since."""
+        before, now = draft.before, self._current(draft.record)
+        if now is None or not same_cut(now, draft.ranks, draft.n_ctx, draft.n_seq):
+            return
+        if before is not None and before.epoch == now.epoch:
+            return
+        try:
+            if before is None:
+                await self._consensus.propose(RemovePlacement(now.model, now.epoch))
+            else:
+                await self._consensus.propose(
+                    SetPlacement(
+                        model=before.model,
+                        ranks=before.ranks,
+                        n_ctx=before.n_ctx,
+                        n_seq=before.n_seq,
+                        after_epoch=now.epoch,
+                        want_standbys=before.want_standbys,
+                        want_spares=before.want_spares,
+                    )
+                )
+        except PyAgentError as error:
+            logger.warning("epoch %d was not taken back: %s", now.epoch, error)
+
+    async def _await(self, placement: Placement, report: Report) -> PlacementView:
+        ready = await self._board.wait_ready(placement, report)
+        for view in await self._board.views():
+            if (view.model, view.epoch) == (ready.model, ready.epoch):
+                return view
+        raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
