@@ -51,7 +51,7 @@ class Shell(Protocol):
         ...
 
     def begin(self, session: Session, model: HeadModel) -> None:
-        """Begin a new attempt of a suspended session."""
+        """Begin an attempt of a session that has none."""
         ...
 
     def interrupt(self, session: Session, error: PyAgentError) -> None:

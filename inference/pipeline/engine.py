@@ -184,7 +184,7 @@ class PipelineEngine:
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
         journal = new_journal(plan, prompt, created=self._wall(), label=request.label)
         core = HeadCore(plan, prompt, model.vocabulary, started)
-        async with self._run(core, model, journal, wire=session) as events:
+        async with self._run(core, model, journal) as events:
             yield events
 
     @asynccontextmanager
@@ -207,14 +207,14 @@ class PipelineEngine:
         prompt = np.array(journal.prompt, dtype=np.int32)
         core = HeadCore(plan, prompt, model.vocabulary, started)
         core.recall(journal.tokens, after, started)
-        async with self._run(core, model, journal, wire=self._session_ids()) as events:
+        async with self._run(core, model, journal) as events:
             yield events
 
     @asynccontextmanager
     async def _run(
-        self, core: HeadCore, model: HeadModel, journal: SessionJournal, *, wire: SessionId
+        self, core: HeadCore, model: HeadModel, journal: SessionJournal
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
-        """Run a session while the context lasts, beginning over ``model`` as ``wire``."""
+        """Run a session while the context lasts, beginning over ``model``."""
         stable = core.plan.session
         if stable in self._sessions:
             raise Conflict(f"This node heads session {stable} already.", code="session_exists")
@@ -232,7 +232,7 @@ class PipelineEngine:
             self._journal.begin(journal)
         failure: BaseException | None = None
         try:
-            self._begin(session, model, wire)
+            self.begin(session, model)
             driver = Driver(self, session, self._offers, step_seconds=self._step_seconds)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(driver.run)
@@ -297,11 +297,13 @@ class PipelineEngine:
         self._links.send(out.peer, out.message, out.tail)
 
     def begin(self, session: Session, model: HeadModel) -> None:
-        """Begin a new attempt of a suspended session."""
-        self._begin(session, model, self._session_ids())
+        """Begin an attempt of a session that has none, under a new id on the wire.
 
-    def _begin(self, session: Session, model: HeadModel, wire: SessionId) -> None:
-        opening = session.core.begin(wire, model.placement, embedder(model), trio.current_time())
+        The first half of the id is that of the session, so that people can tell whose it is.
+        """
+        core = session.core
+        wire = SessionId(core.plan.session[:16] + self._session_ids()[16:])
+        opening = core.begin(wire, model.placement, embedder(model), trio.current_time())
         session.wake.set()
         if opening is not None:
             session.model, session.wire = model, wire

@@ -115,7 +115,7 @@ async def test_steps_and_closings_for_anothers_session_change_nothing(
                 if isinstance(event, Generated):
                     got.append(event.token)
                 if len(got) == 3:
-                    (view,) = world.pipelines[0].engine.sessions()
+                    (view,) = world.pipelines[1].engine.sessions()
                     session, epoch = view.session, placement.epoch
                     tail = pack_tail(np.zeros(1, np.int32), np.zeros((1, 6), np.float32))
                     for rank in range(3):

@@ -1,0 +1,151 @@
+"""Runners are kept when placements change: one stage after the other, or at once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from pyagent_node.base.errors import Conflict
+from pyagent_node.base.types import Slice
+from pyagent_node.inference.backend import OpenSequence
+from pyagent_node.inference.pipeline.stage_service import StageService
+from pyagent_node.inference.pipeline.stage_types import StageSpec
+from pyagent_node.simulations.backend import N_EMBD, N_VOCAB, ToyRunner
+from pyagent_node.simulations.pipeline import MODEL, open_pipeline_world, peer
+
+from .failover import drained, expected, prompt, request, stream, tokens_of
+
+PART = Slice(0, 5, False)
+
+
+def spec(epoch: int, rank: int = 0) -> StageSpec:
+    """Return a stage of the first five layers."""
+    return StageSpec(
+        model=MODEL,
+        epoch=epoch,
+        rank=rank,
+        peer_id=peer(0),
+        slice=PART,
+        upstream=peer(1) if rank else None,
+        downstream=peer(2),
+        n_embd=N_EMBD,
+        n_vocab=N_VOCAB,
+        n_ctx=128,
+        n_seq=4,
+    )
+
+
+class Serving:
+    """Calls of ``serve`` and how they ended."""
+
+    def __init__(self, service: StageService, nursery: trio.Nursery) -> None:
+        self.service = service
+        self.ended: list[tuple[int, int, str]] = []
+        self._nursery = nursery
+
+    async def serve(self, stage: StageSpec, runner: ToyRunner) -> None:
+        """Begin to serve, and let it happen."""
+
+        async def run() -> None:
+            try:
+                failure = await self.service.serve(stage, runner)
+            except Conflict as error:
+                self.ended.append((stage.epoch, stage.rank, error.code))
+            else:
+                self.ended.append((stage.epoch, stage.rank, failure.code))
+
+        self._nursery.start_soon(run)
+        await trio.sleep(0.1)
+
+    @property
+    def serves(self) -> list[tuple[int, int]]:
+        """Epochs and ranks that are served now."""
+        return [(view.epoch, view.rank) for view in self.service.views()]
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[Serving]:
+    """Run a service."""
+    async with trio.open_nursery() as nursery:
+        yield Serving(StageService(peer(0)), nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stage_finds_its_runner_empty(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        runner = ToyRunner(PART)
+        await runner.apply([OpenSequence(0), OpenSequence(3)])
+        await one.serve(spec(1), runner)
+        assert runner.open_slots == 0
+
+
+async def test_a_newer_epoch_ends_the_older_one_at_once(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        runner = ToyRunner(PART)
+        for epoch in (1, 2, 5, 9):
+            await one.serve(spec(epoch), runner)
+            assert one.serves == [(epoch, 0)]
+        assert one.ended == [(1, 0, "stale_epoch"), (2, 0, "stale_epoch"), (5, 0, "stale_epoch")]
+
+
+async def test_an_older_or_equal_epoch_is_refused(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        runner = ToyRunner(PART)
+        await one.serve(spec(4), runner)
+        for epoch in (4, 3):
+            await one.serve(spec(epoch), ToyRunner(PART))
+        assert one.ended == [(4, 0, "stale_epoch"), (3, 0, "stale_epoch")]
+        assert one.serves == [(4, 0)]
+
+
+async def test_a_runner_that_becomes_another_rank_leaves_the_one_it_was(
+    autojump_clock: MockClock,
+) -> None:
+    async with serving() as one:
+        runner = ToyRunner(PART)
+        await one.serve(spec(1, 0), runner)
+        await one.serve(spec(2, 1), runner)
+        assert one.serves == [(2, 1)]
+        assert one.ended == [(1, 0, "stale_epoch")]
+
+
+async def test_a_dead_runner_is_reported_by_the_stage_that_has_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with serving() as one:
+        runner = ToyRunner(PART)
+        await one.serve(spec(1), runner)
+        await one.serve(spec(2), runner)
+        runner.kill()
+        await trio.sleep(0.1)
+        assert one.ended == [(1, 0, "stale_epoch"), (2, 0, "runner_failed")]
+        assert one.serves == []
+        await one.serve(spec(2), runner)
+        assert one.ended[-1] == (2, 0, "runner_failed")
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.013, 0.2])
+async def test_epochs_may_follow_each_other_faster_than_a_decode(
+    pause: float, autojump_clock: MockClock
+) -> None:
+    async with open_pipeline_world(3) as world:
+        world.place((5,), (1, 2), seconds=0.05)
+        asks = [request(prompt(300 * number + 2, number), 12) for number in range(3)]
+        answers: dict[int, list[int]] = {}
+
+        async def ask(number: int) -> None:
+            answers[number] = tokens_of(await stream(world, asks[number]))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(len(asks)):
+                nursery.start_soon(ask, number)
+            for _ in range(25):
+                await trio.sleep(pause)
+                world.place((5,), (1, 2), keep=True)
+        assert answers == {number: expected(one) for number, one in enumerate(asks)}
+        assert world.placement.epoch == 26
+        await drained(world)
