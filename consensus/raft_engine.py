@@ -130,10 +130,11 @@ class RaftEngine:
         """See ``Consensus.propose``."""
         data = encode_command(command)
         self._check_usable()
-        if self.node.disk is not None:
-            await trio.lowlevel.checkpoint()
-            raise error_from_info(self.node.disk)
         node = self.node
+        trouble = node.disk or node.held
+        if trouble is not None:
+            await trio.lowlevel.checkpoint()
+            raise error_from_info(trouble)
         pending = Pending(
             self._new_request(), command, data, since=node.history.index, tick=node.tick
         )
