@@ -13,7 +13,8 @@ from pyagent_node.cli.output import size
 
 if TYPE_CHECKING:
     from pyagent_node.node.api.schema import ModelView, PlacementView
-    from pyagent_node.node.client import Client, Report
+    from pyagent_node.node.client import Client
+    from pyagent_node.node.client_transport import Report
 
 DEFAULT = "smollm2-135m"
 
