@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 use raft::eraftpb::HardState;
 
-use super::node::{Fault, Node, Start};
+use super::node::{Fault, Node};
+use super::start::Start;
 use super::types::{snapshot_tuple, RaftConf, RaftEntry, RaftReady, RaftStatus};
 
 create_exception!(
@@ -243,5 +244,22 @@ impl RaftCore {
 
     fn take_log(&self) -> Vec<(&'static str, String)> {
         self.node.take_lines()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::caught;
+
+    #[test]
+    fn a_panic_is_caught_with_its_reason() {
+        assert_eq!(caught(|| 7), Ok(7));
+        assert_eq!(
+            caught(|| panic!("reason {}", 1)),
+            Err::<(), _>("reason 1".into())
+        );
+        assert_eq!(caught(|| panic!("reason")), Err::<(), _>("reason".into()));
+        let other = || std::panic::panic_any(7);
+        assert_eq!(caught(other), Err::<(), _>("no reason was given".into()));
     }
 }

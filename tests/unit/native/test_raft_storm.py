@@ -52,7 +52,8 @@ class Storm:
     def deliver(self) -> None:
         wire = self.group.wire
         if len(wire) > 200:
-            del wire[: len(wire) // 2]
+            for _ in range(len(wire) // 2):
+                self.group.lose(wire.pop(0))
         for _ in range(min(len(wire), self.rng.randrange(1, 9))):
             # Mostly in order; now and then late, lost or doubled.
             place = 0 if self.rng.random() < 0.8 else self.rng.randrange(len(wire))
@@ -62,6 +63,8 @@ class Storm:
             if self.rng.random() > 0.05:
                 # Sound nodes never send what is refused.
                 self.group.deliver(message)
+            else:
+                self.group.lose(message)
 
     def propose(self) -> None:
         host = self.pick()
