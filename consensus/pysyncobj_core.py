@@ -5,7 +5,7 @@ what each method promises).  Where they differ:
 
 - Voters come and go **one at a time**.  A larger change goes step by step, led on by whoever leads;
   its first steps hold even if its last ones never come.  A newcomer votes once it has caught up.  A
-  leader that is to lose its vote hands over first.
+  leader that loses its vote does so last, and names an heir.
 - An election takes one more round than it would need: the question whether it would be won.
 - Everything is sent only when it is durable; the leader's own write delays its followers'.
 
@@ -126,6 +126,7 @@ class PySyncCore:
         self._transfer_sent = False
         self._transfer_until = 0.0
         self.set_election_ticks(election_ticks)
+        self._poll()
 
     # --- what it is -----------------------------------------------------------------------------
 
@@ -336,10 +337,6 @@ class PySyncCore:
         step = self._next_step(now)
         if step is not None:
             self._change(step)
-        elif self.node_id not in now.target_voters and set(now.target_voters) <= set(now.voters):
-            heir = max(now.target_voters, key=lambda node: (self._matched(node), node))
-            if not self._transferee:
-                self.transfer(heir)
 
     def read_index(self, context: bytes) -> None:
         """Ask for a linearizable read; the answer comes in ``read_states``."""
@@ -482,6 +479,10 @@ class PySyncCore:
         if not self._applied <= index <= self._raft._SyncObj__raftLastApplied:
             raise ValueError(f"entry {index} was not handed out, or is applied already")
         self._applied = index
+        membership = self._raft.log.membership
+        gone = self._leads and self.node_id not in membership.voters
+        if gone and index >= self._raft.log.membership_index:
+            self._raft.retire()
 
     def apply_conf(self, entry: RaftEntry) -> RaftConf:
         """Return the configuration that holds after a committed entry of kind 1."""

@@ -191,8 +191,30 @@ class QuietSyncObj(_SyncObj):  # type: ignore[misc]
                 self._SyncObj__raftNextIndex.setdefault(node, self.log.last_index + 1)
                 self._SyncObj__raftMatchIndex.setdefault(node, 0)
                 self._SyncObj__lastResponseTime.setdefault(node, self.now)
+            if self.me not in membership.voters:
+                self._count_out()
         elif self.me not in membership.voters:
             self._SyncObj__raftState = FOLLOWER
+
+    def _count_out(self) -> None:
+        """Have this leader, which gave up its vote, not count towards a majority.
+
+        The library counts itself and asks for more than half of its peers and itself; with one
+        more peer, which never answers, that is more than half of the voters.
+        """
+        nobody = Node(0)
+        self._SyncObj__otherNodes = self._SyncObj__otherNodes | {nobody}
+        self._SyncObj__raftMatchIndex[nobody] = 0
+        self._SyncObj__lastResponseTime[nobody] = float("-inf")
+
+    def retire(self) -> None:
+        """Lead no longer: the membership without this node is committed.  The best follower may."""
+        voters = self.log.membership.voters
+        heir = max(voters, key=lambda n: (self._SyncObj__raftMatchIndex.get(Node(n), 0), n))
+        self.put(heir, TimeoutNow(self._SyncObj__raftCurrentTerm))
+        self._SyncObj__raftLeader = None
+        self._SyncObj__setState(FOLLOWER)
+        self.adopt()
 
     def votes(self, node: int) -> bool:
         """Say whether ``node`` is one of the other voters."""

@@ -73,7 +73,7 @@ class HardenedSyncObj(QuietSyncObj):
 
     def take_timeout_now(self, sender: int, message: TimeoutNow) -> None:
         """Stand for election at once, if the present leader says so."""
-        if message.term != self._SyncObj__raftCurrentTerm or not self.votes(sender):
+        if message.term != self._SyncObj__raftCurrentTerm:
             self.stale += 1
             return
         self._library(sender, {"type": "timeout_now", "term": message.term})

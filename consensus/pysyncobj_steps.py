@@ -50,7 +50,7 @@ def next_step(
     """Return the next membership on the way to the target, ``None`` to wait.
 
     Newcomers learn first, then vote one by one as they catch up, then the leavers go; ``me``, the
-    leader, never goes: it has to hand over first.
+    leader, goes last.
     """
     voters, target = set(now.voters), set(now.target_voters)
     newcomers, leavers = target - voters, voters - target
@@ -59,10 +59,10 @@ def next_step(
     ready = [node for node in sorted(newcomers) if matched(node) + CAUGHT_UP >= last_index]
     if ready:
         voters.add(ready[0])
-    elif newcomers or leavers == {me}:
+    elif newcomers:
         return None
     elif leavers:
-        voters.discard(min(leavers - {me}))
+        voters.discard(min(leavers - {me}, default=me))
     return _members(now, voters, {*now.target_learners, *newcomers} - voters)
 
 

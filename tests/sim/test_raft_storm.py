@@ -1,4 +1,4 @@
-"""The engine raft-rs in a seeded storm: crashes, cut links, hand-overs, changes of voters."""
+"""The engines raft-rs and pysyncobj in a seeded storm: crashes, cut links, hand-overs, changes of voters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pyagent_node.base.errors import PyAgentError, Unavailable
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.consensus.commands import Command, ModelRecord, RegisterModel
 from pyagent_node.consensus.log import MemoryLog
+from pyagent_node.consensus.pysyncobj_engine import PYSYNCOBJ
 from pyagent_node.consensus.raft import RaftEngine, open_raft
+from pyagent_node.consensus.raft_core import RAFT_RS, Kind
 from pyagent_node.consensus.state import check_invariants, encode_snapshot
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
@@ -38,7 +40,8 @@ def allow(command: Command, proposer: PeerId, role: str | None) -> None:
 class Storm:
     """Five nodes that come and go while each of them proposes, and some of them vote."""
 
-    def __init__(self, network: SimulatedNetwork, seed: int) -> None:
+    def __init__(self, network: SimulatedNetwork, seed: int, kind: Kind) -> None:
+        self.kind = kind
         self.network = network
         self.rng = random.Random(seed)
         self.compaction = [7, 50, 1000] if seed % 2 else [10_000]
@@ -70,6 +73,7 @@ class Storm:
                     compact_entries=self.rng.choice(self.compaction),
                     new_request=self.request,
                     rng=self.rng,
+                    kind=self.kind,
                 ) as engine,
                 trio.open_nursery() as nursery,
             ):
@@ -143,10 +147,11 @@ class Storm:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [RAFT_RS, PYSYNCOBJ], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("seed", range(8))
-async def test_storm(seed: int, autojump_clock: trio.testing.MockClock) -> None:
+async def test_storm(seed: int, kind: Kind, autojump_clock: trio.testing.MockClock) -> None:
     async with open_network(latency=0.02) as network, trio.open_nursery() as nursery:
-        storm = Storm(network, seed)
+        storm = Storm(network, seed, kind)
         for peer in PEERS:
             nursery.start_soon(storm.live, peer)
         await storm.weather()

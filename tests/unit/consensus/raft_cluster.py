@@ -1,4 +1,4 @@
-"""Nodes of the engine raft-rs on a simulated network, by short names."""
+"""Nodes of a Raft engine on a simulated network, by short names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.consensus.commands import BurnTicket, Command, ModelRecord, RegisterModel
 from pyagent_node.consensus.log import LogStore, MemoryLog
 from pyagent_node.consensus.raft import RaftEngine, RaftTiming, open_raft
+from pyagent_node.consensus.raft_core import RAFT_RS, Kind
 from pyagent_node.consensus.segments import LogEntry
 from pyagent_node.simulations.mesh import SimulatedMesh
 
@@ -55,7 +56,10 @@ class Life:
 class Cluster:
     """Several nodes; the first to start founds the mesh."""
 
-    def __init__(self, network: Network, nursery: trio.Nursery, *, seed: int = 0) -> None:
+    def __init__(
+        self, network: Network, nursery: trio.Nursery, *, seed: int = 0, kind: Kind = RAFT_RS
+    ) -> None:
+        self.kind = kind
         self.network = network
         self.nursery = nursery
         self.rng = random.Random(seed)
@@ -108,6 +112,7 @@ class Cluster:
                     new_request=lambda: self.rng.randbytes(16),
                     propose_seconds=self.propose_seconds,
                     compact_entries=self.compact_entries,
+                    kind=self.kind,
                 ) as engine,
             ):
                 life = self.lives[name] = Life(engine, mesh)

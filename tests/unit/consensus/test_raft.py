@@ -1,4 +1,4 @@
-"""The engine raft-rs: electing, committing, restarting, failing over, changing voters."""
+"""The engines raft-rs and pysyncobj: electing, committing, restarting, failing over, changing voters."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.consensus.commands import Command, ForgetModel
 from pyagent_node.consensus.log import MemoryLog
+from pyagent_node.consensus.pysyncobj_engine import PYSYNCOBJ
+from pyagent_node.consensus.raft_core import RAFT_RS
 from pyagent_node.consensus.state import encode_snapshot
 
 from .conftest import Network
 from .raft_cluster import Cluster, SlowLog, burn, model
 
 
-@pytest.fixture
-async def cluster(network: Network, nursery: trio.Nursery) -> AsyncIterator[Cluster]:
-    cluster = Cluster(network, nursery)
+@pytest.fixture(params=[RAFT_RS, PYSYNCOBJ], ids=lambda kind: kind.name)
+async def cluster(
+    network: Network, nursery: trio.Nursery, request: pytest.FixtureRequest
+) -> AsyncIterator[Cluster]:
+    cluster = Cluster(network, nursery, kind=request.param)
     yield cluster
     nursery.cancel_scope.cancel()
 
