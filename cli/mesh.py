@@ -77,10 +77,12 @@ def mesh_command() -> None:
 @click.argument("name")
 @click.option("--public", is_flag=True, help="Open to join; a private mesh needs a ticket.")
 @click.option("--bootstrap", multiple=True, metavar="ADDRESS", help="A peer that is always there.")
+@click.option("--engine", default="", help="How the mesh decides: raft-rs (default), pysyncobj.")
 @json_option
 @pass_app
-def create(app: App, name: str, public: bool, bootstrap: tuple[str, ...]) -> None:
+def create(app: App, name: str, public: bool, bootstrap: tuple[str, ...], engine: str) -> None:
     """Create a mesh; this node becomes the authority that admits members."""
+    from pyagent_node.node.genesis import DEFAULT_ENGINE  # noqa: PLC0415
     from pyagent_node.node.profiles import create_mesh  # noqa: PLC0415
 
     visibility: Literal["public", "private"] = "public" if public else "private"
@@ -91,6 +93,7 @@ def create(app: App, name: str, public: bool, bootstrap: tuple[str, ...]) -> Non
         node_name=app.settings().node_name,
         clock=time.time,
         bootstrap=bootstrap,
+        engine=engine or DEFAULT_ENGINE,
     )
 
     def show() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Final
 
 import trio
 
@@ -14,12 +13,12 @@ from pyagent_node.base.files import write_atomic
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.consensus.log import FileLog
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.raft import open_raft
+from pyagent_node.consensus.raft_core import RAFT_RS, Kind
+from pyagent_node.consensus.single import open_single
+from pyagent_node.node.genesis import Genesis
 from pyagent_node.node.home import Home
 from pyagent_node.node.membership import Membership
-
-ENGINES: Final = ("raft-rs", "single")
-"""The engines that a mesh may be created with."""
-DEFAULT_ENGINE: Final = "raft-rs"
 
 
 def open_consensus(
@@ -33,18 +32,27 @@ def open_consensus(
     genesis = profile.genesis
     store = FileLog(home.log_dir(profile.mesh_id))
     if genesis.engine == "single":
-        from pyagent_node.consensus.single import open_single  # noqa: PLC0415 - one engine a mesh
-
         return open_single(mesh, store, leader=genesis.writer, role=profile.role)
     marker = home.mesh_dir(profile.mesh_id) / "bootstrapped"
     founder = genesis.writer == mesh.peer_id and not marker.exists()
-    if genesis.engine == "raft-rs":
-        from pyagent_node.consensus.raft import open_raft  # noqa: PLC0415
+    engine = open_raft(
+        mesh,
+        store,
+        founder=founder,
+        role=profile.role,
+        authorise=membership.authorise,
+        kind=_kind(genesis),
+    )
+    return _founded_once(engine, marker if founder else None)
 
-        engine = open_raft(
-            mesh, store, founder=founder, role=profile.role, authorise=membership.authorise
-        )
-        return _founded_once(engine, marker if founder else None)
+
+def _kind(genesis: Genesis) -> Kind:
+    if genesis.engine == "raft-rs":
+        return RAFT_RS
+    if genesis.engine == "pysyncobj":
+        from pyagent_node.consensus.pysyncobj_engine import PYSYNCOBJ  # noqa: PLC0415 - seldom
+
+        return PYSYNCOBJ
     raise Unsupported(
         f"The mesh {genesis.name} uses the consensus engine {genesis.engine!r}.",
         code="unknown_engine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -17,6 +17,10 @@ from pyagent_node.node.identity import public_key_of
 Visibility = Literal["public", "private"]
 Role = Literal["voter", "learner", "client"]
 ROLES: tuple[Role, ...] = ("voter", "learner", "client")
+
+ENGINES: Final = ("raft-rs", "pysyncobj", "single")
+"""The engines that a mesh may be created with; a genesis may name one of a later version."""
+DEFAULT_ENGINE: Final = "raft-rs"
 
 MAX_NAME = 63
 MAX_GENESIS = 1024
@@ -51,7 +55,8 @@ class Genesis(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     ``authority`` is the id of the key that signs certificates and tickets (a key of its own, so
     that it can be kept apart), ``writer`` the node that created the mesh: it keeps the authority
-    key and, under the engine ``"single"``, writes the log.  ``created`` is in Unix seconds.
+    key and begins the log (under the engine ``"single"`` nobody else writes it).  ``engine`` names
+    the consensus engine.  ``created`` is in Unix seconds.
     """
 
     name: str

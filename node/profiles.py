@@ -14,11 +14,20 @@ from typing import Literal
 
 import msgspec
 
-from pyagent_node.base.errors import ConfigError, CorruptData, NotFound, PyAgentError, Refused
+from pyagent_node.base.errors import (
+    ConfigError,
+    CorruptData,
+    InvalidRequest,
+    NotFound,
+    PyAgentError,
+    Refused,
+)
 from pyagent_node.base.files import check_private, read_limited, write_atomic
 from pyagent_node.base.types import Digest
 from pyagent_node.node.certificates import DEFAULT_LIFETIME, Certificate, issue
 from pyagent_node.node.genesis import (
+    DEFAULT_ENGINE,
+    ENGINES,
     Genesis,
     Role,
     Visibility,
@@ -119,13 +128,20 @@ def create_mesh(
     *,
     node_name: str,
     clock: Clock,
-    engine: str = "single",
+    engine: str = DEFAULT_ENGINE,
     bootstrap: Sequence[str] = (),
 ) -> MeshProfile:
-    """Create a mesh whose authority and log writer is this node, save it and make it active.
+    """Create a mesh whose authority and first voter is this node, save it and make it active.
 
-    The authority key is a key of its own, kept beside the profile (0600); back it up.
+    The authority key is a key of its own, kept beside the profile (0600); back it up.  Raises
+    :class:`InvalidRequest` (``unknown_engine``, ``bad_name``).
     """
+    if engine not in ENGINES:
+        raise InvalidRequest(
+            f"There is no consensus engine {engine[:40]!r}.",
+            code="unknown_engine",
+            remedy=f"Choose one of {', '.join(ENGINES)}.",
+        )
     key = home.node_key()
     authority = NodeKey.generate()
     now = int(clock())
