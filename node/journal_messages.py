@@ -13,7 +13,7 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -24,13 +24,14 @@ from pyagent_node.base.wire import Codec
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.sampling import Sampled
 from pyagent_node.native import blake3
-from pyagent_node.node.identity import verify
 
 PROTOCOL: Final = "/pyagent/journal/1"
 """Head to holder: :class:`Begin`, :class:`Append`, :class:`End`; back: the rest."""
 
 MAX_TOKEN_BYTES: Final = 4096
 """Bytes of one encoded token; 20 alternatives with their probabilities take about 300."""
+
+Verify = Callable[[PeerId, bytes, bytes], bool]
 
 _ID: Final = b"pyagent session 1\0"
 _CHAIN: Final = b"pyagent journal 1\0"
@@ -172,11 +173,16 @@ def read_header(data: bytes) -> SessionJournal:
 
 
 def read_copy(
-    session: SessionId, copy: JournalCopy, tail: bytes, signers: frozenset[PeerId]
+    session: SessionId,
+    copy: JournalCopy,
+    tail: bytes,
+    signers: frozenset[PeerId],
+    verify: Verify,
 ) -> SessionJournal:
     """Check a holder's copy of ``session`` and return the journal in it.
 
-    ``signers`` are the heads whose word counts.  Raises :class:`CorruptData` (``bad_journal``).
+    ``signers`` are the heads whose word counts; ``verify(signer, signature, data)`` says whether a
+    signature is theirs.  Raises :class:`CorruptData` (``bad_journal``).
     """
     header, *tokens = unpack(tail) or [b""]
     journal = read_header(header)

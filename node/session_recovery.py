@@ -16,6 +16,7 @@ from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.consensus.commands import Checkpoint, ClaimSession
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.node.identity import verify
 from pyagent_node.node.journal_holding import JournalHolder
 from pyagent_node.node.journal_messages import FetchJournal, JournalCopy, public_id, read_copy
 from pyagent_node.node.journals import JournalKeeper
@@ -95,7 +96,7 @@ class SessionRecovery:
 
         def take(where: PeerId, copy: JournalCopy, tail: bytes) -> None:
             try:
-                journal = read_copy(session, copy, tail, signers)
+                journal = read_copy(session, copy, tail, signers, verify)
                 if journal.model != known.model:
                     raise CorruptData("The copy is of another model.", code="bad_journal")
             except PyAgentError as error:

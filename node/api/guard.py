@@ -297,6 +297,7 @@ def _fixed_headers(origin: str | None) -> list[tuple[bytes, bytes]]:
     lines = [(b"x-content-type-options", b"nosniff")]
     if origin is not None:
         lines.append((b"access-control-allow-origin", origin.encode("latin-1")))
+        lines.append((b"access-control-expose-headers", b"x-session-id, retry-after"))
         lines.append((b"vary", b"Origin"))
     return lines
 

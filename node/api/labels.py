@@ -16,9 +16,13 @@ from pyagent_node.node.api.openai_requests import MAX_CHOICES, Shape
 
 
 class ReplyLabel(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice of one reply: its ``shape``, the reply's random number and time, its index."""
+    """One choice of one reply: its ``shape``, the reply's random number and time, its index.
+
+    ``fingerprint`` is the reply's ``system_fingerprint``.
+    """
 
     shape: Shape
+    fingerprint: str
     identity: str
     created: int
     choice: int
@@ -27,10 +31,19 @@ class ReplyLabel(msgspec.Struct, frozen=True, kw_only=True):
 _decoder: Final = msgspec.json.Decoder(ReplyLabel)
 
 
-def make_label(shape: Shape, identity: int, created: int, choice: int) -> str:
-    """Return the label of one choice."""
-    label = ReplyLabel(shape=shape, identity=f"{identity:032x}", created=created, choice=choice)
-    return msgspec.json.encode(label).decode()
+def make_labels(shape: Shape, fingerprint: str, identity: int, created: int) -> list[str]:
+    """Return the labels of a reply's choices."""
+    labels = (
+        ReplyLabel(
+            shape=shape,
+            fingerprint=fingerprint,
+            identity=f"{identity:032x}",
+            created=created,
+            choice=choice,
+        )
+        for choice in range(shape.choices)
+    )
+    return [msgspec.json.encode(label).decode() for label in labels]
 
 
 def read_label(text: str) -> ReplyLabel:

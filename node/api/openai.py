@@ -26,14 +26,17 @@ from pyagent_node.inference.generation import (
 from pyagent_node.node.api.choices import run_choices
 from pyagent_node.node.api.errors import as_pyagent_error, too_busy
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, Work
-from pyagent_node.node.api.labels import make_label, read_label
-from pyagent_node.node.api.openai_replies import Writer
+from pyagent_node.node.api.labels import make_labels, read_label
+from pyagent_node.node.api.openai_replies import Writer, fingerprint
 from pyagent_node.node.api.openai_requests import Plan, plan_chat, plan_completion
 from pyagent_node.node.api.services import ApiServices
 from pyagent_node.node.telemetry import GenerationMetrics
 
 SESSION_HEADER: Final = "x-session-id"
 """Names the sessions of a reply, one for each choice, with commas between."""
+
+RESUMED: Final = "resumed"
+"""The ``model`` of metrics about what was gone on with, whoever began it."""
 
 _SESSION_ID: Final = re.compile(r"[0-9a-f]{32}")
 _TOKEN_INDEX: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
@@ -191,15 +194,14 @@ class _Generations:
             )
         options, shape = self._options, plan.shape()
         identity, created = options.random_bits(128), int(options.now())
-        sessions = [self._services.live.new_id() for _ in plan.requests]
+        labels = make_labels(shape, fingerprint(model), identity, created)
+        sessions = [self._services.live.new_id() for _ in labels]
         requests = [
-            msgspec.structs.replace(
-                request, session=session, label=make_label(shape, identity, created, choice)
-            )
-            for choice, (request, session) in enumerate(zip(plan.requests, sessions, strict=True))
+            msgspec.structs.replace(request, session=session, label=label)
+            for request, session, label in zip(plan.requests, sessions, labels, strict=True)
         ]
         with self._counting(model.name, plan):
-            writer = Writer(shape, model, identity, created)
+            writer = Writer(shape, fingerprint(model), identity, created)
             answer = _Answer(sender, writer, sessions)
             await self._generate(plan, requests, answer, model.name)
 
@@ -263,28 +265,28 @@ class _Generations:
         self._check_room()
         services = self._services
         metrics = services.telemetry.generation
-        with self._counting("resumed", None):
+        with self._counting(RESUMED, None):
             async with services.live.attach(session, after) as reader:
                 label = read_label(reader.live.label)
-                answer: _Answer | None = None
+                writer = Writer(
+                    label.shape, label.fingerprint, int(label.identity, 16), label.created
+                )
+                answer = _Answer(sender, writer, [session], only=label.choice, opening=not after)
                 async for event in reader:
-                    if answer is None:  # until there is a token an error gets its own status
-                        model = find_model(services.engine, reader.live.model)
-                        writer = Writer(label.shape, model, int(label.identity, 16), label.created)
-                        answer = _Answer(sender, writer, [session], only=label.choice)
+                    if not sender.started:  # now those before it are known
                         for seen in reader.skipped:
                             writer.skip(label.choice, seen)
-                        if after:
-                            await answer.begin(opening=False)
                     if isinstance(event, Finished):
-                        _count(metrics, model.name, event)
+                        _count(metrics, RESUMED, event)
                     await answer.show(label.choice, event)
-                if answer is not None:
-                    await answer.finish(usage=label.shape.include_usage)
+                await answer.finish(usage=label.shape.include_usage)
 
 
 class _Answer:
-    """One reply on its way to the client; ``only`` restricts a stream to one choice."""
+    """One reply on its way to the client.
+
+    ``only`` restricts a stream to one choice; without ``opening`` it begins in the middle.
+    """
 
     def __init__(
         self,
@@ -293,25 +295,23 @@ class _Answer:
         sessions: Sequence[SessionId],
         *,
         only: int | None = None,
+        opening: bool = True,
     ) -> None:
         self.sender = sender
         self.writer = writer
         self.headers = {SESSION_HEADER: ",".join(sessions)}
         self._only = only
-
-    async def begin(self, *, opening: bool = True) -> None:
-        """Start the stream."""
-        await self.sender.start("text/event-stream; charset=utf-8", self.headers)
-        if opening:
-            for chunk in self.writer.opening(self._only):
-                await self.sender.write(chunk)
+        self._opening = opening
 
     async def show(self, index: int, event: GenerationEvent) -> None:
         """Send an event."""
         chunk = self.writer.add(index, event)
         if not self.sender.started:
             # Only now: until the first token an error still gets its own status.
-            await self.begin()
+            await self.sender.start("text/event-stream; charset=utf-8", self.headers)
+            if self._opening:
+                for opening in self.writer.opening(self._only):
+                    await self.sender.write(opening)
         if chunk is not None:
             await self.sender.write(chunk)
 

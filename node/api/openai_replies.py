@@ -161,16 +161,17 @@ def _tokens(events: Sequence[Generated]) -> Json:
 class Writer:
     """Builds the replies to one request.
 
-    ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time.  Chunks
+    ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time,
+    ``fingerprint`` what :func:`fingerprint` gives.  Chunks
     say in ``token_count`` how many tokens of their choice there were so far, themselves included:
     from there a client asks for the rest if it loses the stream.
     """
 
-    def __init__(self, shape: Shape, model: LoadedModel, identity: int, created: int) -> None:
+    def __init__(self, shape: Shape, fingerprint: str, identity: int, created: int) -> None:
         self._shape = shape
         self._style: Style = ChatStyle() if shape.kind == "chat" else CompletionStyle()
         self._choices = [Choice() for _ in range(shape.choices)]
-        self._fingerprint = fingerprint(model)
+        self._fingerprint = fingerprint
         self._id = f"{self._style.prefix}{identity:032x}"
         self._created = created
         self._model = shape.model
