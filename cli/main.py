@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         "Models",
         (
             ("model", "model", "Pull, list, load, unload and remove models."),
+            ("placement", "placement", "Show and change which nodes hold which layers."),
             ("generate", "generate", "Answer one prompt."),
             ("chat", "chat", "Talk to a model."),
         ),

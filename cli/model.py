@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,13 @@ from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.output import size
 
 if TYPE_CHECKING:
-    from pyagent_node.node.api.schema import ModelView, PlacementView
+    from pyagent_node.node.api.schema import LoadRequest, ModelView, PlacementView
     from pyagent_node.node.client import Client
     from pyagent_node.node.client_transport import Report
 
 DEFAULT = "smollm2-135m"
+MAX_RESERVES = 4
+"""Most standbys, or spares, of a rank."""
 
 
 def running(app: App) -> bool:
@@ -123,40 +127,64 @@ def boundaries(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
+def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[..., None]:
+    """Give a command the argument MODEL and the options that say how to place it."""
+
+    @wraps(command)
+    def wrapped(
+        app: App,
+        *,
+        model: str,
+        ranks: int | None,
+        layers: str | None,
+        nodes: str | None,
+        context: int | None,
+        sessions: int | None,
+        standbys: int | None,
+        spares: int | None,
+    ) -> None:
+        from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
+
+        request = LoadRequest(
+            model=model,
+            ranks=ranks,
+            layers=boundaries(layers),
+            nodes=tuple(nodes.split(",")) if nodes else None,
+            n_ctx=context,
+            n_seq=sessions,
+            standbys=standbys,
+            spares=spares,
+        )
+        command(app, request)
+
+    positive, reserves = click.IntRange(min=1), click.IntRange(min=0, max=MAX_RESERVES)
+    found: Callable[..., None] = wrapped
+    for decorate in (
+        click.option("--spares", type=reserves, help="Nodes a rank that keep it on disk."),
+        click.option("--standbys", type=reserves, help="Nodes a rank that keep it loaded."),
+        click.option("--sessions", type=positive, help="Sessions at once."),
+        click.option("--context", type=positive, help="Tokens of context a session."),
+        click.option("--nodes", metavar="N,M,..", help="Use these nodes only (names or peer ids)."),
+        click.option("--layers", metavar="A,B,..", help="Cut before these layers: 10,20."),
+        click.option("--ranks", type=positive, help="Into how many slices to cut it."),
+        click.argument("model", default=DEFAULT),
+    ):
+        found = decorate(found)
+    return found
+
+
 @model_command.command("load")
-@click.argument("model", default=DEFAULT)
-@click.option("--ranks", type=click.IntRange(min=1), help="Into how many slices to cut it.")
-@click.option("--layers", metavar="A,B,..", help="Cut before these layers: 10,20 makes three.")
-@click.option("--nodes", metavar="N,M,..", help="Use these nodes only (names or peer ids).")
-@click.option("--context", type=click.IntRange(min=1), help="Tokens of context a session.")
-@click.option("--sessions", type=click.IntRange(min=1), help="Sessions at once.")
 @json_option
 @pass_app
-def load(
-    app: App,
-    *,
-    model: str,
-    ranks: int | None,
-    layers: str | None,
-    nodes: str | None,
-    context: int | None,
-    sessions: int | None,
-) -> None:
+@placement_options
+def load(app: App, request: LoadRequest) -> None:
     """Place a model on the mesh, cut into slices; the planner decides what is not given.
 
     MODEL is a name or a digest; a name of the catalogue is fetched first when it is not there.
+    Standbys and spares take a rank over when its node dies.  Ctrl-C takes the placement back.
     """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
-    from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
-    request = LoadRequest(
-        model=model,
-        ranks=ranks,
-        layers=boundaries(layers),
-        nodes=tuple(nodes.split(",")) if nodes else None,
-        n_ctx=context,
-        n_seq=sessions,
-    )
     client = app.client()
     with Reporter(app.out) as report:
         try:
@@ -164,7 +192,7 @@ def load(
         except NotFound as error:
             if error.code != "model_not_found":
                 raise
-            _pull_for(client, model, error, report)
+            _pull_for(client, request.model, error, report)
             placement = client.load(request, report)
     app.out.result({"placement": placement}, lambda: _placed(app, placement))
 

@@ -11,8 +11,16 @@ from rich.text import Text
 from pyagent_node.base.mesh import PeerInfo
 from pyagent_node.cli.output import duration, short, size
 from pyagent_node.inference.generation import SessionView
-from pyagent_node.node.api.schema import PlacementView, StatusView
+from pyagent_node.node.api.schema import PlacementView, RankView, StatusView
 
+RESERVE_STYLE = {
+    "hot": "green",
+    "disk": "cyan",
+    "loading": "yellow",
+    "missing": "yellow",
+    "failed": "bold red",
+    "unknown": "dim",
+}
 STATE_STYLE = {"ready": "green", "loading": "yellow", "failed": "bold red", "unknown": "dim"}
 
 
@@ -87,8 +95,10 @@ def placement_view(placement: PlacementView) -> RenderableType:
         ("ready", "green") if placement.ready else ("not ready", "yellow"),
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("rank", "layers", "node", "state", "sessions", "queued", "memory", "tok/s"):
-        left = column in ("layers", "node", "state")
+    columns = ("rank", "layers", "node", "state", "sessions", "queued", "memory", "tok/s")
+    reserved = any(rank.standbys or rank.spares for rank in placement.ranks)
+    for column in (*columns, "standbys and spares") if reserved else columns:
+        left = column in ("layers", "node", "state", "standbys and spares")
         table.add_column(column, justify="left" if left else "right")
     for rank in placement.ranks:
         first, last = rank.layers
@@ -105,8 +115,19 @@ def placement_view(placement: PlacementView) -> RenderableType:
             _count(rank.queued),
             size(rank.memory_bytes) if rank.memory_bytes is not None else "-",
             f"{speed:.1f}" if speed is not None else "-",
+            *([_reserves(rank)] if reserved else []),
         )
     return Group(title, table)
+
+
+def _reserves(rank: RankView) -> Text:
+    """Return who could take a rank over, and how ready they are."""
+    text = Text()
+    for reserve in (*rank.standbys, *rank.spares):
+        text.append(", " if text else "")
+        text.append(f"{reserve.name} ")
+        text.append(reserve.state, style=RESERVE_STYLE[reserve.state])
+    return text
 
 
 def _count(value: int | None) -> str:

@@ -37,7 +37,7 @@ PAUSE_SECONDS: Final = 2.0
 """Lateness that is always forgiven: a busy machine, a lost packet sent again."""
 LEAST_DEVIATION: Final = 0.2
 """Smallest standard deviation of the intervals that is believed, in seconds."""
-CONFIRM_SECONDS: Final = 0.1
+CONFIRM_SECONDS: Final = 0.05
 """Pause between two probes of a suspect; refusals count when they are about as far apart."""
 REFUSALS: Final = 2
 WITNESSES: Final = 3

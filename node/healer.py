@@ -47,7 +47,7 @@ logger = logging.getLogger("pyagent_node.placements")
 ROLE_SECONDS: Final = 0.1
 """How often a node looks whether it leads."""
 TICK_SECONDS: Final = 0.25
-HURRIED_SECONDS: Final = 0.05
+HURRIED_SECONDS: Final = 0.02
 """Pause between two looks while somebody is under suspicion."""
 BEAT_LIMIT: Final = 10.0
 """Longest wait for the answer to a beat; the detector loses patience earlier."""

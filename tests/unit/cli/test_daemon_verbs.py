@@ -13,6 +13,7 @@ import trio
 from pyagent_node.base.errors import RunnerFailed, Unavailable
 from pyagent_node.base.files import write_atomic
 from pyagent_node.base.types import PeerId
+from pyagent_node.node.api.placement_schema import DrainRequest
 from pyagent_node.node.api.schema import InviteRequest, LoadRequest, PullRequest, StatusView
 from pyagent_node.node.home import DaemonState, Home
 from pyagent_node.simulations.api import TOKEN, SimulatedApi, simulated_api
@@ -182,6 +183,30 @@ async def test_model_verbs(api: SimulatedApi, run: Run) -> None:
     assert (await on(run, "model", "unload", "nothing", "--json")).status == 3
     assert (await on(run, "model", "rm", "words")).status == 0
     assert (await on(run, "model", "rm", "nothing", "--json")).error["code"] == "model_not_found"
+
+
+async def test_placement_verbs(api: SimulatedApi, run: Run) -> None:
+    assert "No model is loaded" in (await on(run, "placement", "show")).err
+    assert (await on(run, "placement", "show", "--json")).json == {"placements": []}
+    missing = await on(run, "placement", "show", "nothing", "--json")
+    assert (missing.status, missing.error["code"]) == (3, "placement_not_found")
+    flags = ("--ranks", "2", "--standbys", "2", "--spares", "0")
+    planned = await on(run, "placement", "plan", "words", *flags)
+    assert planned.status == 0, planned
+    assert "nothing is better" in planned.out
+    assert "Nothing would change." in planned.out
+    wanted = LoadRequest(model="words", ranks=2, standbys=2, spares=0)
+    assert api.services.calls[-1] == wanted
+    assert (await on(run, "placement", "apply", "words", *flags, "--json")).status == 0
+    assert api.services.calls[-1] == wanted
+    assert (await on(run, "placement", "apply", "words", "--standbys", "5")).status == 2
+    drained = await on(run, "placement", "drain", "bob")
+    assert drained.status == 0
+    assert api.services.calls[-1] == DrainRequest(node="bob")
+    assert "holds nothing any more" in drained.out
+    undone = await on(run, "placement", "drain", "bob", "--undo", "--json")
+    assert undone.json["draining"] is False
+    assert (await on(run, "placement", "drain")).status == 2
 
 
 async def test_a_failing_load_is_told(api: SimulatedApi, run: Run) -> None:
