@@ -106,7 +106,7 @@ class RaftEngine:
         core = node.core.status()
         conf = members.conf
         voters = voters_of(conf)
-        leader = members.peer_of(core.leader) if core.leader else None
+        leader = members.peer_of(node.leader) if node.leader else None
         learners = {*conf.learners, *conf.learners_next} - voters
         return ConsensusStatus(
             engine=self._name,
@@ -321,9 +321,10 @@ class RaftEngine:
     def _place_proposals(self) -> None:
         node = self.node
         leader = self.members.peer_of(node.leader) if node.leader else None
-        if leader is None:
+        if not node.leads:
             for pending in self._proposals.starved(node.tick, self._patience):
                 pending.settle(self._no_leader())
+        if leader is None:
             return
         resend = node.timing.election_ticks // 2 + 1
         for pending in self._proposals.due(self._place, node.tick, resend):

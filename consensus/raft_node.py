@@ -170,6 +170,7 @@ class RaftNode:
         self._wake = trio.Event()
         self._tick_due = False
         self._leader_seen = 0
+        self._leader_heard = 0
         self._view = (0, "", 0)
         members.install(loaded.conf, loaded.peers)
         self.core = self._new_core()
@@ -207,8 +208,13 @@ class RaftNode:
 
     @property
     def leader(self) -> int:
-        """Raft id of the leader, 0 while there is none."""
-        return self.core.leader
+        """Raft id of the leader, 0 while there is none.
+
+        A node without a vote never misses its leader by itself, so its silence is measured here.
+        """
+        leader = self.core.leader
+        silent = self.tick - self._leader_heard > 2 * self.timing.election_ticks
+        return 0 if silent and self.core.role == "learner" else leader
 
     @property
     def lonely(self) -> bool:
@@ -291,13 +297,15 @@ class RaftNode:
             return
         try:
             self.core.step(sender, message.data)
+            if sender == self.core.leader:
+                self._leader_heard = self.tick
         except RaftRefused as error:
             self.counters.refused_messages += 1
             log.info("a raft message of %s was refused: %s", message.peer, error)
 
     def _look(self) -> None:
         """Notice a new term, role or leader."""
-        view = (self.core.term, self.core.role, self.core.leader)
+        view = (self.core.term, self.core.role, self.leader)
         if view[2]:
             self._leader_seen = self.tick
         if view == self._view:

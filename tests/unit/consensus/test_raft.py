@@ -384,3 +384,15 @@ async def test_a_founder_founds_once(cluster: Cluster, autojump_clock: MockClock
     assert len(engine.state.models) == 1
     await cluster.leader()
     await cluster.propose("a")
+
+
+async def test_a_learner_misses_its_leader(cluster: Cluster, autojump_clock: MockClock) -> None:
+    await cluster.found("a", "b")
+    await cluster.stop("a")
+    engine = cluster.engine("b")
+    await cluster.until(lambda: engine.status().leader is None, 3)
+    with pytest.raises(Unavailable) as caught:
+        await cluster.propose("b")
+    assert caught.value.facts == {"voters": 1, "reachable": 0, "needed": 1, "missing": 1}
+    await cluster.start("a")
+    await cluster.propose("b")
