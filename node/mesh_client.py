@@ -68,6 +68,6 @@ class MeshClient:
         """List the settings of the mesh."""
         return self._api.get("/settings", SettingsReply)
 
-    def set(self, name: str, value: int | None) -> SettingsReply:
+    def change_setting(self, name: str, value: int | None) -> SettingsReply:
         """Change a setting of the mesh; ``None`` returns it to its default."""
         return self._api.post("/settings", SettingRequest(name=name, value=value), SettingsReply)

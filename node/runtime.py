@@ -27,12 +27,14 @@ from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
 from pyagent_node.node.engines import open_consensus
+from pyagent_node.node.governance import Governance
 from pyagent_node.node.home import Home
 from pyagent_node.node.hosting import open_models
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.joining import keep_fresh, merge_bootstrap
 from pyagent_node.node.journals import JournalKeeper, open_journals
 from pyagent_node.node.live_sessions import LiveSessions
+from pyagent_node.node.log_check import LogCheck
 from pyagent_node.node.logs import Redactor
 from pyagent_node.node.membership import Membership, enforce
 from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
@@ -69,6 +71,7 @@ class Node:
     journals: JournalKeeper
     recovery: SessionRecovery
     live: LiveSessions
+    governance: Governance
     started: float
 
     @property
@@ -161,6 +164,9 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             journals=journals,
             recovery=sessions.recovery,
             live=sessions.live,
+            governance=Governance(
+                mesh, consensus, membership, LogCheck(mesh, consensus, rpc), clock=time.time
+            ),
             started=time.time(),
         )
 

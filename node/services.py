@@ -31,6 +31,7 @@ from pyagent_node.node.api.schema import (
 from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
+from pyagent_node.node.governance import Governance
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.placement_messages import HeadReport, RankReport
 from pyagent_node.node.runtime import Node
@@ -70,6 +71,11 @@ class NodeServices:
     def session_ttl(self) -> int:
         """See :class:`ApiServices`."""
         return self._node.consensus.state.settings["session_ttl"]
+
+    @property
+    def mesh(self) -> Governance:
+        """See :class:`ApiServices`."""
+        return self._node.governance
 
     def shutdown(self) -> None:
         """See :class:`ApiServices`."""

@@ -53,6 +53,7 @@ from pyagent_node.node.api.services import Report
 from pyagent_node.node.live_sessions import LiveSessions, Recovered, open_live_sessions
 from pyagent_node.node.session_recovery import session_not_found
 from pyagent_node.node.telemetry import Telemetry
+from pyagent_node.simulations.api_mesh import SimulatedMeshServices
 
 TOKEN = "test-token-of-32-characters-0000"  # noqa: S105 (of simulated nodes only)
 DIGEST = Digest("ab" * 32)
@@ -239,6 +240,7 @@ class SimulatedServices:
 
     def __init__(self) -> None:
         self.engine = WordEngine()
+        self.mesh = SimulatedMeshServices()
         self.telemetry = Telemetry()
         self.reasons: tuple[str, ...] = ()
         self.stopped = False

@@ -15,6 +15,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
 from pyagent_node.node.api.errors import decode_body
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, ndjson_error
+from pyagent_node.node.api.mesh_routes import mesh_router
 from pyagent_node.node.api.placement_schema import DrainRequest, PlacementsReply
 from pyagent_node.node.api.schema import (
     ADMIN_PREFIX,
@@ -92,6 +93,8 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
 
     def follow(work: Callable[[Report], Awaitable[T]]) -> Reply:
         return Reply(partial(_follow, work), drain=drain, stream_error=ndjson_error)
+
+    router.include_router(mesh_router(services.mesh, reply))
 
     @router.get("/status")
     async def status() -> Response:

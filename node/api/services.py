@@ -7,6 +7,7 @@ from typing import Protocol
 
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.generation import Engine
+from pyagent_node.node.api.mesh_routes import MeshServices
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
@@ -49,6 +50,11 @@ class ApiServices(Protocol):
     @property
     def telemetry(self) -> Telemetry:
         """The node's metrics."""
+        ...
+
+    @property
+    def mesh(self) -> MeshServices:
+        """What operators ask of the mesh itself."""
         ...
 
     def readiness(self) -> Readiness:
