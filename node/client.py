@@ -103,7 +103,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A whole answer, the last item of a stream; ``text`` is all of it.
 
     ``finish_reason`` is ``"stop"`` or ``"length"``; ``tokens_per_second`` counts the tokens after
-    the first over the time after the first, measured in the daemon.
+    the first over the time after the first, measured in the daemon.  ``failovers`` counts how often
+    the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
+    ``stall_seconds`` is the longest pause between two tokens.
     """
 
     text: str
@@ -116,6 +118,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     tokens_per_second: float
     placement: Placement
+    failovers: int = 0
+    recomputed_tokens: int = 0
+    stall_seconds: float = 0.0
 
 
 class LoadedCard(msgspec.Struct, frozen=True):
@@ -151,6 +156,9 @@ class _Details(msgspec.Struct, frozen=True):
     ttft_seconds: float
     seconds: float
     tokens_per_second: float
+    failovers: int = 0
+    recomputed_tokens: int = 0
+    stall_seconds: float = 0.0
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -336,6 +344,9 @@ def _read_answer(lines: Iterator[str]) -> Iterator[Piece | Answer]:
         seconds=details.seconds,
         tokens_per_second=details.tokens_per_second,
         placement=details.placement,
+        failovers=details.failovers,
+        recomputed_tokens=details.recomputed_tokens,
+        stall_seconds=details.stall_seconds,
     )
 
 

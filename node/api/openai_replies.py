@@ -295,4 +295,7 @@ class Writer:
             "ttft_seconds": usage.ttft_seconds,
             "seconds": usage.seconds,
             "tokens_per_second": usage.tokens_per_second,
+            "failovers": usage.failovers,
+            "recomputed_tokens": usage.recomputed_tokens,
+            "stall_seconds": usage.stall_seconds,
         }
