@@ -36,6 +36,8 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("join", "membership", "Join a mesh with a ticket."),
             ("peers", "status", "List the connected peers."),
             ("connect", "membership", "Connect to a peer by its address."),
+            ("member", "member", "List, promote, remove and revoke members."),
+            ("raft", "raft", "Show and change who decides: voters, leader, log."),
         ),
     ),
     (

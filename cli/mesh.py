@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -173,3 +174,41 @@ def use(app: App, mesh: str) -> None:
         restart_note(app)
 
     app.out.result(_view(profile), show_it)
+
+
+@mesh_command.command("settings")
+@click.argument("name", required=False)
+@click.argument("value", required=False)
+@json_option
+@pass_app
+def settings(app: App, name: str | None, value: str | None) -> None:
+    """Show the settings of the whole mesh, or set NAME to VALUE (a number, or `default`)."""
+    from pyagent_node.base.errors import InvalidRequest  # noqa: PLC0415
+
+    if value is None:
+        found = app.client().mesh.settings().settings
+    else:
+        if value != "default" and not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise InvalidRequest(
+                f"{value[:40]!r} is no value of a mesh setting.",
+                code="bad_setting",
+                remedy="Give a whole number, or `default`.",
+            )
+        number = None if value == "default" else int(value)
+        found = app.client().mesh.change_setting(name or "", number).settings
+    shown = tuple(each for each in found if name in (None, each.name))
+    if not shown:
+        raise InvalidRequest(
+            f"A mesh has no setting {(name or '')[:40]!r}.",
+            code="unknown_setting",
+            remedy=f"There are: {', '.join(each.name for each in found)}.",
+        )
+
+    def table() -> None:
+        for each in shown:
+            app.out.text(
+                f"{each.name} = {each.value}  ({each.low} to {each.high},"
+                f" default {each.default}: {each.meaning})"
+            )
+
+    app.out.result({"settings": shown}, table)
