@@ -313,8 +313,10 @@ def digest_of(paths: Iterable[Path], *words: str) -> str:
 def native_sources() -> list[Path]:
     """Return what the native module and the package's metadata are built from."""
     files = [ROOT / name for name in ("Cargo.toml", "Cargo.lock", "pyproject.toml")]
-    files += [REQUIREMENTS / "build.txt", ROOT / "native" / "Cargo.toml"]
-    return files + list((ROOT / "native" / "src").rglob("*.rs"))
+    files.append(REQUIREMENTS / "build.txt")
+    for pattern in ("*.rs", "*.proto", "Cargo.toml"):
+        files += (ROOT / "native").rglob(pattern)
+    return files
 
 
 def read_stamps() -> dict[str, str]:
