@@ -5,7 +5,8 @@ session's id, from any token on.  One reader at a time: the last one to come get
 one before is told so (a client whose connection is half dead must be able to come back).
 
 A session that nobody reads ends at once, unless its request asked to be waited for
-(``resume_seconds``).  A session that is not here is taken over from its former head.
+(``resume_seconds``).  Then it is also there for a while after it was sent to its end: what was sent
+need not have arrived.  A session that is not here is taken over from its former head.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ MAX_UNREAD: Final = 64
 """Sessions that go on without a reader."""
 RESUMED_SECONDS: Final = 30.0
 """How long a session that was taken over is waited for, at least, when its reader is lost again."""
+SENT_SECONDS: Final = 30.0
+"""How long a whole answer is kept, at most, after it was sent."""
 LEAVE_SECONDS: Final = 5.0
 """Longest wait for a generation to end on all ranks after its reader left."""
 
@@ -292,18 +295,27 @@ class LiveSessions:
                 await self._leave(live, whole)
 
     async def _leave(self, live: LiveSession, whole: bool) -> None:
-        """A session's only reader is gone."""
-        unread = sum(each.reader is None for each in self._live.values())
-        if whole or not live.seconds or unread > MAX_UNREAD:
+        """A session's only reader is gone; ``whole``: it was given everything."""
+        seconds = live.seconds
+        if whole:
+            seconds = 0.0 if live.failure is not None else min(seconds, SENT_SECONDS)
+        unread = [each for each in self._live.values() if each.reader is None]
+        if seconds and len(unread) > MAX_UNREAD:
+            over = [each for each in unread if each.done.is_set()]
+            if over:
+                await self._stop(over[0])
+            else:
+                seconds = 0.0
+        if not seconds:
             await self._stop(live)
-        else:
-            live.make_room()
-            self._nursery.start_soon(self._expire, live, live.visits)
+            return
+        live.make_room()
+        self._nursery.start_soon(self._expire, live, live.visits, seconds)
 
-    async def _expire(self, live: LiveSession, visits: int) -> None:
-        await trio.sleep(live.seconds)
+    async def _expire(self, live: LiveSession, visits: int, seconds: float) -> None:
+        await trio.sleep(seconds)
         if live.reader is None and live.visits == visits:
-            log.info("nobody came back for a session within %g s", live.seconds)
+            log.info("a session is forgotten that nobody has read for %g s", seconds)
             await self._stop(live)
 
     async def _stop(self, live: LiveSession) -> None:

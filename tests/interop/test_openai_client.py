@@ -6,6 +6,7 @@ from typing import TypeVar
 import openai
 import pytest
 import trio
+from openai.types.chat import ChatCompletionChunk
 
 from pyagent_node.base.errors import RunnerFailed
 from pyagent_node.simulations.api import SimulatedApi, simulated_api
@@ -201,3 +202,36 @@ async def test_hanging_up_ends_the_generation(api, stream):
         await reached.wait()
         await api.engine.idle.wait()
     assert api.engine.cancelled == 1
+
+
+async def test_a_lost_stream_goes_on(api):
+    def lose_and_go_on(client):
+        raw = client.chat.completions.with_raw_response.create(
+            model="words",
+            messages=MESSAGES,
+            max_tokens=8,
+            seed=1,
+            stream=True,
+            extra_body={"resume_seconds": 60},
+        )
+        session = raw.headers["x-session-id"]
+        text, seen = "", 0
+        with raw.parse() as stream:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                seen = getattr(chunk.choices[0], "token_count", 0)
+                if seen == 3:
+                    break
+        rest = client.get(
+            f"/sessions/{session}/stream?from={seen}",
+            cast_to=ChatCompletionChunk,
+            stream=True,
+            stream_cls=openai.Stream[ChatCompletionChunk],
+        )
+        return text + streamed_text(rest)
+
+    whole = await use(api, lambda c: ask(c).choices[0].message.content)
+    assert await use(api, lose_and_go_on) == whole
+    with pytest.raises(openai.NotFoundError) as caught:
+        await use(api, lambda c: c.get(f"/sessions/{'0' * 32}/stream", cast_to=object))
+    assert caught.value.code == "session_not_found"

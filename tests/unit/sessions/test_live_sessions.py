@@ -233,7 +233,31 @@ async def test_beyond_the_end(autojump_clock):
             assert caught.value.http_status == 400
         async with world.live.attach(S, 6) as reader:
             assert isinstance(await reader.__anext__(), Finished)
-        assert len(world.live) == 0
+
+
+async def test_what_was_sent_need_not_have_arrived(autojump_clock):
+    async with opened() as world:
+        for _ in range(2):
+            async with world.live.generate(request(6), resume_seconds=60) as reader:
+                assert len(await tokens(reader)) == 6
+            await trio.sleep(29)
+            async with world.live.attach(S, 4) as reader:
+                assert await tokens(reader) == [4, 5]
+            await trio.sleep(31)
+            assert len(world.live) == 0
+
+
+async def test_whole_answers_make_room_for_running_ones(autojump_clock):
+    async with opened() as world:
+        for number in range(1, MAX_UNREAD + 5):
+            async with world.live.generate(request(3, number), resume_seconds=60) as reader:
+                await tokens(reader)
+        assert len(world.live) == MAX_UNREAD
+        async with world.live.attach(SessionId(f"{MAX_UNREAD + 4:032x}"), 0) as reader:
+            assert await tokens(reader) == [0, 1, 2]
+        with pytest.raises(PyAgentError):
+            async with world.live.attach(SessionId(f"{1:032x}"), 0):
+                raise AssertionError("the oldest is gone")
 
 
 async def test_sessions_of_others_are_taken_over_once(autojump_clock, nursery):
@@ -259,6 +283,7 @@ async def test_sessions_of_others_are_taken_over_once(autojump_clock, nursery):
         assert ended.count([0, 1, 2, 3, 4]) == 1
         assert ended.count("session_read_elsewhere") == 2
         assert world.live.taken_over == 1
+        await trio.sleep(30)
         assert world.journals.done == [S]
 
 
