@@ -84,6 +84,26 @@ def with_reserves(
     return choose_reserves(shape, kept, swarm.nodes, options, good=good)
 
 
+def first_ranks(draft: Draft) -> tuple[Rank, ...]:
+    """Return the drafted ranks with only those standbys and spares that have their slice already.
+
+    The others are named when the ranks are ready, so that they do not slow those down.
+    """
+    known = {rank.slice: rank for rank in draft.before.ranks} if draft.before is not None else {}
+
+    def there(rank: Rank) -> Rank:
+        old = known.get(rank.slice)
+        loaded = (old.peer_id, *old.standbys) if old is not None else ()
+        on_disk = old.spares if old is not None else ()
+        return msgspec.structs.replace(
+            rank,
+            standbys=tuple(p for p in rank.standbys if p in loaded),
+            spares=tuple(p for p in rank.spares if p in on_disk),
+        )
+
+    return tuple(map(there, draft.ranks))
+
+
 def token_seconds(
     shape: ModelShape, before: Placement | None, swarm: Swarm, head: PeerId
 ) -> float | None:

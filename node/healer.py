@@ -18,6 +18,7 @@ import trio
 from pyagent_node.base.errors import Conflict, PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, Placement
+from pyagent_node.consensus.commands import SetPlacement
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.detector import (
@@ -293,8 +294,10 @@ class Healer:
         assert healing.command is not None, "only changes are proposed"
         try:
             await self._consensus.propose(healing.command)
+            moved = isinstance(healing.command, SetPlacement)
             for reason in healing.reasons:
-                logger.warning("model %s: %s", digest[:12], reason)
+                level = logging.WARNING if moved else logging.INFO
+                logger.log(level, "model %s: %s", digest[:12], reason)
         except Conflict as error:
             logger.info("model %s changed meanwhile: %s", digest[:12], error)
         except PyAgentError as error:

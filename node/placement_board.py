@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -193,6 +193,43 @@ class PlacementBoard:
                 )
             await trio.sleep(POLL_SECONDS)
 
+    async def wait_loaded(
+        self, placement: Placement, peers: Mapping[int, PeerId], report: Report
+    ) -> None:
+        """Wait until these standbys, by rank, are loaded.
+
+        Raises the error of one that cannot be, and as :meth:`wait_ready` does.
+        """
+        started = trio.current_time()
+        while True:
+            current = self._consensus.state.placements.get(placement.model)
+            if current is None or current.epoch != placement.epoch:
+                raise Conflict(
+                    "The model was unloaded or placed anew meanwhile.", code="stale_epoch"
+                )
+            told = await self.reports(peers.values())
+            loaded = 0
+            for at, peer in peers.items():
+                rank = current.ranks[at]
+                if peer not in rank.standbys:
+                    loaded += 1  # the mesh wants no standbys: it is loaded when it gets the rank
+                    continue
+                found = _reserve_of(current, rank, peer, told.get(peer))
+                if found is not None:
+                    _raise_if_final(found, f"Rank {at} on {peer}", rank)
+                    loaded += found.state == "ready"
+            report(Progress(step="warm", text="loading standbys", done=loaded, total=len(peers)))
+            if loaded == len(peers):
+                return
+            if trio.current_time() - started > STALL_SECONDS:
+                raise DeadlineExceeded(
+                    f"{loaded} of {len(peers)} slices were loaded on their new nodes within"
+                    f" {STALL_SECONDS:.0f} s.",
+                    code="load_stalled",
+                    remedy="See the logs of the nodes that were to load them.",
+                )
+            await trio.sleep(POLL_SECONDS)
+
     async def memory(self, placement: Placement) -> dict[PeerId, int]:
         """Return the bytes that runners of ``placement`` take on their nodes."""
         peers = {peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys)}
@@ -235,7 +272,9 @@ def _head_of(placement: Placement, told: PlacementReports | None) -> HeadReport 
     return None
 
 
-def _raise_if_final(found: RankReport | HeadReport, who: str, rank: Rank | None) -> None:
+def _raise_if_final(
+    found: RankReport | HeadReport | ReserveReport, who: str, rank: Rank | None
+) -> None:
     if found.state != "failed" or found.error is None:
         return
     error = error_from_info(found.error)
@@ -291,26 +330,34 @@ def _rank_view(rank: Rank, name: str, found: RankReport | None) -> RankView:
     )
 
 
+def _reserve_of(
+    placement: Placement, rank: Rank, peer: PeerId, told: PlacementReports | None
+) -> ReserveReport | None:
+    wanted = (placement.model, rank.slice, peer in rank.standbys)
+    for found in told.reserves if told is not None else ():
+        if (found.model, found.slice, found.loaded) == wanted:
+            return found
+    return None
+
+
 def _reserve_view(
     placement: Placement, rank: Rank, peer: PeerId, name: str, told: PlacementReports | None
 ) -> ReserveView:
-    loaded = peer in rank.standbys
-    for found in told.reserves if told is not None else ():
-        if (found.model, found.slice, found.loaded) == (placement.model, rank.slice, loaded):
-            state: ReserveState = "missing"
-            if found.state == "ready":
-                state = "hot" if loaded else "disk"
-            elif found.state != "fetching":
-                state = found.state
-            detail = found.error.message if found.error is not None else None
-            return ReserveView(
-                peer_id=peer,
-                name=name,
-                state=state,
-                detail=detail,
-                memory_bytes=found.memory_bytes,
-            )
-    return ReserveView(peer_id=peer, name=name, state="unknown", detail="no report of it")
+    found = _reserve_of(placement, rank, peer, told)
+    if found is None:
+        return ReserveView(peer_id=peer, name=name, state="unknown", detail="no report of it")
+    state: ReserveState = "missing"
+    if found.state == "ready":
+        state = "hot" if found.loaded else "disk"
+    elif found.state != "fetching":
+        state = found.state
+    return ReserveView(
+        peer_id=peer,
+        name=name,
+        state=state,
+        detail=found.error.message if found.error is not None else None,
+        memory_bytes=found.memory_bytes,
+    )
 
 
 def _detail(error: ErrorInfo | None, found: RankReport) -> str | None:

@@ -9,7 +9,7 @@ happens to a placement later, without anybody asking, is ``healer``'s.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -23,7 +23,8 @@ from pyagent_node.base.errors import (
     Unsupported,
 )
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import Placement
+from pyagent_node.base.types import PeerId, Placement
+from pyagent_node.consensus.checks import MAX_STANDBYS
 from pyagent_node.consensus.commands import (
     ModelRecord,
     RemovePlacement,
@@ -43,6 +44,7 @@ from pyagent_node.node.drafts import (
     as_it_is,
     check_reserves,
     chooses,
+    first_ranks,
     plan_view,
     same,
     same_cut,
@@ -122,12 +124,7 @@ class Placer:
         draft = await self._draft(record, request, report)
         if draft.before is None or not same(draft):
             return await self._carry_out(draft, report)
-        standbys = tuple(rank.standbys for rank in draft.ranks)
-        spares = tuple(rank.spares for rank in draft.ranks)
-        if draft.ranks != draft.before.ranks:
-            await self._consensus.propose(
-                SetStandbys(record.digest, standbys, spares, draft.before.epoch)
-            )
+        await self._reserve(draft, draft.before)
         return await self._await(draft.before, report)
 
     def _current(self, record: ModelRecord) -> Placement | None:
@@ -220,23 +217,64 @@ class Placer:
             logger.info("%s: %s", draft.record.name, line)
         done = False
         try:
+            await self._warm_up(draft, report)
             placement = await self._place(draft)
             what = "; ".join(draft.plan.explanation)
             report(Progress(step="place", text=f"placed at epoch {placement.epoch}: {what}"))
-            view = await self._await(placement, report)
+            ready = await self._board.wait_ready(placement, report)
             done = True
+            await self._reserve(draft, ready)
         finally:
             if not done:
                 with trio.CancelScope(shield=True), trio.move_on_after(TAKE_BACK_SECONDS):
                     await self._take_back(draft)
-        return view
+        return await self._await(ready, report)
+
+    async def _warm_up(self, draft: Draft, report: Report) -> None:
+        """Load the slices that move to other nodes there first, so that sessions hardly pause."""
+        before = draft.before
+        if before is None or not same_cut(before, draft.ranks, draft.n_ctx, draft.n_seq):
+            return
+        movers = {
+            rank.rank: rank.peer_id
+            for rank, old in zip(draft.ranks, before.ranks, strict=True)
+            if rank.peer_id != old.peer_id
+        }
+        if not movers:
+            return
+        await self._consensus.propose(
+            SetStandbys(
+                before.model,
+                tuple(_with_first(movers.get(r.rank), r.standbys) for r in before.ranks),
+                tuple(tuple(p for p in r.spares if p != movers.get(r.rank)) for r in before.ranks),
+                before.epoch,
+            )
+        )
+        await self._board.wait_loaded(before, movers, report)
+
+    async def _reserve(self, draft: Draft, placement: Placement) -> None:
+        """Name standbys and spares as drafted; they load while the placement serves already."""
+        peers = [rank.peer_id for rank in placement.ranks]
+        if peers != [rank.peer_id for rank in draft.ranks] or placement.ranks == draft.ranks:
+            return  # moved meanwhile: the leader sees to the rest
+        try:
+            await self._consensus.propose(
+                SetStandbys(
+                    placement.model,
+                    tuple(rank.standbys for rank in draft.ranks),
+                    tuple(rank.spares for rank in draft.ranks),
+                    placement.epoch,
+                )
+            )
+        except PyAgentError as error:
+            logger.info("standbys are left to the leader: %s", error)
 
     async def _place(self, draft: Draft) -> Placement:
         digest = draft.record.digest
         await self._consensus.propose(
             SetPlacement(
                 model=digest,
-                ranks=draft.ranks,
+                ranks=first_ranks(draft),
                 n_ctx=draft.n_ctx,
                 n_seq=draft.n_seq,
                 after_epoch=draft.before.epoch if draft.before is not None else 0,
@@ -280,3 +318,10 @@ class Placer:
             if (view.model, view.epoch) == (ready.model, ready.epoch):
                 return view
         raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
+
+
+def _with_first(peer: PeerId | None, others: Sequence[PeerId]) -> tuple[PeerId, ...]:
+    """Return ``others`` with ``peer``, if there is one, in front; at most so many as allowed."""
+    if peer is None:
+        return tuple(others)
+    return (peer, *(other for other in others if other != peer))[:MAX_STANDBYS]
