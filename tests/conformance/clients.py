@@ -45,7 +45,7 @@ class Clients:
         command = write(value)
         self._cluster.observer.once.append(command)
         try:
-            await machine.running.propose(command)
+            applied = await machine.running.propose(command)
         except PyAgentError:
             self.unknown += 1
             self.registers.append(Operation(Write(value), began))
@@ -54,7 +54,7 @@ class Clients:
             self.registers.append(Operation(Write(value), began))
             raise
         self.acknowledged.add(value)
-        self.registers.append(Operation(Write(value), began, next(self._now)))
+        self.registers.append(Operation(Write(value), began, next(self._now), applied.index))
         return True
 
     async def read(self, machine: Machine) -> bool:
@@ -65,8 +65,9 @@ class Clients:
         except PyAgentError:
             return False
         state, ended = engine.state, next(self._now)
-        self.registers.append(Operation(Read(state.settings[REGISTER]), began, ended))
-        self.counters.append(Operation(Look(*self._counted(machine)), began, ended))
+        place = state.index + 0.5
+        self.registers.append(Operation(Read(state.settings[REGISTER]), began, ended, place))
+        self.counters.append(Operation(Look(*self._counted(machine)), began, ended, place))
         return True
 
     def _counted(self, machine: Machine) -> tuple[int, int]:
@@ -77,17 +78,18 @@ class Clients:
     async def swap(self, machine: Machine, owner: Machine) -> None:
         """Take the counter one up from where the node believes it to be."""
         expected, began = self._counted(machine)[0], next(self._now)
-        ended: float = math.inf
+        ended = place = math.inf
         done = True
         try:
-            await machine.running.propose(swap(expected, owner.peer_id))
-            ended = next(self._now)
+            applied = await machine.running.propose(swap(expected, owner.peer_id))
+            ended, place = next(self._now), applied.index
         except Conflict:
             done, ended = False, next(self._now)
+            place = machine.running.state.index
         except PyAgentError:
             self.unknown += 1
         finally:
-            self.counters.append(Operation(Swap(expected, owner.number, done), began, ended))
+            self.counters.append(Operation(Swap(expected, owner.number, done), began, ended, place))
 
     def check(self) -> None:
         """The histories are those of single objects."""

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import trio
 
@@ -46,6 +46,7 @@ class Opener(Protocol):
         rng: random.Random,
         new_request: Callable[[], bytes],
         compact_entries: int,
+        **others: Any,
     ) -> AbstractAsyncContextManager[Consensus]:
         """See the engine."""
         ...
@@ -85,6 +86,7 @@ class Cluster:
         open_engine: Opener,
         rng: random.Random,
         compact_entries: int,
+        others: dict[str, Any],
     ) -> None:
         self.network = network
         self.rng = rng
@@ -93,6 +95,7 @@ class Cluster:
         self._nursery = nursery
         self._open = open_engine
         self._compact_entries = compact_entries
+        self._others = others
 
     # Lives ----------------------------------------------------------------------------------------
 
@@ -127,6 +130,7 @@ class Cluster:
                     rng=random.Random(self.rng.random()),
                     new_request=lambda: self.rng.randbytes(16),
                     compact_entries=self._compact_entries,
+                    **self._others,
                 ) as engine:
                     machine.founder = False
                     machine.engine = engine
@@ -282,11 +286,19 @@ def swap(after: int, owner: PeerId) -> SetBuckets:
 
 @asynccontextmanager
 async def cluster(
-    open_engine: Opener, seed: int = 0, *, compact_entries: int = 4096, latency: float = LATENCY
+    open_engine: Opener,
+    seed: int = 0,
+    *,
+    compact_entries: int = 4096,
+    latency: float = LATENCY,
+    **others: Any,
 ) -> AsyncIterator[Cluster]:
-    """Run an empty cluster; at the end everything that must hold is checked."""
+    """Run an empty cluster; at the end everything that must hold is checked.
+
+    ``others`` go to the engine as they are.
+    """
     async with open_network(latency=latency) as network, trio.open_nursery() as nursery:
-        made = Cluster(network, nursery, open_engine, random.Random(seed), compact_entries)
+        made = Cluster(network, nursery, open_engine, random.Random(seed), compact_entries, others)
         nursery.start_soon(made.observer.poll)
         yield made
         made.check()
