@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import PeerId
-from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.inference.pipeline.engine import PipelineEngine, new_session_id
 from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.links import PipeLinks
@@ -28,11 +29,16 @@ class Pipeline(NamedTuple):
 
 @asynccontextmanager
 async def open_pipeline(
-    mesh: Mesh, *, limits: StageLimits | None = None, journal: JournalSink | None = None
+    mesh: Mesh,
+    *,
+    limits: StageLimits | None = None,
+    journal: JournalSink | None = None,
+    session_ids: Callable[[], SessionId] = new_session_id,
+    wall: Callable[[], float] = time.time,
 ) -> AsyncIterator[Pipeline]:
     """Take part in pipelines over ``mesh`` while the context lasts.
 
-    ``journal`` is told of the sessions that this node heads.
+    ``journal`` is told of the sessions that this node heads; ``wall`` gives Unix seconds.
     """
     stages = StageService(mesh.peer_id, limits)
 
@@ -50,7 +56,9 @@ async def open_pipeline(
 
     links = PipeLinks(mesh, deliver, lost)
     stages.attach(links)
-    engine = PipelineEngine(mesh.peer_id, links, stages, journal=journal)
+    engine = PipelineEngine(
+        mesh.peer_id, links, stages, session_ids=session_ids, journal=journal, wall=wall
+    )
 
     async def follow_peers() -> None:
         async with mesh.events() as events:
