@@ -62,6 +62,8 @@ impl Node {
             }
             let conf = node.conf();
             node.confs.push_back((index, conf.clone()));
+            let members = node.raw.raft.prs();
+            node.heard.retain(|id, _| members.get(*id).is_some());
             node.leave_office();
             Ok(conf)
         })

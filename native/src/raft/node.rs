@@ -1,6 +1,6 @@
 //! One Raft node: the crate's `RawNode` with its log, kept from what would make it panic.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
 use bytes::Bytes;
@@ -60,10 +60,13 @@ struct Pending {
 pub struct Node {
     pub(super) raw: RawNode<MemoryLog>,
     pub(super) lines: Lines,
-    election_ticks: usize,
+    pub(super) election_ticks: usize,
     timeout: usize,
     max_message_bytes: usize,
     pending: Option<Pending>,
+    pub(super) ticks: u64,
+    /// The tick at which each node of the configuration was last heard of.
+    pub(super) heard: BTreeMap<u64, u64>,
     /// The last entry that was handed out to be applied.
     handed_out: u64,
     /// Changes of the configuration that were handed out and not applied.
@@ -103,6 +106,8 @@ impl Node {
             timeout: start.election_ticks,
             max_message_bytes: start.max_message_bytes as usize,
             pending: None,
+            ticks: 0,
+            heard: BTreeMap::new(),
             handed_out: start.snapshot_index,
             due: VecDeque::new(),
             confs: VecDeque::from([(start.snapshot_index, conf)]),
@@ -134,6 +139,7 @@ impl Node {
 
     pub fn tick(&mut self) -> Outcome<()> {
         self.change(|node| {
+            node.ticks += 1;
             if node.raw.raft.state == StateRole::Leader || !node.hasty() {
                 node.raw.tick();
             }
@@ -179,6 +185,9 @@ impl Node {
     pub fn step(&mut self, sender: u64, bytes: &[u8]) -> Outcome<()> {
         self.change(|node| {
             let message = checks::decode(node.id(), sender, bytes).map_err(Fault::Refused)?;
+            if node.raw.raft.prs().get(sender).is_some() {
+                node.heard.insert(sender, node.ticks);
+            }
             let kind = message.get_msg_type();
             let verdict = checks::judge(&node.raw.raft, &message).map_err(Fault::Refused)?;
             let full = kind == MessageType::MsgReadIndex

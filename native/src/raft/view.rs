@@ -97,7 +97,7 @@ impl Node {
             .map(|(id, progress)| Follower {
                 id: *id,
                 matched: progress.matched,
-                active: *id == raft.id || progress.recent_active,
+                active: *id == raft.id || self.recently_heard(*id),
                 state: match progress.state {
                     ProgressState::Probe => "probe",
                     ProgressState::Replicate => "replicate",
@@ -107,6 +107,14 @@ impl Node {
             .collect();
         followers.sort_unstable_by_key(|follower| follower.id);
         followers
+    }
+
+    /// Whether a node was heard of within an election timeout.
+    ///
+    /// The crate's own mark is taken back each time it checks for a quorum.
+    fn recently_heard(&self, id: u64) -> bool {
+        let since = self.heard.get(&id).map(|tick| self.ticks - tick);
+        since.is_some_and(|ticks| ticks <= self.election_ticks as u64)
     }
 
     pub fn take_lines(&self) -> Vec<(&'static str, String)> {

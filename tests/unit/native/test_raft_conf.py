@@ -230,3 +230,42 @@ def test_a_newcomer_gets_a_snapshot_that_knows_it() -> None:
     group.until(group.same)
     assert len(group.hosts[2].applied) == 6
     assert group.hosts[2].disk.snapshot[2] == RaftConf([1], [2])
+
+
+def test_a_change_that_a_snapshot_overtook_is_not_applied_over_it() -> None:
+    group = group_of(1, 2)
+    if group.leader() != 1:
+        group.core(2).transfer(1)
+        group.settle()
+    core, other = group.core(1), group.core(2)
+    core.propose_conf([1, 2], [3])
+    group.hosts[1].pump()
+    kept, group.wire = group.wire, []
+    for sender, to, _, data in kept:
+        if to == 2:
+            other.step(sender, data)
+    # Node 2 is told that the change is committed and does not come round to applying it.
+    ready = other.ready()
+    answers = [(2, *m) for m in ready.messages + ready.persisted_messages]
+    other.advance()
+    for answer in answers:
+        group.deliver(answer)
+    group.hosts[1].pump()
+    for sender, to, _, data in group.wire:
+        if to == 2:
+            other.step(sender, data)
+    ready = other.ready()
+    (change,) = ready.committed + other.advance().committed
+    conf = bytes([8, 1, 8, 2, 16, 4])
+    index = change.index + 5
+    metadata = bytes([10, len(conf), *conf, 16, index, 24, core.term])
+    content = bytes([18, len(metadata), *metadata])
+    head = bytes([8, 7, 16, 2, 24, 1, 32, core.term, 74, len(content)])
+    other.step(1, head + content)
+    assert other.apply_conf(change) == RaftConf([1, 2], [4])
+    other.advance_apply(change.index)
+    ready = other.ready()
+    assert ready.snapshot == (index, core.term, RaftConf([1, 2], [4]), b"")
+    other.advance()
+    assert other.status().applied == index
+    assert other.status().conf == RaftConf([1, 2], [4])

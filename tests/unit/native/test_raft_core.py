@@ -320,6 +320,22 @@ def test_a_change_of_the_configuration_must_be_applied() -> None:
     core.advance_apply(index)
 
 
+def test_the_leader_knows_who_is_there() -> None:
+    group = group_of(1, 2, learners=[3])
+    leader = group.leader()
+
+    def active() -> list[int]:
+        return [peer for peer, _, heard, _ in group.status(leader).progress if heard]
+
+    group.run(5)
+    for _ in range(3 * ELECTION):
+        group.run()
+        assert active() == [1, 2, 3]
+    group.hosts[3].crash()
+    group.run(ELECTION + 3)
+    assert active() == [1, 2]
+
+
 def test_two_runs_are_the_same() -> None:
     def record() -> list[tuple[int, int, str, bytes]]:
         group = Group(1, 2, 3, seed=5)
