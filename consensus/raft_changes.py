@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import trio
@@ -18,6 +19,8 @@ from pyagent_node.consensus.raft_core import Core
 from pyagent_node.consensus.raft_members import Members
 from pyagent_node.consensus.raft_storage import encode_peers
 from pyagent_node.native import RaftConf, RaftDropped, RaftRefused
+
+log = logging.getLogger("pyagent_node.consensus.raft")
 
 
 class Change:
@@ -135,21 +138,22 @@ class Changes:
         self._handovers.clear()
 
     def replace_reborn(self, core: Core) -> None:
-        """Give the log to members that lost theirs, under their new ids, first without a vote.
+        """Give members that lost their logs their places again, under their new ids.
 
-        Their old ids cannot vote ever again, so keeping them would only weaken the quorum.
+        The old ids will never be heard of again, so the quorum is not weaker than before; and the
+        change is only agreed on by voters that hold everything that the lost log held.
         """
         conf = self._members.conf
         reborn = self._members.reborn()
-        voters = [each for each in conf.voters if each not in reborn]
-        if not reborn or not voters or conf.joint or self._change is not None:
+        if not reborn or conf.joint or self._change is not None:
             return
-        learners = {each for each in conf.learners if each not in reborn} | set(reborn.values())
+        voters = [reborn.get(each, each) for each in conf.voters]
+        learners = [reborn.get(each, each) for each in conf.learners]
         newcomers = {new: self._members.peers[old] for old, new in reborn.items()}
         try:
-            core.propose_conf(voters, sorted(learners - set(voters)), encode_peers(newcomers))
-        except (RaftDropped, RaftRefused):
-            return  # it is looked at again
+            core.propose_conf(voters, learners, encode_peers(newcomers))
+        except (RaftDropped, RaftRefused) as error:
+            log.debug("members that lost their logs wait for their places: %s", error)
 
 
 def change_in_progress() -> Conflict:

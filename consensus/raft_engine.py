@@ -45,6 +45,9 @@ log = logging.getLogger("pyagent_node.consensus.raft")
 NO_LEADER_SECONDS = 5.0
 """Longest wait for a leader before a proposal is given up that nobody has seen."""
 
+HELLO_SECONDS = 3.0
+"""Longest wait for a connected peer to say which Raft id it goes by."""
+
 Authorise = Callable[[Command, PeerId, str | None], None]
 """Raises if the peer, in its role, may not propose the command."""
 
@@ -182,6 +185,7 @@ class RaftEngine:
         if not self.node.leads:
             await trio.lowlevel.checkpoint()
             raise not_leader()
+        await self._be_acquainted(voters | learners)
         change = self._changes.begin(voters, learners)
         try:
             self.node.poke()
@@ -197,6 +201,13 @@ class RaftEngine:
                 code="reconfigure_timeout",
                 remedy="See which voters are reachable; the change may still complete.",
             )
+
+    async def _be_acquainted(self, peers: frozenset[PeerId]) -> None:
+        """Give connected peers a moment to say who they are."""
+        with trio.move_on_after(HELLO_SECONDS):
+            while (peers & self.links.peers) - self.members.heard.keys():
+                with trio.move_on_after(self.node.timing.tick_seconds):
+                    await self._news.wait()
 
     async def transfer(self, to: PeerId) -> None:
         """See ``Consensus.transfer``."""

@@ -105,9 +105,11 @@ class Proposals:
         ]
 
     def fail(self, error: PyAgentError) -> None:
-        """Refuse everything that waits here."""
+        """End every wait here; what was sent somewhere may still be agreed on."""
+        doubt = error_from_info(error.to_info())
+        doubt.message += " The change may have happened; look before repeating it."
         for pending in list(self._pending.values()):
-            pending.settle(error)
+            pending.settle(error if pending.placed is None else doubt)
 
     def refuse(self, request: bytes, error: ErrorInfo) -> None:
         """Take the leader's word that ``request`` will not be appended.
