@@ -217,9 +217,9 @@ class RaftStatus:
 
     @property
     def progress(self) -> list[tuple[int, int, bool, str]]:
-        """``(id, matched, recently active, state)`` sorted by id; empty but on the leader.
+        """``(id, matched, active, state)`` sorted by id; empty but on the leader.
 
-        ``state`` is ``"probe"``, ``"replicate"`` or ``"snapshot"``.
+        ``active``: heard of within an election timeout (``election_ticks``); ``state`` is ``"probe"``, ``"replicate"`` or ``"snapshot"``.
         """
 
 @final
