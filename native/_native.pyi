@@ -219,7 +219,8 @@ class RaftStatus:
     def progress(self) -> list[tuple[int, int, bool, str]]:
         """``(id, matched, active, state)`` sorted by id; empty but on the leader.
 
-        ``active``: heard of within an election timeout (``election_ticks``); ``state`` is ``"probe"``, ``"replicate"`` or ``"snapshot"``.
+        ``active``: heard of within an election timeout (``election_ticks``); ``state`` is
+        ``"probe"``, ``"replicate"`` or ``"snapshot"``.
         """
 
 @final
