@@ -72,21 +72,23 @@ class StageService:
         it is dropped first.  A stage that is still served for an earlier epoch of the rank, or
         with this runner, ends with this call.
 
-        Raises :class:`Conflict` (``stale_epoch``) when the rank is served at this epoch or a later
-        one, and when a later call ended this one.
+        Raises :class:`Conflict` (``stale_epoch``) when the rank is served, or the runner used, at
+        this epoch or a later one, and when a later call ended this one.
         """
         key = (spec.model, spec.rank)
         known = self._stages.get(key)
-        if known is not None and known.core.spec.epoch >= spec.epoch:
-            raise Conflict(
-                f"Rank {spec.rank} is served at epoch {known.core.spec.epoch} already.",
-                code="stale_epoch",
-                epoch=known.core.spec.epoch,
-                frame_epoch=spec.epoch,
-            )
-        for other in list(self._stages.values()):
-            if other is known or other.runner is runner:
-                self._supersede(other)
+        before = [s for s in self._stages.values() if s is known or s.runner is runner]
+        for other in before:
+            epoch = other.core.spec.epoch
+            if epoch >= spec.epoch:
+                raise Conflict(
+                    f"Rank {other.core.spec.rank} is served at epoch {epoch} already.",
+                    code="stale_epoch",
+                    epoch=epoch,
+                    frame_epoch=spec.epoch,
+                )
+        for other in before:
+            self._supersede(other)
         stage = self._stages[key] = _Stage(StageCore(spec, self._limits), runner)
         failure: RunnerFailed | None = None
 

@@ -111,6 +111,8 @@ async def test_a_runner_that_becomes_another_rank_leaves_the_one_it_was(
         await one.serve(spec(2, 1), runner)
         assert one.serves == [(2, 1)]
         assert one.ended == [(1, 0, "stale_epoch")]
+        await one.serve(spec(1, 0), runner)
+        assert one.serves == [(2, 1)]
 
 
 async def test_a_dead_runner_is_reported_by_the_stage_that_has_it(
