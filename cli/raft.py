@@ -165,7 +165,7 @@ def recover(app: App, mesh: str, sure: bool) -> None:
     def show() -> None:
         app.out.text(f"The log of {done.mesh} begins anew at entry {done.index}.")
         app.out.text(f"  state         after entry {done.applied}, which is all this node had")
-        app.out.text(f"  voted before  {', '.join(short(p) for p in done.lost) or 'nobody else'}")
+        app.out.text(f"  before, also  {', '.join(short(p) for p in done.lost) or 'nobody else'}")
         app.out.text(f"  old log       {done.backup}")
         app.out.note("Next: `pyagent-node up` here, then on the other survivors.")
 

@@ -13,7 +13,6 @@ import msgspec
 from pyagent_node.base.errors import CorruptData, NotFound
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.log import LogStore
-from pyagent_node.consensus.raft_members import voters_of
 from pyagent_node.consensus.raft_storage import (
     INCARNATION_BYTES,
     HardState,
@@ -39,7 +38,8 @@ class Recovered(msgspec.Struct, frozen=True):
     """What was rebuilt.
 
     The state is that after entry ``applied``, of which everything above ``committed`` had not been
-    known here to be agreed on; it now counts as entry ``index``.  ``lost`` voted before.
+    known here to be agreed on; it now counts as entry ``index``.  ``lost`` are the other nodes that
+    voted or followed; those that are left must follow anew.
     """
 
     index: int
@@ -89,7 +89,7 @@ async def recover(
     content = encode_content({me: peer_id}, replica)
     await store.compact(encode_snapshot(replica.state.index, term, RaftConf([me]), content), ())
     await store.append((), encode_hard_state(hard))
-    lost = {peers[each] for each in voters_of(loaded.conf) if each in peers} - {peer_id}
+    lost = set(peers.values()) - {peer_id}
     return Recovered(
         index=replica.state.index,
         term=term,

@@ -22,8 +22,8 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     """What became of the log.
 
     The state is that after entry ``applied``; what came after ``committed`` was not known here to
-    be agreed on.  It counts as entry ``index`` now.  ``lost`` nodes voted before; ``backup`` is the
-    directory with the log as it was.
+    be agreed on.  It counts as entry ``index`` now.  ``lost`` are the other nodes that voted or
+    followed before; ``backup`` is the directory with the log as it was.
     """
 
     mesh: str

@@ -29,7 +29,7 @@ async def test_a_survivor_goes_on_alone_and_takes_the_others_in(
     assert report.applied == index
     assert report.index == index + GAP
     assert report.committed <= index
-    assert set(report.lost) == cluster.peers("ac")
+    assert set(report.lost) == cluster.peers("acd")
     engine = await cluster.start("b")
     assert engine.status().voters == (cluster.peer("b"),)
     assert len(engine.state.models) == 4
