@@ -163,6 +163,95 @@ class QuietSyncObj(_SyncObj):  # type: ignore[misc]
         """Ticks since the node was started."""
         return self._seams.now
 
+    def tick(self) -> None:
+        """Let one tick pass; the library looks at it in :meth:`look`."""
+        self._seams.now += 1.0
+
+    def look(self) -> None:
+        """Have the library look at what changed: elections, commitment, messages that are due."""
+        self.run(lambda: self.doTick(0.0))
+
+    def broadcast(self) -> None:
+        """Send every node what it lacks, as the leader."""
+        self.run(self._SyncObj__sendAppendEntries)
+
+    def draw(self, ticks: int) -> None:
+        """Set the election timeout.
+
+        The library draws low + (high - low) * random(), and acts when that has passed.
+        """
+        self._seams.draw = (ticks - 0.5) / self._election_ticks - 1.0
+
+    def wait_longer(self, ticks: float) -> None:
+        """Move the end of the election timeout that runs."""
+        self._SyncObj__raftElectionDeadline += ticks
+
+    def stand(self) -> None:
+        """End the election timeout that runs."""
+        self._SyncObj__raftElectionDeadline = self.now - 1
+
+    @property
+    def state(self) -> int:
+        """Follower, candidate or leader."""
+        return self._SyncObj__raftState
+
+    @property
+    def term(self) -> int:
+        """The current term."""
+        return self._SyncObj__raftCurrentTerm
+
+    @property
+    def commit(self) -> int:
+        """The last entry known to be committed."""
+        return self._SyncObj__raftCommitIndex
+
+    @property
+    def handed_out(self) -> int:
+        """The last committed entry that was handed out."""
+        return self._SyncObj__raftLastApplied
+
+    @property
+    def leader(self) -> int:
+        """The leader's id, 0 when none is known."""
+        node = self._SyncObj__raftLeader
+        return node.id if node is not None else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether this leader has committed an entry of its own term, so knows what is committed.
+
+        Before that it may neither answer a read nor change the voters.
+        """
+        noop = self._SyncObj__noopIDx
+        return self.state == LEADER and noop is not None and self.commit >= noop
+
+    def matched(self, node: int) -> int:
+        """Return the last entry known to be durable at ``node`` (the leader knows)."""
+        if node == self.me:
+            return self.log.last_index
+        return self._SyncObj__raftMatchIndex.get(Node(node), 0)
+
+    def progress(self, node: int) -> tuple[int, int, bool, str]:
+        """Return ``(id, matched, recently active, state)`` of a node (the leader knows)."""
+        last = self._SyncObj__lastResponseTime.get(Node(node), 0.0)
+        active = node == self.me or self.now - last < self._election_ticks
+        following = self._SyncObj__raftNextIndex.get(Node(node), self.log.last_index + 1)
+        state = "snapshot" if following <= self.log.base_index else "replicate"
+        return node, self.matched(node), active, state
+
+    def lost(self, node: int) -> None:
+        """Send again what ``node`` has not acknowledged."""
+        if self.state == LEADER and self.matched(node) and node != self.me:
+            self._SyncObj__raftNextIndex[Node(node)] = self.matched(node) + 1
+
+    def snapshot_lost(self, node: int) -> None:
+        """Send a snapshot again."""
+        self._snapshot_until.pop(node, None)
+
+    def tell_to_stand(self, node: int) -> None:
+        """Have a voter whose log is complete stand for election."""
+        self.run(lambda: self.transferLeadership(Node(node)))
+
     def run(self, work: Callable[[], T]) -> T:
         """Run a method of the library under this node's clock and generator."""
         with self._seams.active():
