@@ -26,7 +26,15 @@ from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus,
 from pyagent_node.consensus.raft_changes import Changes, Handover, not_a_voter, not_leader
 from pyagent_node.consensus.raft_links import Links
 from pyagent_node.consensus.raft_members import Members, voters_of
-from pyagent_node.consensus.raft_messages import Hello, Propose, Refusal, Transfer, frame, pieces
+from pyagent_node.consensus.raft_messages import (
+    Hello,
+    NotTransferred,
+    Propose,
+    Refusal,
+    Transfer,
+    frame,
+    pieces,
+)
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
 from pyagent_node.consensus.raft_proposals import Pending, Proposals
 from pyagent_node.consensus.raft_reads import Reads
@@ -254,6 +262,16 @@ class RaftEngine:
         """See ``Consensus.chain_at``."""
         return self.node.history.chain_at(index)
 
+    def counters(self) -> dict[str, int]:
+        """See ``Consensus.counters``."""
+        links = msgspec.structs.asdict(self.links.counters)
+        node = msgspec.structs.asdict(self.node.counters)
+        return {
+            **links,
+            **node,
+            "refused_messages": sum(each["refused_messages"] for each in (links, node)),
+        }
+
     # -- what the loop calls (never blocks) -----------------------------------------------------
 
     def feed(self) -> None:
@@ -265,7 +283,7 @@ class RaftEngine:
             if isinstance(offer, Propose):
                 self._lead(peer, offer)
             elif node.leads:
-                self._changes.hand_over(Handover(offer.to, self._refuse_transfer(offer.to)))
+                self._hand_over_for(peer, offer.to)
         self._place_proposals()
         self._ask_reads()
         if node.leads:
@@ -288,6 +306,10 @@ class RaftEngine:
         if self._said is None or msgspec.structs.replace(hello, last_index=0) != self._said:
             self._said = msgspec.structs.replace(hello, last_index=0)
             self.links.broadcast(hello)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Let who waits for news look again."""
         self._news.set()
         self._news = trio.Event()
 
@@ -378,8 +400,7 @@ class RaftEngine:
             raise Refused(f"The membership of {peer} was revoked.", code="revoked")
         self._proposals.check_room(peer)
         self._authorise(command, peer, self._role_of(peer))
-        last = self.node.core.status().last_index
-        if too_old(offer.since, last + 1):
+        if too_old(offer.since, self.node.history.index):
             error = proposal_too_old()
             error.facts["index"] = self.node.history.index
             raise error
@@ -427,9 +448,29 @@ class RaftEngine:
         if leader is not None:
             self.links.put(leader, [frame(Transfer(to))])
 
+    def _hand_over_for(self, peer: PeerId, to: PeerId) -> None:
+        """Hand the leadership over because a peer asked for it."""
+
+        def refuse(error: PyAgentError) -> None:
+            log.info("a hand-over that %s asked for was refused: %s", peer, error)
+            self.links.put(peer, [frame(NotTransferred(to, error.to_info()))])
+
+        votes = peer in self.members.peers_of(self.members.conf.voters)
+        if votes or self._role_of(peer) == "voter":
+            self._changes.hand_over(Handover(to, refuse))
+        else:
+            refuse(
+                Refused(
+                    "Only a node with the role voter may say who leads.",
+                    code="role_not_allowed",
+                    remedy="Ask on a voter.",
+                )
+            )
+
     def _refuse_transfer(self, to: PeerId) -> Callable[[PyAgentError], None]:
         def refuse(error: PyAgentError) -> None:
             self._refused_transfers[to] = error
+            self._tell()
 
         return refuse
 
@@ -455,7 +496,12 @@ class RaftEngine:
     def take_hello(self, peer: PeerId, hello: Hello) -> None:
         """Note what a peer says of itself."""
         self.members.hear(peer, hello)
+        self._tell()
         self.node.poke()
+
+    def listens_to(self, hello: Hello) -> bool:
+        """Whether Raft messages of that node count at present."""
+        return self.node.listens_to(hello)
 
     def take(
         self,
@@ -475,6 +521,12 @@ class RaftEngine:
             case Propose() | Transfer():
                 self._offers.append((peer, message, done))
                 self.node.poke()
+            case NotTransferred():
+                done()
+                voters = self.members.peers_of(self.members.conf.voters)
+                if peer == self.members.peer_of(self.node.leader) and message.to in voters:
+                    self._refused_transfers[message.to] = error_from_info(message.error)
+                    self._tell()
             case Refusal():
                 done()
                 if peer == self.members.peer_of(self.node.leader):

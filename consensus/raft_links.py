@@ -29,8 +29,10 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.raft_messages import (
     MAX_MESSAGE,
+    PIECE_BYTES,
     RAFT_MESSAGES,
     Hello,
+    NotTransferred,
     Piece,
     Propose,
     RaftMessage,
@@ -56,7 +58,7 @@ SEND_SECONDS = 30.0
 
 Sent = Callable[[bool], None]
 Done = Callable[[], None]
-Inbound = bytes | Propose | Refusal | Transfer
+Inbound = bytes | Propose | Refusal | Transfer | NotTransferred
 """What a peer may send; ``bytes`` are a message of Raft."""
 
 
@@ -84,6 +86,10 @@ class Node(Protocol):
 
     def take_hello(self, peer: PeerId, hello: Hello) -> None:
         """Note what a peer says of itself."""
+        ...
+
+    def listens_to(self, hello: Hello) -> bool:
+        """Whether Raft messages of that node count at present."""
         ...
 
     def take(self, peer: PeerId, hello: Hello, message: Inbound, done: Done) -> None:
@@ -300,12 +306,7 @@ class Links:
                 case Piece():
                     parts.append(bytes(tail))
                     size += len(parts[-1])
-                    if size > MAX_MESSAGE:
-                        raise LimitExceeded(
-                            f"A Raft message is over the limit of {MAX_MESSAGE} bytes.",
-                            code="message_too_large",
-                            limit=MAX_MESSAGE,
-                        )
+                    self._check_piece(message, len(parts[-1]), size, hello)
                     if not message.last:
                         continue
                     whole = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -319,7 +320,7 @@ class Links:
                             f"A request id has {REQUEST_BYTES} bytes.", code="malformed_message"
                         )
                     whole = message
-                case Transfer():
+                case Transfer() | NotTransferred():
                     whole = message
                 case _:
                     raise CorruptData(
@@ -328,6 +329,18 @@ class Links:
                     )
             await room.acquire()
             self._node.take(stream.peer, hello, whole, room.release)
+
+    def _check_piece(self, piece: Piece, size: int, total: int, hello: Hello) -> None:
+        """Refuse what would fill the memory."""
+        if not piece.last and size != PIECE_BYTES:
+            raise CorruptData("A piece of a Raft message is short.", code="protocol_error")
+        limit = MAX_MESSAGE if self._node.listens_to(hello) else PIECE_BYTES
+        if total > limit:
+            raise LimitExceeded(
+                f"A Raft message is over the limit of {limit} bytes.",
+                code="message_too_large",
+                limit=limit,
+            )
 
     async def _first(self, stream: FrameStream) -> Hello | None:
         received = await stream.receive()

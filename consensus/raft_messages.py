@@ -67,16 +67,23 @@ class Transfer(msgspec.Struct, frozen=True, tag="transfer"):
     to: PeerId
 
 
+class NotTransferred(msgspec.Struct, frozen=True, tag="not_transferred"):
+    """From the leader: it does not hand the leadership to ``to``."""
+
+    to: PeerId
+    error: ErrorInfo
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """From the receiving end, last: why it reads no further."""
 
     error: ErrorInfo
 
 
-RaftMessage = Hello | Piece | Propose | Refusal | Transfer | Stop
+RaftMessage = Hello | Piece | Propose | Refusal | Transfer | NotTransferred | Stop
 
 RAFT_MESSAGES: Codec[RaftMessage] = Codec(
-    "raft protocol", Hello, Piece, Propose, Refusal, Transfer, Stop
+    "raft protocol", Hello, Piece, Propose, Refusal, Transfer, NotTransferred, Stop
 )
 
 

@@ -221,6 +221,12 @@ class RaftNode:
         """Whether there has been no leader for so long that the configuration may be an old one."""
         return self.tick - self._leader_seen > LONELY_TIMEOUTS * self.timing.election_ticks
 
+    def listens_to(self, hello: Hello) -> bool:
+        """Whether Raft messages of that node count at present."""
+        return self.members.accepts(
+            hello.raft_id, hello, leader=self.core.leader, lonely=self.lonely
+        )
+
     def poke(self) -> None:
         """Have the loop take a turn."""
         self._wake.set()
@@ -289,9 +295,7 @@ class RaftNode:
     def _step(self, message: Inbound) -> None:
         message.done()
         sender = message.hello.raft_id
-        if not self.members.accepts(
-            sender, message.hello, leader=self.core.leader, lonely=self.lonely
-        ):
+        if not self.listens_to(message.hello):
             self.counters.refused_messages += 1
             log.debug("a raft message of %s was refused: it is no member", message.peer)
             return

@@ -1,4 +1,4 @@
-"""The engines raft-rs and pysyncobj: electing, committing, restarting, failing over, changing voters."""
+"""Engines of Raft: electing, committing, restarting, failing over, changing voters."""
 
 from __future__ import annotations
 

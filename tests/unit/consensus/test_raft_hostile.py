@@ -144,6 +144,8 @@ async def test_a_stream_must_begin_with_a_true_hello(
         ([frame(Propose(b"", b"", 0))], "malformed_message"),
         ([frame(Hello(1, b"y" * 16, voter=True, last_index=0))], "protocol_error"),
         ([Frame(frame(Piece(1, last=False)).header, bytes(600))] * 2, "message_too_large"),
+        ([Frame(frame(Piece(1, last=False)).header, bytes(599))], "protocol_error"),
+        ([Frame(frame(Piece(1, last=False)).header)], "protocol_error"),
     ],
 )
 async def test_what_makes_no_sense_ends_the_stream(
@@ -155,6 +157,7 @@ async def test_what_makes_no_sense_ends_the_stream(
     autojump_clock: MockClock,
 ) -> None:
     monkeypatch.setattr(raft_links, "MAX_MESSAGE", 1000)
+    monkeypatch.setattr(raft_links, "PIECE_BYTES", 600)
     await cluster.start("a", founder=True)
     await stranger.mesh.connect(cluster.lives["a"].mesh.addresses[0])
     stream = await stranger.say("a", *messages)
