@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pyagent_node.node.api.schema import InviteRequest
 from pyagent_node.node.home import Home
 from pyagent_node.node.joining import join
 from pyagent_node.node.log_recovery import recover_log
+from pyagent_node.node.profiles import mesh_ids
 
 from .daemons import Daemon
 
@@ -70,6 +72,10 @@ class Swarm:
 
     def voters(self, name: str = "a") -> str:
         return "".join(sorted(node.name for node in self.raft(name).followers if node.voter))
+
+    def address(self, name: str) -> tuple[str, ...]:
+        with self.daemons[name].client() as client:
+            return client.status().node.addresses
 
     def kill(self, *names: str) -> None:
         for name in names:
@@ -148,8 +154,12 @@ def test_a_lost_majority_and_a_new_beginning(tmp_path: Path) -> None:
         with it.daemons["a"].client() as client:
             assert client.mesh.settings().settings[1].value == 3
             client.mesh.change_setting("spares", 2)
-        for name in "bc":
-            it.start(name)
+        (address, *_) = it.address("a")
+        for name in "bc":  # the lost ones turn up after all: without their logs they are welcome
+            (mesh,) = mesh_ids(it.home(name))
+            shutil.rmtree(it.home(name).log_dir(mesh))
+            with it.start(name).client() as client:
+                client.connect(address)
         until(lambda: it.voters() == "abc", "the others follow and vote again")
         with it.daemons["c"].client() as client:
             assert client.mesh.settings().settings[1].value == 2
