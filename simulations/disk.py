@@ -55,6 +55,8 @@ class SimulatedDisk:
         """Seconds that a log operation takes, of trio's clock."""
         self.failing_syncs = 0
         """How many of the next syncs fail."""
+        self.lying = False
+        """Syncs say that they worked and keep nothing."""
         self.operations = 0
         """Operations so far that change something."""
         self.syncs = 0
@@ -225,7 +227,7 @@ class SimulatedDisk:
         except PyAgentError:
             file.forgetful = True
             raise
-        if not file.forgetful:
+        if not file.forgetful and not self.lying:
             file.kept = bytes(file.seen)
 
     def _check_sync(self, name: str) -> None:

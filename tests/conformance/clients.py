@@ -7,7 +7,7 @@ import math
 
 import trio
 
-from pyagent_node.base.errors import Conflict, PyAgentError
+from pyagent_node.base.errors import Conflict, PyAgentError, Unavailable
 
 from .cluster import REGISTER, Cluster, Machine, swap, write
 from .linearizability import (
@@ -90,6 +90,20 @@ class Clients:
             self.unknown += 1
         finally:
             self.counters.append(Operation(Swap(expected, owner.number, done), began, ended, place))
+
+    def lost_swap(self, owner: Machine, expected: int) -> None:
+        """Note a swap that was tried by other means and may have happened."""
+        self.counters.append(Operation(Swap(expected, owner.number, True), next(self._now)))
+
+    async def surely_write(self, machine: Machine) -> None:
+        """Write, or raise so that it is tried again."""
+        if not await self.write(machine):
+            raise Unavailable("It is not known to be written.", code="not_written")
+
+    async def surely_read(self, machine: Machine) -> None:
+        """Read, or raise so that it is tried again."""
+        if not await self.read(machine):
+            raise Unavailable("It could not be read.", code="not_read")
 
     def check(self) -> None:
         """The histories are those of single objects."""
