@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import Conflict, PyAgentError
@@ -100,7 +101,7 @@ class Healer:
         """Return this node's reports, with its neighbours out of reach and open problems."""
         own, now = self._own(), trio.current_time()
         cut = {peer: now - self._lost[peer] for peer in self._neighbours() if peer in self._lost}
-        return PlacementReports(own.ranks, own.heads, own.reserves, cut, dict(self._problems))
+        return msgspec.structs.replace(own, cut=cut, problems=dict(self._problems))
 
     def health(self, peer: PeerId) -> Health:
         """Return what this node thinks of another one; only the leader's word has weight."""

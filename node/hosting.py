@@ -71,7 +71,6 @@ async def open_models(
     controller = PlacementController(
         peer_id, consensus, pipeline, assets or LocalAssets(mesh, store, threads=threads)
     )
-    board = PlacementBoard(mesh, rpc, consensus, controller)
 
     async def nodes(model: Digest) -> dict[PeerId, NodeFacts]:
         return {node.peer_id: node for node in (await survey(mesh, rpc, facts, model)).nodes}
@@ -84,6 +83,8 @@ async def open_models(
         facts=nodes,
         shapes=Shapes(store).get,
     )
+
+    board = PlacementBoard(mesh, rpc, consensus, healer.reports)
 
     async def answer_facts(peer: PeerId, ask: AskFacts, tail: bytes) -> tuple[FactsReply, bytes]:
         return await facts_reply(mesh, facts, ask.model), b""

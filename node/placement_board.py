@@ -41,7 +41,6 @@ from pyagent_node.node.placement_messages import (
     RankReport,
     ReserveReport,
 )
-from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
@@ -61,22 +60,22 @@ _FINAL: Final = (InvalidRequest, Unsupported, CorruptData, LimitExceeded, NotFou
 """Errors that another attempt does not change."""
 
 Report = Callable[[Progress], None]
+Own = Callable[[], PlacementReports]
+"""Returns this node's own reports."""
 
 
 class PlacementBoard:
-    """Asks nodes for their reports and puts them together."""
+    """Asks nodes for their reports and puts them together; ``own`` are this node's."""
 
-    def __init__(
-        self, mesh: Mesh, rpc: Rpc, consensus: Consensus, controller: PlacementController
-    ) -> None:
+    def __init__(self, mesh: Mesh, rpc: Rpc, consensus: Consensus, own: Own) -> None:
         self._mesh = mesh
         self._rpc = rpc
         self._consensus = consensus
-        self._controller = controller
+        self._own = own
 
     def own(self) -> PlacementReports:
         """Return this node's own report."""
-        return self._controller.reports()
+        return self._own()
 
     async def reports(self, peers: Iterable[PeerId]) -> dict[PeerId, PlacementReports]:
         """Return the reports of those of ``peers`` that answer."""
@@ -93,7 +92,7 @@ class PlacementBoard:
         async with trio.open_nursery() as nursery:
             for peer in set(peers):
                 if peer == self._mesh.peer_id:
-                    found[peer] = self._controller.reports()
+                    found[peer] = self._own()
                 else:
                     nursery.start_soon(ask, peer)
         return found
@@ -243,13 +242,15 @@ class PlacementBoard:
 
     async def wait_gone(self, placement: Placement) -> None:
         """Wait until no node that answers still holds a part of ``placement``."""
-        peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
+        peers = {peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys)}
+        peers.add(self._mesh.peer_id)
         while True:
             reports = await self.reports(peers)
             wanted = (placement.model, placement.epoch)
             ranks = [(r.model, r.epoch) for told in reports.values() for r in told.ranks]
             heads = [(h.model, h.epoch) for told in reports.values() for h in told.heads]
-            if wanted not in (*ranks, *heads):
+            leaving = sum(told.leaving for told in reports.values())
+            if wanted not in (*ranks, *heads) and not leaving:
                 return
             await trio.sleep(POLL_SECONDS)
 

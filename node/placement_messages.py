@@ -76,6 +76,7 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
 
     ``cut`` names the neighbours of its ranks that it is not connected to, and for how many
     seconds.  ``problems`` is what the node, if it leads, would like to change and cannot, by model.
+    ``leaving`` counts processes that nothing wants any more and that have not ended yet.
     """
 
     ranks: tuple[RankReport, ...]
@@ -83,6 +84,7 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
     reserves: tuple[ReserveReport, ...] = ()
     cut: dict[PeerId, float] = {}
     problems: dict[Digest, tuple[str, ...]] = {}
+    leaving: int = 0
 
 
 class AreYouThere(msgspec.Struct, frozen=True, tag="are_you_there"):

@@ -143,6 +143,9 @@ class PlacementController:
         self._stages: dict[tuple[Digest, int], _Stage] = {}
         self._offered: dict[Digest, Placement] = {}
         self._leaving: list[trio.Event] = []
+        """Set as runners that were let go of end; the next ones wait for them."""
+        self._ending: list[trio.Event] = []
+        """Likewise for heads, which nobody waits for."""
 
     async def run(self) -> None:
         """Follow the replicated state until cancelled."""
@@ -188,13 +191,15 @@ class PlacementController:
     def _release(self, nursery: trio.Nursery) -> None:
         """Let go of what is wanted no more, and of its files once nothing uses them."""
         self._leaving = [event for event in self._leaving if not event.is_set()]
+        self._ending = [event for event in self._ending if not event.is_set()]
         ends: dict[Digest, list[trio.Event]] = {}
         for key, kept in _take_out(self._runners, self._wanted.runners):
             self._leaving.append(kept.ended)
             ends.setdefault(key.model, []).append(kept.ended)
         for spare, file in _take_out(self._spares, self._wanted.spares):
             ends.setdefault(spare.model, []).append(file.ended)
-        _take_out(self._heads, self._wanted.heads)
+        for _, parts in _take_out(self._heads, self._wanted.heads):
+            self._ending.append(parts.ended)
         for digest, events in ends.items():
             nursery.start_soon(self._tidy, digest, events)
 
@@ -332,7 +337,8 @@ class PlacementController:
             for digest, placement in self._placements.items()
             if (head := self._heads.get(HeadKey(digest))) is not None
         ]
-        return PlacementReports(tuple(ranks), tuple(heads), tuple(reserves))
+        leaving = sum(not event.is_set() for event in (*self._leaving, *self._ending))
+        return PlacementReports(tuple(ranks), tuple(heads), tuple(reserves), leaving=leaving)
 
     def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:
         for rank in placement.ranks:

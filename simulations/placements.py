@@ -100,7 +100,7 @@ class ToyAssets:
     """Slices that take ``seconds`` to get ready, half of it to come to the ``disk``.
 
     ``faults`` are raised by the next attempts instead; ``heads`` counts the heads made.  ``memory``
-    is what the node has for runners.
+    is what the node has for runners, ``pace`` the seconds that a decode takes.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -112,6 +112,7 @@ class ToyAssets:
         self.heads = 0
         self.memory = 10**12
         self.disk: set[Slice] = set()
+        self.pace = 0.01
 
     @asynccontextmanager
     async def runner(
@@ -132,7 +133,7 @@ class ToyAssets:
             whole=key.slice == Slice(0, N_LAYERS, True),
             n_ctx=key.n_ctx,
             n_seq=key.n_seq,
-            seconds=0.01,
+            seconds=self.pace,
         )
         self.runners.append(runner)
         self.most_at_once = max(self.most_at_once, len(self.runners))
@@ -303,7 +304,6 @@ async def _node(
         pipeline = await stack.enter_async_context(open_pipeline(mesh))
         assets = ToyAssets()
         controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
-        board = PlacementBoard(mesh, rpc, consensus, controller)
 
         provider = ToyFacts(mesh.peer_id, f"n{number}", assets)
 
@@ -319,6 +319,7 @@ async def _node(
             facts=facts,
             shapes=_shape,
         )
+        board = PlacementBoard(mesh, rpc, consensus, healer.reports)
 
         async def answer(
             asker: PeerId, ask: AskPlacements, tail: bytes
