@@ -142,7 +142,9 @@ class World:
             return
         for _ in range(2 if self.harsh and self.rng.random() < 0.2 else 1):
             self.sent += 1
-            due = self.now + (self.rng.randrange(1, 8) if self.harsh else 1)
+            due = self.now + 1
+            if self.harsh:  # some come when elections have passed
+                due += self.rng.randrange(60 if self.rng.random() < 0.1 else 6)
             self.wire.append((due, self.sent, sender, to, data))
 
     def tick(self) -> None:
@@ -201,6 +203,13 @@ class World:
             return False
         return True
 
+    def propose_everywhere(self, data: bytes) -> None:
+        """Propose on everyone who believes to lead, also where that is in vain."""
+        for node in self.nodes.values():
+            if node.core.role == "leader":
+                with contextlib.suppress(RaftDropped):
+                    node.core.propose(data + bytes([node.me]))
+
     def isolate(self, one: int) -> None:
         for other in self.nodes:
             self.cut |= {(one, other), (other, one)}
@@ -234,11 +243,13 @@ def test_storm(seed: int, kind: type[Core]) -> None:
     for n in range(1200):
         world.tick()
         nodes = list(world.nodes.values())
-        if rng.random() < 0.3:
-            world.propose(n.to_bytes(4, "big"))
+        if rng.random() < 0.4:
+            world.propose_everywhere(n.to_bytes(4, "big"))
         if rng.random() < 0.05:
             a, b = rng.sample(sorted(world.nodes), 2)
             world.cut.add((a, b))
+        if rng.random() < 0.03 and (leader := world.leader()):
+            world.isolate(leader.me)
         if rng.random() < 0.03:
             world.cut.clear()
         if rng.random() < 0.01:
