@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import msgspec
 
@@ -23,9 +23,10 @@ MAX_SECONDS: Final = 86_400.0
 DiskAfterCrash = Literal["synced", "torn", "erased"]
 """``synced``: what was synced is there, the rest as a real disk leaves it; ``torn``: the power went
 in the middle of a disk operation; ``erased``: the disk is new."""
-Malice = Literal["garbage", "replay", "future_term", "stale_epoch", "false_result"]
-"""What a malicious member does: noise instead of frames, old frames again, a term out of nowhere,
-steps of another epoch, results of sessions that are not its own."""
+Malice = Literal["garbage", "replay", "stale_epoch", "false_result", "false_close"]
+"""What a malicious member does: noise instead of frames, steps that were done before, steps of
+another epoch, results and endings of sessions that are not its own."""
+MALICE: Final[tuple[Malice, ...]] = get_args(Malice)
 
 
 class Crash(msgspec.Struct, frozen=True, tag="crash"):
@@ -281,7 +282,7 @@ def _join(rng: random.Random, at: float, nodes: int) -> Fault:
 
 
 def _evil(rng: random.Random, at: float, nodes: int) -> Fault:
-    how: Malice = rng.choice(("garbage", "replay", "future_term", "stale_epoch", "false_result"))
+    how: Malice = rng.choice(MALICE)
     return Evil(at, _length(rng), rng.randrange(nodes), how)
 
 

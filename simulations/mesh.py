@@ -189,6 +189,10 @@ class SimulatedNetwork:
             self._separate(peer, other, "the simulated node crashed")
         mesh.stop()
 
+    def runs(self, peer: PeerId) -> bool:
+        """Say whether a node runs."""
+        return peer in self._nodes
+
     def reachable(self, a: PeerId, b: PeerId) -> bool:
         """Say whether both nodes run and the link between them is whole."""
         return a in self._nodes and b in self._nodes and frozenset((a, b)) not in self._cut
@@ -246,6 +250,11 @@ class SimulatedMesh:
     def addresses(self) -> tuple[str, ...]:
         """Where other nodes of the network can dial this one."""
         return (self._address,)
+
+    def most_streams(self) -> int:
+        """Return the greatest number of open streams with one peer that this node opened."""
+        counts = (sum(not s.over for s in held) for held in self._streams.values())
+        return max(counts, default=0)
 
     def knows(self, peer: PeerId) -> bool:
         """Say whether this node was ever connected to ``peer``, or heard of it."""

@@ -1,0 +1,46 @@
+"""Nothing grows without a bound: streams, sessions, slots, journals, the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pyagent_node.simulations.swarm import Swarm
+
+MAX_STREAMS: Final = 256
+"""Streams of a node with one peer, in either direction."""
+MAX_JOURNALS: Final = 512
+MAX_LOG_BYTES: Final = 4 << 20
+"""A log that is compacted every 200 entries stays far below."""
+
+
+class Bounded:
+    """Looked at under faults; after healing nothing of any request may be left."""
+
+    name: Final = "bounded"
+
+    def check(self, swarm: Swarm) -> Iterator[str]:
+        """Look at every node's counts."""
+        for machine in swarm.machines:
+            if machine.parts is None:
+                continue
+            streams = machine.parts.mesh.most_streams()
+            if streams > MAX_STREAMS:
+                yield f"node {machine.number} holds {streams} streams with one peer"
+            size = sum(machine.disk.size(name) for name in machine.disk.names())
+            if size > MAX_LOG_BYTES:
+                yield f"the log of node {machine.number} takes {size} bytes"
+
+    def check_healed(self, swarm: Swarm) -> Iterator[str]:
+        """Look for what requests left behind."""
+        for machine in swarm.machines:
+            if machine.parts is None:
+                continue
+            left = machine.parts.pipeline.stages.sessions()
+            if left:
+                yield f"node {machine.number} still serves {len(left)} sessions"
+            if machine.assets is not None:
+                slots = sum(runner.open_slots for runner in machine.assets.runners)
+                if slots:
+                    yield f"runners of node {machine.number} still hold {slots} slots"

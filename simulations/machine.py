@@ -1,0 +1,256 @@
+"""One machine of the simulated swarm: a disk that outlives it, and the node's program on it.
+
+The program is the real node but for what touches the outside: the mesh, the disk, the clock and the
+model are simulated.  A machine is started, dies (with what its disk then holds), and is started
+again under the same identity.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.types import Digest, PeerId, SessionId, Slice
+from pyagent_node.consensus.policy import check_proposal
+from pyagent_node.consensus.raft import RaftEngine, open_raft
+from pyagent_node.consensus.replica import REQUEST_BYTES
+from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
+from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
+from pyagent_node.node.healer import Healer
+from pyagent_node.node.identity import NodeKey
+from pyagent_node.node.journal_book import JournalBook
+from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.nurseries import background
+from pyagent_node.node.placement_board import PlacementBoard
+from pyagent_node.node.placement_messages import (
+    AskFacts,
+    AskPlacements,
+    FactsReply,
+    PlacementReports,
+)
+from pyagent_node.node.placements import PlacementController
+from pyagent_node.node.planning import facts_reply, survey
+from pyagent_node.node.rpc import open_rpc
+from pyagent_node.node.session_recovery import Sessions, open_sessions
+from pyagent_node.node.steward import Steward
+from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
+from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
+from pyagent_node.simulations.pipeline import peer
+from pyagent_node.simulations.placements import SHAPE, ToyAssets, ToyFacts
+from pyagent_node.simulations.trace import Trace
+
+EPOCH: Final = 1_800_000_000.0
+"""Unix seconds on every machine's clock when a run begins."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A running node."""
+
+    mesh: SimulatedMesh
+    consensus: RaftEngine
+    pipeline: Pipeline
+    controller: PlacementController
+    board: PlacementBoard
+    healer: Healer
+    journals: JournalKeeper
+    sessions: Sessions
+    steward: Steward
+
+
+class Machine:
+    """A machine by its number; ``parts`` are there while its node runs."""
+
+    def __init__(self, number: int, rng: random.Random) -> None:
+        self.number = number
+        self.key = NodeKey(number.to_bytes(32, "big"))
+        self.peer_id: PeerId = peer(number)
+        self.disk = SimulatedDisk(random.Random(rng.random()), name=f"disk{number}")  # noqa: S311
+        self.slices: set[Slice] = set()
+        self.skew = 0.0
+        """How far its wall clock is ahead, in seconds."""
+        self.slowness = 1.0
+        """By what factor its runners are slower than they should be."""
+        self.founder = number == 0
+        self.held_down = False
+        """A fault keeps it off for a while."""
+        self.lives = 0
+        self.parts: Parts | None = None
+        self.assets: ToyAssets | None = None
+        self.scope = trio.CancelScope()
+        self.over = trio.Event()
+        self.over.set()
+        self.readers: set[trio.CancelScope] = set()
+        """Those who read an answer from it; they notice its death as a broken connection."""
+        self._rng = rng
+
+    @property
+    def up(self) -> bool:
+        """Whether its node runs."""
+        return self.parts is not None
+
+    def wall(self) -> float:
+        """Return Unix seconds on its clock."""
+        return EPOCH + trio.current_time() + self.skew
+
+    async def live(
+        self,
+        network: SimulatedNetwork,
+        trace: Trace,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Run its node until it dies; ``task_status`` tells that it is up, or has failed."""
+        self.scope, self.over, self.lives = trio.CancelScope(), trio.Event(), self.lives + 1
+        told = False
+        try:
+            with self.scope:
+                async with _node(self, network) as parts:
+                    self.parts, self.founder = parts, False
+                    trace.add(self.number, "up", f"life {self.lives}")
+                    told = True
+                    task_status.started()
+                    await trio.sleep_forever()
+        except* PyAgentError as errors:
+            codes = sorted(error.code for error in leaves(errors))
+            trace.add(self.number, "failed", ", ".join(codes))
+        finally:
+            self._gone(network)
+            self.over.set()
+            if not told:
+                task_status.started()
+
+    def _gone(self, network: SimulatedNetwork) -> None:
+        self.parts = None
+        self.assets = None
+        if network.runs(self.peer_id):
+            network.crash(self.peer_id)
+        for scope in list(self.readers):
+            scope.cancel()
+
+    def die(self, network: SimulatedNetwork) -> None:
+        """Lose the power now: nobody hears a good-bye, the disk keeps what it keeps."""
+        self.disk.crash()
+        self._gone(network)
+        self.scope.cancel()
+
+    def set_slowness(self, factor: float) -> None:
+        """Make its runners, now and later, compute ``factor`` times slower."""
+        self.slowness = factor
+        if self.assets is not None:
+            self.assets.pace = STEP_SECONDS * factor
+            for runner in self.assets.runners:
+                runner.seconds = STEP_SECONDS * factor
+
+
+STEP_SECONDS: Final = 0.01
+"""What one decode takes on a healthy machine."""
+LOAD_SECONDS: Final = 0.5
+
+
+def leaves(group: BaseExceptionGroup[PyAgentError]) -> list[PyAgentError]:
+    """Return the errors inside a group."""
+    found: list[PyAgentError] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            found += leaves(error)
+        else:
+            found.append(error)
+    return found
+
+
+@asynccontextmanager
+async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Parts]:
+    rng = random.Random(machine._rng.random())  # noqa: S311 - must repeat itself
+    mesh = network.node(machine.peer_id, name=f"n{machine.number}")
+    log = SimulatedLog(machine.disk, on_power_loss=lambda: machine.die(network))
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        consensus = await enter(
+            open_raft(
+                mesh,
+                log,
+                founder=machine.founder,
+                role="voter",
+                authorise=lambda command, proposer, role: check_proposal(
+                    command, proposer=proposer, role=role, authority=peer(0)
+                ),
+                rng=rng,
+                new_request=lambda: rng.randbytes(REQUEST_BYTES),
+                compact_entries=200,
+            )
+        )
+        rpc = await enter(open_rpc(mesh))
+        journals = await enter(
+            open_journals(mesh, consensus, rpc, machine.key, wall=machine.wall, book=JournalBook())
+        )
+        pipeline = await enter(
+            open_pipeline(mesh, journal=journals, session_ids=session_ids(rng), wall=machine.wall)
+        )
+        assets = ToyAssets(LOAD_SECONDS)
+        assets.disk = machine.slices
+        assets.pace = STEP_SECONDS * machine.slowness
+        machine.assets = assets
+        provider = ToyFacts(mesh.peer_id, f"n{machine.number}", assets)
+        controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
+
+        async def facts(model: Digest) -> dict[PeerId, NodeFacts]:
+            return {n.peer_id: n for n in (await survey(mesh, rpc, provider, model)).nodes}
+
+        healer = Healer(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            own=controller.reports,
+            facts=facts,
+            shapes=_shape,
+        )
+
+        board = PlacementBoard(mesh, rpc, consensus, healer.reports)
+
+        async def answer_placements(
+            asker: PeerId, ask: AskPlacements, tail: bytes
+        ) -> tuple[PlacementReports, bytes]:
+            return healer.reports(), b""
+
+        async def answer_facts(
+            asker: PeerId, ask: AskFacts, tail: bytes
+        ) -> tuple[FactsReply, bytes]:
+            return await facts_reply(mesh, provider, ask.model), b""
+
+        rpc.register(AskPlacements, answer_placements)
+        rpc.register(AskFacts, answer_facts)
+        sessions = await enter(
+            open_sessions(
+                mesh.peer_id, consensus, rpc, journals, pipeline.engine, wall=machine.wall
+            )
+        )
+        steward = Steward(mesh, consensus, clock=machine.wall)
+        nursery = await enter(background())
+        for task in (controller.run, healer.run, steward.run):
+            nursery.start_soon(task)
+        yield Parts(
+            mesh=mesh,
+            consensus=consensus,
+            pipeline=pipeline,
+            controller=controller,
+            board=board,
+            healer=healer,
+            journals=journals,
+            sessions=sessions,
+            steward=steward,
+        )
+
+
+async def _shape(digest: Digest) -> ModelShape:
+    return SHAPE
+
+
+def session_ids(rng: random.Random) -> Callable[[], SessionId]:
+    """Return a source of session ids that ``rng`` decides."""
+    return lambda: SessionId(rng.randbytes(16).hex())

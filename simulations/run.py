@@ -1,0 +1,140 @@
+"""One run of the simulator: a seed and a schedule in, an outcome out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+import msgspec
+import trio
+
+from pyagent_node.simulations.deterministic import run_deterministic
+from pyagent_node.simulations.faults import Schedule
+from pyagent_node.simulations.injector import Injector
+from pyagent_node.simulations.invariants import Invariant, all_invariants
+from pyagent_node.simulations.invariants.secrets import NoSecrets
+from pyagent_node.simulations.swarm import HEAL_SECONDS, Swarm, open_swarm
+from pyagent_node.simulations.trace import Event, Trace
+
+LOOK_SECONDS: Final = 0.05
+"""Virtual time between two looks at the invariants."""
+ASK_SECONDS: Final = 3.0
+"""Virtual time between two requests, on average."""
+CALM_SECONDS: Final = 2.0
+"""Time after everything was answered, in which what is left of it goes away."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A broken invariant: when (virtual seconds), which one, how."""
+
+    time: float
+    invariant: str
+    detail: str
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a run; equal ``trace_digest``, equal run."""
+
+    seed: int
+    nodes: int
+    virtual_seconds: float
+    wall_seconds: float
+    events: int
+    requests: int
+    faults: int
+    violations: tuple[Found, ...]
+    trace_digest: str
+
+
+class Run:
+    """Runs once; :attr:`story` holds what happened last."""
+
+    def __init__(self, seed: int, schedule: Schedule) -> None:
+        self.seed = seed
+        self.schedule = schedule
+        self.story: list[Event] = []
+        self._invariants = all_invariants()
+
+    def play(self) -> Outcome:
+        """Run to the end, or to the first broken invariant."""
+        began = time.perf_counter()
+        logger = logging.getLogger("pyagent_node")
+        listeners = [i.listener for i in self._invariants if isinstance(i, NoSecrets)]
+        level = logger.level
+        logger.setLevel(logging.DEBUG)
+        propagate, logger.propagate = logger.propagate, False
+        for listener in listeners:
+            logger.addHandler(listener)
+        try:
+            return run_deterministic(lambda: self._main(began), self.seed)
+        finally:
+            for listener in listeners:
+                logger.removeHandler(listener)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+    async def _main(self, began: float) -> Outcome:
+        start = trio.current_time()
+        trace = Trace(lambda: trio.current_time() - start)
+        async with open_swarm(self.seed, trace) as swarm:
+            with trio.CancelScope() as scope:
+                swarm.nursery.start_soon(self._watch, swarm, scope)
+                await self._phases(swarm)
+            virtual = trio.current_time() - start
+            found = tuple(Found(v.time - start, v.invariant, v.detail) for v in swarm.violations)
+            requests = len(swarm.people)
+        self.story = list(trace.events)
+        return Outcome(
+            seed=self.seed,
+            nodes=self.schedule.nodes,
+            virtual_seconds=round(virtual, 3),
+            wall_seconds=round(time.perf_counter() - began, 3),
+            events=trace.count,
+            requests=requests,
+            faults=len(self.schedule.faults),
+            violations=found,
+            trace_digest=trace.digest,
+        )
+
+    async def _watch(self, swarm: Swarm, scope: trio.CancelScope) -> None:
+        """Look at everything for ever; a broken invariant ends the run."""
+        while True:
+            for invariant in self._invariants:
+                for detail in invariant.check(swarm):
+                    swarm.violation(invariant.name, detail)
+            if swarm.violations:
+                scope.cancel()
+                return
+            await trio.sleep(LOOK_SECONDS)
+
+    async def _phases(self, swarm: Swarm) -> None:
+        await swarm.form(self.schedule.nodes)
+        swarm.trace.add(None, "phase", "faults begin")
+        injector = Injector(swarm)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(injector.keep_running)
+            nursery.start_soon(self._ask, swarm)
+            await injector.run(self.schedule)
+            nursery.cancel_scope.cancel()
+        swarm.trace.add(None, "phase", "everything is mended")
+        await injector.mend()
+        await self._heal(swarm)
+
+    async def _ask(self, swarm: Swarm) -> None:
+        while True:
+            swarm.ask()
+            await trio.sleep(swarm.rng.expovariate(1 / ASK_SECONDS))
+
+    async def _heal(self, swarm: Swarm) -> None:
+        """Wait until nothing is wrong any more; what still is in the end is a violation."""
+        with trio.move_on_after(HEAL_SECONDS):
+            while list(_wrong(self._invariants, swarm)):  # noqa: ASYNC110 - of many nodes
+                await trio.sleep(1.0)
+            await trio.sleep(CALM_SECONDS)
+        for name, detail in list(_wrong(self._invariants, swarm)):
+            swarm.violation(name, detail)
+
+
+def _wrong(invariants: list[Invariant], swarm: Swarm) -> list[tuple[str, str]]:
+    return [(i.name, detail) for i in invariants for detail in i.check_healed(swarm)]

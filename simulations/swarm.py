@@ -1,0 +1,206 @@
+"""The simulated swarm: machines, their network, what befalls them, and what must hold meanwhile.
+
+A run has three phases.  The swarm forms and a model is placed; then faults strike on schedule while
+people ask (the safety phase); then everything is mended, and within :data:`HEAL_SECONDS` the swarm
+must be whole and every question answered.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple
+
+import trio
+
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.types import Rank, Slice
+from pyagent_node.consensus.commands import AdmitMember, Command, RegisterModel, SetPlacement
+from pyagent_node.consensus.port import Applied
+from pyagent_node.node.nurseries import background
+from pyagent_node.simulations.faults import N_LAYERS
+from pyagent_node.simulations.machine import Machine
+from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
+from pyagent_node.simulations.pipeline import MODEL, peer
+from pyagent_node.simulations.placements import RECORD
+from pyagent_node.simulations.trace import Trace
+from pyagent_node.simulations.workload import Person
+
+LATENCY: Final = 0.002
+N_CTX: Final = 1024
+N_SEQ: Final = 4
+FORM_SECONDS: Final = 120.0
+HEAL_SECONDS: Final = 300.0
+POLL_SECONDS: Final = 0.05
+DIAL_SECONDS: Final = 1.0
+MAX_VIOLATIONS: Final = 20
+
+
+class Violation(NamedTuple):
+    """Something that must never happen did."""
+
+    time: float
+    invariant: str
+    detail: str
+
+
+class Swarm:
+    """The machines and everything around them; get one from :func:`open_swarm`."""
+
+    def __init__(
+        self, network: SimulatedNetwork, nursery: trio.Nursery, rng: random.Random, trace: Trace
+    ) -> None:
+        self.network = network
+        self.nursery = nursery
+        self.rng = rng
+        self.trace = trace
+        self.machines: list[Machine] = []
+        self.people: list[Person] = []
+        self.violations: list[Violation] = []
+
+    def violation(self, invariant: str, detail: str) -> None:
+        """Record that ``invariant`` was broken."""
+        self.trace.add(None, "VIOLATION", f"{invariant}: {detail}")
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(Violation(trio.current_time(), invariant, detail))
+
+    # ---- machines --------------------------------------------------------------------------
+
+    def add(self) -> Machine:
+        """Put one more machine there; it is off."""
+        machine = Machine(len(self.machines), random.Random(self.rng.random()))  # noqa: S311
+        self.machines.append(machine)
+        return machine
+
+    async def start(self, machine: Machine) -> None:
+        """Switch a machine on and wait until its node is up (or has failed)."""
+        await machine.over.wait()
+        await self.nursery.start(machine.live, self.network, self.trace)
+        await self.greet()
+
+    def kill(self, machine: Machine) -> None:
+        """Cut a machine's power."""
+        if machine.up:
+            self.trace.add(machine.number, "dies")
+            machine.die(self.network)
+
+    def up(self) -> list[Machine]:
+        """Return the machines whose node runs."""
+        return [machine for machine in self.machines if machine.up]
+
+    async def greet(self) -> None:
+        """Connect whoever can be connected, as nodes with each other's addresses do."""
+        for a in self.up():
+            for b in self.up():
+                if a.number < b.number and a.parts is not None and b.parts is not None:
+                    connected = {p.peer_id for p in a.parts.mesh.peers()}
+                    reachable = self.network.reachable(a.peer_id, b.peer_id)
+                    if b.peer_id not in connected and reachable:
+                        self.nursery.start_soon(self._dial, a, b)
+
+    async def _dial(self, a: Machine, b: Machine) -> None:
+        try:
+            if a.parts is not None and b.parts is not None:
+                await a.parts.mesh.connect(b.parts.mesh.addresses[0])
+        except PyAgentError as error:
+            self.trace.add(a.number, "dial", f"{b.number}: {error.code}")
+
+    async def dial_for_ever(self) -> None:
+        """Reconnect what can be reconnected."""
+        while True:
+            await trio.sleep(DIAL_SECONDS)
+            await self.greet()
+
+    # ---- what an operator does -------------------------------------------------------------
+
+    def leader(self) -> Machine | None:
+        """Return the machine that leads the latest term, if one does."""
+        leading = [
+            (m.parts.consensus.status().term, m)
+            for m in self.up()
+            if m.parts is not None and m.parts.consensus.status().role == "leader"
+        ]
+        return max(leading, key=lambda pair: pair[0])[1] if leading else None
+
+    async def propose(self, command: Command, seconds: float = FORM_SECONDS) -> Applied | None:
+        """Propose on whoever leads, again and again; ``None`` if that did not work in time."""
+        with trio.move_on_after(seconds):
+            while True:
+                leader = self.leader()
+                if leader is not None and leader.parts is not None:
+                    try:
+                        return await leader.parts.consensus.propose(command)
+                    except PyAgentError as error:
+                        self.trace.add(leader.number, "refused", error.code)
+                await trio.sleep(POLL_SECONDS)
+        return None
+
+    async def form(self, nodes: int, boundaries: tuple[int, ...] = (4, 7)) -> None:
+        """Start the machines, admit them, wait until they vote, and place the model."""
+        for _ in range(nodes):
+            await self.start(self.add())
+        for machine in self.machines:
+            await self.admit(machine)
+        await self.propose(RegisterModel(RECORD))
+        wanted = min(nodes - (nodes + 1) % 2, 7)
+        with trio.move_on_after(FORM_SECONDS):
+            while self.voters() < wanted:  # noqa: ASYNC110 - many nodes change it
+                await trio.sleep(POLL_SECONDS)
+        if self.voters() < wanted:
+            self.violation("forming", f"{self.voters()} voters, not {wanted}")
+        count = min(nodes, len(boundaries) + 1)
+        await self.place(boundaries[: count - 1], tuple(range(nodes - count, nodes)))
+
+    async def admit(self, machine: Machine) -> None:
+        """Let the log know a member."""
+        await self.propose(
+            AdmitMember(machine.peer_id, f"n{machine.number}", "voter", b"certificate")
+        )
+
+    def voters(self) -> int:
+        """Return how many vote, as the leader says."""
+        leader = self.leader()
+        if leader is None or leader.parts is None:
+            return 0
+        return len(leader.parts.consensus.status().voters)
+
+    async def place(
+        self, boundaries: tuple[int, ...], nodes: tuple[int, ...], seconds: float = FORM_SECONDS
+    ) -> None:
+        """Place the model anew."""
+        leader = self.leader()
+        if leader is None or leader.parts is None:
+            return
+        cuts = (0, *boundaries, N_LAYERS)
+        last = len(cuts) - 2
+        ranks = tuple(
+            Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r])) for r in range(last + 1)
+        )
+        before = leader.parts.consensus.state.placements.get(MODEL)
+        epoch = before.epoch if before is not None else 0
+        command = SetPlacement(MODEL, ranks, N_CTX, N_SEQ, epoch)
+        with trio.move_on_after(seconds):
+            try:
+                await leader.parts.consensus.propose(command)
+            except PyAgentError as error:
+                self.trace.add(leader.number, "refused", f"placement: {error.code}")
+
+    # ---- people ----------------------------------------------------------------------------
+
+    def ask(self) -> Person:
+        """Let somebody ask a question."""
+        person = Person(len(self.people), self, random.Random(self.rng.random()))  # noqa: S311
+        self.people.append(person)
+        self.nursery.start_soon(person.ask)
+        return person
+
+
+@asynccontextmanager
+async def open_swarm(seed: int, trace: Trace) -> AsyncIterator[Swarm]:
+    """Run an empty swarm whose every random choice comes from ``seed``."""
+    rng = random.Random(seed)  # noqa: S311 - must repeat itself
+    async with open_network(latency=LATENCY) as network, background() as nursery:
+        swarm = Swarm(network, nursery, rng, trace)
+        nursery.start_soon(swarm.dial_for_ever)
+        yield swarm
