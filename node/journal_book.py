@@ -158,6 +158,10 @@ class JournalBook:
             if copy.writer is writer:
                 copy.expires = at
 
+    def left(self) -> list[tuple[SessionId, Copy]]:
+        """Return the copies whose stream is gone, with their sessions."""
+        return [each for each in self._copies.items() if each[1].expires != math.inf]
+
     def expire(self, now: float) -> None:
         """Forget what has expired."""
         for session in [s for s, copy in self._copies.items() if copy.expires <= now]:

@@ -39,6 +39,8 @@ BARRIER_SECONDS: Final = 5.0
 """Longest wait for the log before a holder judges who heads a session."""
 SWEEP_SECONDS: Final = 10.0
 """How often expired copies are looked for."""
+BEHIND_SECONDS: Final = 60.0
+"""How long a copy is kept whose head is gone and whose session the log does not know here."""
 KEEP_FACTOR: Final = 1.25
 """Copies and manifests outlive ``session_ttl`` by this much, so that it can be relied upon."""
 
@@ -70,10 +72,28 @@ class JournalHolder:
         return None if copy is None else copy.export()
 
     async def sweep(self) -> None:
-        """Forget expired copies, for ever."""
+        """Forget the copies that nobody will ask for, for ever."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            self.book.expire(trio.current_time())
+            self.tidy(trio.current_time())
+
+    def tidy(self, now: float) -> None:
+        """Forget the copies that have expired, and those of sessions that went on without them.
+
+        A copy whose head is gone serves only a session that the log still knows (this node may be
+        a while behind), until a later head has registered copies of its own.
+        """
+        self.book.expire(now)
+        known = self._consensus.state.checkpoints
+        long_gone = now - BEHIND_SECONDS + keep_seconds(self._consensus)
+        for session, copy in self.book.left():
+            manifest = known.get(session)
+            if manifest is None:
+                unknown = copy.expires <= long_gone
+            else:
+                unknown = manifest.claim > copy.claim and manifest.signer != copy.head
+            if unknown:
+                self.book.drop(session)
 
     # ---- what heads write --------------------------------------------------------------------
 

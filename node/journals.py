@@ -223,7 +223,7 @@ class JournalKeeper:
             session.public,
             state.settings["journal_copies"],
             peers,
-            current=session.wanted,
+            current=session.wanted or self._former_holders(session),
             shunned=[peer for peer, until in self._shunned.items() if until > now],
         )
         for peer in session.wanted - set(chosen):
@@ -234,6 +234,11 @@ class JournalKeeper:
             if peer not in session.wanted:
                 session.wanted.add(peer)
                 self._lane(peer).add(session)
+
+    def _former_holders(self, session: HeadedSession) -> tuple[PeerId, ...]:
+        """Return who keeps copies of the head before this one, which ours then replace."""
+        known = self._consensus.state.checkpoints.get(session.public)
+        return known.holders if known is not None else ()
 
     def _close(self, session: HeadedSession) -> None:
         if self._sessions.get(session.public) is session:

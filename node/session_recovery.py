@@ -95,6 +95,10 @@ class SessionRecovery:
         failures: list[PyAgentError] = []
 
         def take(where: PeerId, copy: JournalCopy, tail: bytes) -> None:
+            if copy.claim < known.claim and copy.signer not in signers:
+                log.debug("%s keeps a copy of an earlier head only", where)
+                failures.append(NotFound("No such journal.", code="journal_not_held"))
+                return
             try:
                 journal = read_copy(session, copy, tail, signers, verify)
                 if journal.model != known.model:

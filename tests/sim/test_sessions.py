@@ -408,6 +408,34 @@ async def test_from_beyond_the_end(
         assert await world.nodes[5].resume(S, 0) == whole
 
 
+async def test_copies_that_nobody_needs_are_forgotten(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with placed(8) as world:
+        client = Client(world.nodes[3])
+        nursery.start_soon(client.ask, world, 1000)
+        got = await client.seen(30)
+        first = world.holders(public_id(S))
+        world.crash(3)
+        outsider = next(n for n in world.nodes if n.number not in {0, 1, 2, 3, *first})
+        second = Client(outsider)
+        nursery.start_soon(second.attach, len(got))
+        await second.seen(30)
+        assert world.holders(public_id(S)) == first, "the same nodes keep it for the new head"
+        # a holder that is cut off meanwhile keeps an old copy, until it hears that there are others
+        away = world.nodes[max(first)]
+        world.network.isolate(away.peer_id)
+        await second.seen(120)
+        assert public_id(S) in dict(away.book.left())
+        second.scope.cancel()
+        await second.ended.wait()
+        await trio.sleep(40)
+        assert checkpoint(world) is None
+        world.network.rejoin(away.peer_id)
+        await trio.sleep(80)
+        assert world.holders(public_id(S)) == set()
+
+
 # ---- those who do not keep to the rules ------------------------------------------------------
 
 
