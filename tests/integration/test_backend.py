@@ -22,6 +22,7 @@ from pyagent_node.inference.backend import (
     CopySequence,
     FreeSequence,
     OpenSequence,
+    ResetSequences,
     StepInput,
     Tokens,
     TrimSequence,
@@ -270,6 +271,25 @@ def test_every_way_to_compute_a_lone_row_is_the_same(
         for backend in chain.backends:
             monkeypatch.setattr(backend, "_lone", policy)
         assert chain.run(work, together=False) == expected
+
+
+def test_a_journal_fed_again_in_short_steps_gives_the_very_next_token(
+    make_chain: MakeChain, plain: PlainProcess
+) -> None:
+    """What a failover relies on, over the borders at 256 cells and at a prefill chunk."""
+    with make_chain(10, 20, n_seq=4, threads=2) as chain:
+        for job in jobs((250, 503, 3), n=20):
+            expected = plain.run(job)
+            tokens = np.array([sampled.token for sampled in expected], np.int32)
+            for kept in (9, 19):
+                for backend in chain.backends:
+                    backend.apply(ResetSequences())
+                chain.open(1, job.sampling)
+                chain.decode([(1, 0, np.array(job.prompt, np.int32))])
+                for at in range(0, kept, 8):
+                    part = tokens[at : min(at + 8, kept)]
+                    got = chain.decode([(1, len(job.prompt) + at, part)])
+                assert got == [expected[kept]]
 
 
 def test_neighbours_coming_and_going_change_nothing(

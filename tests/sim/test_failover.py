@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -166,7 +167,8 @@ async def test_one_fault_at_any_moment_changes_no_token(
         async with open_pipeline_world(5, latency=0.003) as world:
             world.place((3, 7), (1, 2, 3), seconds=0.02)
             at = 0.0123 + moment * 1.6 / moments
-            await disturbed(world, lambda w=world: FAULTS[fault](w), at=at, n=20, length=length)
+            strike = functools.partial(FAULTS[fault], world)
+            await disturbed(world, strike, at=at, n=20, length=length)
             await trio.sleep(1.5)
             await drained(world)
 

@@ -229,7 +229,8 @@ async def test_a_broken_journal_is_refused(change: dict[str, object]) -> None:
         broken = msgspec.structs.replace(GOOD, **change)
         error = await refused(world, broken, CorruptData)
         assert error.code == "bad_journal"
-        assert journals.ended == journals.open == {}
+        assert not journals.ended
+        assert not journals.open
         assert world.pipelines[2].engine.sessions() == []
 
 

@@ -341,9 +341,8 @@ def test_an_unknown_alternative_is_refused() -> None:
 def test_a_lost_rank_is_named() -> None:
     core = start()
     assert core.peer_down(PeerId("elsewhere"), 11.0) == []
-    assert core.attempt is not None
     assert [o.peer for o in core.peer_down(PeerId("p1"), 11.0)] == ["p0", "p1", "p2"]
-    assert core.attempt is None
+    assert core.next_chunk() is None
     core.give_up()
     with pytest.raises(Unavailable) as caught:
         core.take(11.0)
