@@ -162,7 +162,7 @@ async def _save(node: RaftNode) -> None:
     """Write the commit index, so that the next start begins where this one ends."""
     try:
         with trio.move_on_after(SAVE_SECONDS, shield=True):
-            await node.save()
+            await node.disk.save()
     except PyAgentError as error:
         log.debug("the commit index was not saved: %s", error)
 

@@ -124,7 +124,9 @@ class RaftEngine:
             role=_ROLES[core.role] if self._role != "client" else "client",
             leader=leader,
             index=node.history.index,
-            problem=node.disk or node.held or (None if leader else self._no_leader().to_info()),
+            problem=node.disk.problem
+            or node.applier.held
+            or (None if leader else self._no_leader().to_info()),
             term=core.term,
             commit=core.commit,
             voters=members.peers_of(voters),
@@ -142,7 +144,7 @@ class RaftEngine:
         data = encode_command(command)
         self._check_usable()
         node = self.node
-        trouble = node.disk or node.held
+        trouble = node.disk.problem or node.applier.held
         if trouble is not None:
             await trio.lowlevel.checkpoint()
             raise error_from_info(trouble)
@@ -266,6 +268,8 @@ class RaftEngine:
         """See ``Consensus.counters``."""
         links = msgspec.structs.asdict(self.links.counters)
         node = msgspec.structs.asdict(self.node.counters)
+        node |= msgspec.structs.asdict(self.node.applier.counters)
+        node["writes"] = self.node.disk.writes
         return {
             **links,
             **node,
@@ -514,10 +518,10 @@ class RaftEngine:
         match message:
             case bytes():
                 self.node.take(Inbound(peer, hello, message, done))
-            case Propose() if self.node.disk is not None:
+            case Propose() if self.node.disk.problem is not None:
                 done()
                 if self.node.leads:
-                    self._refuse(peer, message.request, error_from_info(self.node.disk))
+                    self._refuse(peer, message.request, error_from_info(self.node.disk.problem))
             case Propose() | Transfer():
                 self._offers.append((peer, message, done))
                 self.node.poke()

@@ -11,39 +11,33 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 import trio
 
 from pyagent_node.base.errors import (
     CorruptData,
-    ErrorInfo,
     PyAgentError,
     Unavailable,
     Unsupported,
 )
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId
-from pyagent_node.consensus.history import History
 from pyagent_node.consensus.log import LogStore
+from pyagent_node.consensus.raft_applier import Applier
 from pyagent_node.consensus.raft_core import Core, NewCore, Ready
+from pyagent_node.consensus.raft_disk import Disk
 from pyagent_node.consensus.raft_members import Members, voters_of
 from pyagent_node.consensus.raft_messages import Hello
 from pyagent_node.consensus.raft_storage import (
-    HardState,
     Loaded,
     decode_content,
-    decode_peers,
     encode_content,
-    encode_hard_state,
-    encode_snapshot,
-    to_log_entry,
 )
 from pyagent_node.consensus.replica import Outcome, Replica
 from pyagent_node.native import (
     RaftConf,
-    RaftEntry,
     RaftRefused,
 )
 
@@ -56,7 +50,6 @@ STEPS_A_TURN = 256
 COMPACT_BYTES = 16 * MIB
 KEPT_BEHIND = 1024
 """Entries that stay in memory behind a snapshot, for followers that are a little late."""
-DISK_RETRY_SECONDS = 1.0
 LONELY_TIMEOUTS = 4
 """Election timeouts without a leader after which strangers are listened to."""
 
@@ -85,14 +78,10 @@ class RaftCounters(msgspec.Struct):
     """What the engine counts, for ``/metrics``."""
 
     entries: int = 0
-    commits: int = 0
-    writes: int = 0
     elections: int = 0
     snapshots_made: int = 0
-    snapshots_installed: int = 0
     refused_messages: int = 0
     refused_proposals: int = 0
-    refused_entries: int = 0
 
 
 class Inbound(msgspec.Struct, frozen=True):
@@ -142,28 +131,19 @@ class RaftNode:
         new_core: NewCore,
     ) -> None:
         self.counters = RaftCounters()
-        self.history = History()
-        self.history.reset(loaded.replica)
+        self.applier = Applier(loaded, members, hooks.applied)
+        self.history = self.applier.history
         self.members = members
         self.timing = timing
         self.tick = 0
-        self.disk: ErrorInfo | None = None
-        """Why nothing can be written at present."""
-        self.held: ErrorInfo | None = None
-        """Why commands are not applied any more."""
+        self.disk = Disk(store, loaded, incarnation, hooks.disk_refused)
         self.lost: set[int] = set()
         self.snapshots_sent: list[tuple[int, bool]] = []
-        self._store = store
         self._rng = rng
         self._hooks = hooks
         self._kind = new_core
         self._compact_entries = compact_entries
-        self._hard = loaded.hard or HardState(1, incarnation, 0, 0, 0)
-        self._hard_unsaved = False
-        self._snapshot = (loaded.snapshot_index, loaded.snapshot_term, loaded.conf)
-        self._snapshot_data = loaded.snapshot_data
-        self._since_snapshot = 0
-        self._log: deque[RaftEntry] = deque(loaded.entries)
+        self._compacted_bytes = 0
         self._inbound: deque[Inbound] = deque()
         self._compactions: list[Compaction] = []
         self._compact_at = loaded.snapshot_index + compact_entries
@@ -172,22 +152,12 @@ class RaftNode:
         self._leader_seen = 0
         self._leader_heard = 0
         self._view = (0, "", 0)
-        members.install(loaded.conf, loaded.peers)
         self.core = self._new_core()
 
     def _new_core(self) -> Core:
-        index, term, conf = self._snapshot
-        behind = self._hard.term < term
         core = self._kind(
             self.members.me,
-            conf=conf,
-            term=term if behind else self._hard.term,
-            vote=0 if behind else self._hard.vote,
-            commit=max(index, self._hard.commit),
-            snapshot_index=index,
-            snapshot_term=term,
-            snapshot_data=self._snapshot_data,
-            entries=list(self._log),
+            **self.disk.core_state(),
             heartbeat_ticks=self.timing.heartbeat_ticks,
             election_ticks=self.timing.election_ticks,
             max_message_bytes=MAX_MESSAGE_BYTES,
@@ -244,7 +214,7 @@ class RaftNode:
         await wanted.done.wait()
         if wanted.error is not None:
             raise wanted.error
-        return self._snapshot[0]
+        return self.disk.snapshot_index
 
     async def start(self) -> None:
         """Bring the state to where the log is known to be committed; campaign if alone."""
@@ -279,7 +249,8 @@ class RaftNode:
             self._tick_due = False
             self.tick += 1
             core.tick()
-            await self._save_commit_now_and_then()
+            if self.tick % self.timing.election_ticks == 0:
+                await self.disk.save()
         for _ in range(min(STEPS_A_TURN, len(self._inbound))):
             self._step(self._inbound.popleft())
         if self._inbound:
@@ -334,21 +305,21 @@ class RaftNode:
                 self.core = self._new_core()
                 continue
             self._send(ready)
-            await self._persist(ready)
+            await self.disk.persist(ready)
+            self.counters.entries += len(ready.entries)
             for to, kind, data in ready.persisted_messages:
                 self._hooks.send(to, kind, data)
             light = self.core.advance()
             self._send(light)
-            self._note_hard_state(light)
-            if ready.snapshot is not None and content is not None:
-                self._install(ready.snapshot, *content)
-            self._apply([*ready.committed, *light.committed])
+            self.disk.note(light)
+            self._apply(ready, light, content)
             for index, context in (*ready.read_states, *light.read_states):
                 self._hooks.read(index, context)
             self._hooks.advanced()
-            if self.core.snapshot_wanted and self.held is None:
+            if self.core.snapshot_wanted and self.applier.held is None:
                 self.core.snapshot(self.history.index, self._content())
-            if self._since_snapshot >= COMPACT_BYTES or self.history.index >= self._compact_at:
+            fresh_bytes = self.applier.bytes_applied - self._compacted_bytes
+            if fresh_bytes >= COMPACT_BYTES or self.history.index >= self._compact_at:
                 await self._compact()
 
     def _send(self, ready: Ready) -> None:
@@ -361,122 +332,16 @@ class RaftNode:
         index, _, _, data = ready.snapshot
         return decode_content(data, index)
 
-    def _note_hard_state(self, ready: Ready) -> None:
-        if ready.hard_state is not None:
-            term, vote, commit = ready.hard_state
-            self._hard = HardState(1, self._hard.incarnation, term, vote, commit)
-            self._hard_unsaved = True
-
-    async def _persist(self, ready: Ready) -> None:
-        """Make durable what the core asks for, in one write if there is no snapshot."""
-        self._note_hard_state(ready)
-        if ready.snapshot is not None:
-            snapshot = encode_snapshot(*ready.snapshot)
-            await self._durably(lambda: self._store.compact(snapshot, ()))
-        entries = ready.entries
-        if entries or ready.must_sync or (ready.snapshot is not None and self._hard_unsaved):
-            stored = [to_log_entry(entry) for entry in entries]
-            hard = encode_hard_state(self._hard) if self._hard_unsaved else None
-            await self._durably(lambda: self._store.append(stored, hard))
-            self._hard_unsaved = False
-            self.counters.writes += 1
-            self.counters.entries += len(entries)
-        if ready.snapshot is not None:
-            self._log.clear()
-        if entries:
-            while self._log and self._log[-1].index >= entries[0].index:
-                self._log.pop()
-            self._log.extend(entries)
-
-    async def _durably(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Write, waiting out a full disk; nothing is said or done meanwhile.
-
-        Whoever follows a leader that waits here will elect another.  Raises any other error of
-        the disk: nobody knows what it holds then.
-        """
-        while True:
-            try:
-                await write()
-            except Unavailable as error:
-                if error.code != "disk_full":
-                    raise
-                if self.disk is None:
-                    log.error("the log cannot be written: %s", error)
-                self.disk = error.to_info()
-                self._hooks.disk_refused(error)
-                await trio.sleep(DISK_RETRY_SECONDS)
-            else:
-                if self.disk is not None:
-                    log.info("the log can be written again")
-                    self.disk = None
-                return
-
-    async def _save_commit_now_and_then(self) -> None:
-        """Write the commit index once an election timeout, so that a restart begins near it."""
-        if self._hard_unsaved and self.tick % self.timing.election_ticks == 0:
-            await self.save()
-
-    async def save(self) -> None:
-        """Write what is not written yet of the hard state."""
-        if self._hard_unsaved:
-            hard = encode_hard_state(self._hard)
-            await self._durably(lambda: self._store.append((), hard))
-            self._hard_unsaved = False
-
-    def _install(
-        self,
-        snapshot: tuple[int, int, RaftConf, bytes],
-        peers: dict[int, PeerId],
-        replica: Replica,
+    def _apply(
+        self, ready: Ready, light: Ready, content: tuple[dict[int, PeerId], Replica] | None
     ) -> None:
-        index, term, conf, data = snapshot
-        self._snapshot, self._snapshot_data = (index, term, conf), data
-        self._since_snapshot = 0
-        self._compact_at = index + self._compact_entries
-        self.members.install(conf, peers)
-        self.history.reset(replica)
-        self.counters.snapshots_installed += 1
-        self._hooks.installed(replica)
-        self._hooks.changed()
-
-    def _apply(self, entries: list[RaftEntry]) -> None:
-        for entry in entries:
-            if entry.kind == 1:
-                conf = self.core.apply_conf(entry)
-                self.members.change(conf, decode_peers(entry.context))
-                self._hooks.changed()
-            if entry.index > self.history.index:  # not seen before a core was replaced
-                self._apply_one(entry)
-        if entries:
-            self.core.advance_apply(entries[-1].index)
-            self.history.wake()
-
-    def _apply_one(self, entry: RaftEntry) -> None:
-        """Apply an entry; whatever is wrong with it, every node goes on alike."""
-        if self.held is not None:
-            return
-        stored = to_log_entry(entry)
-        self._since_snapshot += len(stored.data)
-        replica = self.history.replica
-        outcome: Outcome | None = None
-        try:
-            if entry.kind == 0 and entry.data:
-                outcome = replica.apply_once(stored, entry.data)
-                self.counters.commits += 1
-            else:
-                replica.skip(stored)
-        except Unsupported as error:  # others may know the command: this node must not go on
-            log.error("the log is not applied any further: %s", error)
-            self.held = error.to_info()
-            return
-        except PyAgentError as error:
-            self.counters.refused_entries += 1
-            log.error("an entry of the log was skipped: %s", error)
-            replica.skip(stored)
-        fresh = outcome is not None and not outcome.repeated
-        self.history.keep(stored, outcome.applied if outcome and fresh else None, replica.chain)
-        if outcome is not None:
-            self._hooks.applied(outcome)
+        if ready.snapshot is not None and content is not None:
+            self.applier.install(ready.snapshot, *content)
+            self._compact_at = self.history.index + self._compact_entries
+            self._hooks.installed(content[1])
+            self._hooks.changed()
+        if self.applier.apply(self.core, [*ready.committed, *light.committed]):
+            self._hooks.changed()
 
     async def _compact(self) -> None:
         """Write a snapshot of what is applied and drop the log before it, or try later."""
@@ -490,7 +355,7 @@ class RaftNode:
             log.warning("the log could not be compacted, and will be later: %s", trouble)
             error = trouble
         self._compact_at = self.history.index + self._compact_entries
-        self._since_snapshot = 0
+        self._compacted_bytes = self.applier.bytes_applied
         for each in wanted:
             each.error = error
             each.done.set()
@@ -500,17 +365,10 @@ class RaftNode:
 
     async def _write_snapshot(self) -> None:
         index = self.history.index
-        if index <= self._snapshot[0] or self.held is not None:
-            return
-        content = self._content()
-        snapshot = self.core.snapshot(index, content)
-        rest = [to_log_entry(entry) for entry in self._log if entry.index > index]
-        await self._store.compact(encode_snapshot(*snapshot), rest)
-        self.core.compact(max(0, index - KEPT_BEHIND))
-        self._snapshot, self._snapshot_data = snapshot[:3], content
-        while self._log and self._log[0].index <= index:
-            self._log.popleft()
-        self.counters.snapshots_made += 1
+        if index > self.disk.snapshot_index and self.applier.held is None:
+            await self.disk.compact(self.core.snapshot(index, self._content()))
+            self.core.compact(max(0, index - KEPT_BEHIND))
+            self.counters.snapshots_made += 1
 
     def _drain_core_log(self) -> None:
         for level, message in self.core.take_log():

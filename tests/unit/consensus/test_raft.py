@@ -244,7 +244,7 @@ async def test_a_late_node_gets_a_snapshot(cluster: Cluster, autojump_clock: Moc
     await cluster.until(lambda: cluster.peer("d") in cluster.engine("a").members.heard)
     await cluster.engine("a").reconfigure(cluster.peers("abc"), cluster.peers("d"))
     await cluster.settled()
-    assert cluster.engine("d").node.counters.snapshots_installed == 1
+    assert cluster.engine("d").node.applier.counters.snapshots_installed == 1
     assert len(cluster.engine("c").state.burnt) == len(cluster.engine("d").state.burnt) == 1100
     await cluster.stop("d")
     assert len((await cluster.start("d")).state.burnt) == 1100
@@ -341,12 +341,12 @@ async def test_who_may_not_propose_is_refused_by_the_leader(
 async def test_many_proposals_share_writes(cluster: Cluster, autojump_clock: MockClock) -> None:
     cluster.stores["a"] = SlowLog()
     await cluster.found("abc")
-    before = cluster.engine("a").node.counters.writes
+    before = cluster.engine("a").node.disk.writes
     async with trio.open_nursery() as nursery:
         for n in range(200):
             nursery.start_soon(cluster.engine("abc"[n % 3]).propose, model(n))
     assert len(cluster.engine("a").state.models) == 200
-    assert cluster.engine("a").node.counters.writes - before < 40
+    assert cluster.engine("a").node.disk.writes - before < 40
 
 
 async def test_too_many_proposals_of_one_node(cluster: Cluster, autojump_clock: MockClock) -> None:

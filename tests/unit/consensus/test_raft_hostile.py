@@ -320,7 +320,7 @@ async def test_entries_that_nobody_can_read_are_passed_over_by_all(
     await cluster.propose("b")
     await cluster.settled()
     for name in "abc":
-        assert cluster.engine(name).node.counters.refused_entries == 3
+        assert cluster.engine(name).node.applier.counters.refused_entries == 3
         assert len(cluster.engine(name).state.models) == 1
 
 
