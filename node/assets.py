@@ -97,6 +97,7 @@ class LocalAssets:
             self._peers(),
             progress=lambda done, total: progress("fetching", done, total),
             stats=self.stats,
+            epoch=epoch,
         )
         progress("loading")
         with assets:
@@ -129,4 +130,5 @@ class LocalAssets:
             self._peers(),
             progress=lambda done, total: progress("fetching", done, total),
             stats=self.stats,
+            epoch=epoch,
         )

@@ -86,6 +86,10 @@ async def open_models(
 
     board = PlacementBoard(mesh, rpc, consensus, healer.reports)
 
+    def epoch_of(model: Digest) -> int:
+        placement = consensus.state.placements.get(model)
+        return placement.epoch if placement is not None else 0
+
     async def answer_facts(peer: PeerId, ask: AskFacts, tail: bytes) -> tuple[FactsReply, bytes]:
         return await facts_reply(mesh, facts, ask.model), b""
 
@@ -96,7 +100,7 @@ async def open_models(
 
     rpc.register(AskFacts, answer_facts)
     rpc.register(AskPlacements, answer_placements)
-    BlobServer(store).attach(mesh)
+    BlobServer(store, epoch_of=epoch_of).attach(mesh)
     async with background() as nursery:
         nursery.start_soon(controller.run)
         nursery.start_soon(healer.run)

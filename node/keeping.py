@@ -166,7 +166,9 @@ class Kept(Generic[T]):
         if self._steady():
             self._pause, self._streak = FIRST_PAUSE, 0
         self.error = error
-        if error.code != "stale_epoch":  # that is the mesh's progress, not a fault of ours
+        if error.code == "stale_epoch":  # that is the mesh's progress, not a fault of ours
+            self._pause = FIRST_PAUSE
+        else:
             self.failures += 1
             self._streak += 1
         self._progress("failed")

@@ -33,7 +33,7 @@ from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.governance import Governance
 from pyagent_node.node.live_sessions import LiveSessions
-from pyagent_node.node.placement_messages import HeadReport, RankReport
+from pyagent_node.node.placement_messages import HeadReport, RankReport, ReserveReport
 from pyagent_node.node.runtime import Node
 from pyagent_node.node.self_check import examine
 from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
@@ -244,9 +244,10 @@ class NodeServices:
         """Ranks and heads of this node: their states, failures (each one a restart), memory."""
         told = self._node.models.parts()
         failures: Counter[tuple[str, str]] = Counter()
-        parts: list[RankReport | HeadReport] = [*told.ranks, *told.heads]
+        parts: list[RankReport | HeadReport | ReserveReport]
+        parts = [*told.ranks, *told.heads, *told.reserves]
         for part in parts:
-            what = f"rank {part.rank}" if isinstance(part, RankReport) else "head"
+            what = _part_name(part)
             key = (self._model_name(part.model), what)
             failures[key] += part.failures
             labels = {"model": key[0], "part": what, "state": part.state}
@@ -255,8 +256,8 @@ class NodeServices:
             labels = {"model": model, "part": what}
             text = "Failures of a rank or head, each followed by a restart."
             yield Sample("part_failures", text, count, labels=labels)
-        text = "Memory of the runner processes of this node's ranks."
-        used = sum(rank.memory_bytes or 0 for rank in told.ranks)
+        text = "Memory of the runner processes of this node's ranks and standbys."
+        used = sum(part.memory_bytes or 0 for part in (*told.ranks, *told.reserves))
         yield Sample("runner_resident_bytes", text, used, "gauge")
 
     def _transfer_samples(self) -> Iterator[Sample]:
@@ -296,3 +297,13 @@ class NodeServices:
             )
             for name, text, number in counters:
                 yield Sample(name, text, number, labels=labels)
+
+
+def _part_name(part: RankReport | HeadReport | ReserveReport) -> str:
+    match part:
+        case HeadReport():
+            return "head"
+        case RankReport():
+            return f"rank {part.rank}"
+        case ReserveReport():
+            return f"{'standby' if part.loaded else 'spare'} of rank {part.rank}"

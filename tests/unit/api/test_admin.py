@@ -171,3 +171,32 @@ async def test_metrics(api):
     ):
         assert line in text, text
     assert "xxxx" not in text
+
+
+async def test_placements(api):
+    shown = await api.http.get("/api/v1/placements", headers=api.auth)
+    assert shown.json() == {"placements": []}
+    body = {"model": "words", "ranks": 2, "standbys": 1, "spares": 0}
+    wanted = LoadRequest(model="words", ranks=2, standbys=1, spares=0)
+    for verb in ("plan", "apply"):
+        reply = await api.http.post(f"/api/v1/placements/{verb}", json=body, headers=api.auth)
+        first, last = lines(reply.text)
+        assert first["progress"]["text"] == "planning"
+        assert last["done"]["epoch"] == 7
+        assert api.services.calls[-1] == wanted
+    drained = await api.http.post(
+        "/api/v1/placements/drain", json={"node": "bob"}, headers=api.auth
+    )
+    *_, last = lines(drained.text)
+    assert last["done"] == {"peer_id": "12D3KooWTest", "name": "bob", "draining": True}
+    for path, bad, parameter in (
+        ("plan", {"model": "m", "standbys": "x"}, "standbys"),
+        ("apply", {"ranks": 2}, None),
+        ("drain", {"node": 5}, "node"),
+        ("drain", {"node": "a", "undo": "no"}, "undo"),
+    ):
+        reply = await api.http.post(f"/api/v1/placements/{path}", json=bad, headers=api.auth)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == parameter
+    denied = await api.http.post("/api/v1/placements/drain", json={"node": "bob"})
+    assert denied.status_code == 401
