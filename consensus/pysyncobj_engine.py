@@ -18,7 +18,7 @@ from pyagent_node.consensus.log import LogStore
 from pyagent_node.consensus.pysyncobj_core import PySyncCore
 from pyagent_node.consensus.raft import RaftEngine, RaftTiming, open_raft
 from pyagent_node.consensus.raft_core import Kind
-from pyagent_node.consensus.raft_engine import Authorise
+from pyagent_node.consensus.raft_courier import Authorise
 from pyagent_node.consensus.replica import REQUEST_BYTES
 
 PYSYNCOBJ = Kind("pysyncobj", "/pyagent/pysyncobj/1", PySyncCore)

@@ -22,7 +22,8 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.journal import COMPACT_ENTRIES
 from pyagent_node.consensus.log import LogStore, StoredLog
 from pyagent_node.consensus.raft_core import RAFT_RS, Kind
-from pyagent_node.consensus.raft_engine import Authorise, RaftEngine
+from pyagent_node.consensus.raft_courier import Authorise
+from pyagent_node.consensus.raft_engine import RaftEngine
 from pyagent_node.consensus.raft_links import Links
 from pyagent_node.consensus.raft_members import Members
 from pyagent_node.consensus.raft_node import Hooks, RaftNode, RaftTiming

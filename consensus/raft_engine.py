@@ -20,10 +20,11 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus import raft_links
-from pyagent_node.consensus.checks import decode_command, encode_command
+from pyagent_node.consensus.checks import encode_command
 from pyagent_node.consensus.commands import Command
 from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus, PeerProgress
 from pyagent_node.consensus.raft_changes import Changes, Handover, not_a_voter, not_leader
+from pyagent_node.consensus.raft_courier import Authorise, Courier
 from pyagent_node.consensus.raft_links import Links
 from pyagent_node.consensus.raft_members import Members, voters_of
 from pyagent_node.consensus.raft_messages import (
@@ -36,17 +37,15 @@ from pyagent_node.consensus.raft_messages import (
     pieces,
 )
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
-from pyagent_node.consensus.raft_proposals import Pending, Proposals
+from pyagent_node.consensus.raft_proposals import Pending
 from pyagent_node.consensus.raft_reads import Reads
+from pyagent_node.consensus.raft_trouble import no_leader
 from pyagent_node.consensus.replica import (
     Outcome,
-    Record,
     Replica,
-    proposal_too_old,
-    too_old,
 )
 from pyagent_node.consensus.state import State
-from pyagent_node.native import RaftDropped, RaftRefused
+from pyagent_node.native import RaftDropped
 
 log = logging.getLogger("pyagent_node.consensus.raft")
 
@@ -55,9 +54,6 @@ NO_LEADER_SECONDS = 5.0
 
 HELLO_SECONDS = 3.0
 """Longest wait for a connected peer to say which Raft id it goes by."""
-
-Authorise = Callable[[Command, PeerId, str | None], None]
-"""Raises if the peer, in its role, may not propose the command."""
 
 _Role = Literal["leader", "follower", "candidate", "learner", "client"]
 _ROLES: dict[str, _Role] = {
@@ -93,8 +89,8 @@ class RaftEngine:
         self._role = role
         self._seconds = propose_seconds
         self._new_request = new_request
-        self._authorise = authorise
-        self._proposals = Proposals()
+        self._courier = Courier(mesh, members, role=role, authorise=authorise)
+        self._proposals = self._courier.proposals
         self._reads = Reads()
         self._changes = Changes(members)
         self._offers: list[tuple[PeerId, Propose | Transfer, Callable[[], None]]] = []
@@ -126,7 +122,7 @@ class RaftEngine:
             index=node.history.index,
             problem=node.disk.problem
             or node.applier.held
-            or (None if leader else self._no_leader().to_info()),
+            or (None if leader else no_leader(self.members, self.links.peers).to_info()),
             term=core.term,
             commit=core.commit,
             voters=members.peers_of(voters),
@@ -178,7 +174,7 @@ class RaftEngine:
             raise read.error
         if not read.done.is_set():
             if not self.node.leader:
-                raise self._no_leader()
+                raise no_leader(self.members, self.links.peers)
             raise DeadlineExceeded(
                 f"The log could not be read up to now within {self._seconds:g} s.",
                 code="barrier_timeout",
@@ -241,7 +237,7 @@ class RaftEngine:
                     await self._news.wait()
             return
         if not node.leader:
-            raise self._no_leader()
+            raise no_leader(self.members, self.links.peers)
         raise DeadlineExceeded(
             f"{to} did not take the leadership within {self._seconds:g} s.",
             code="transfer_timeout",
@@ -285,10 +281,10 @@ class RaftEngine:
         for peer, offer, done in offers:
             done()
             if isinstance(offer, Propose):
-                self._lead(peer, offer)
+                self._courier.lead(node, self.links, peer, offer)
             elif node.leads:
                 self._hand_over_for(peer, offer.to)
-        self._place_proposals()
+        self._courier.place(node, self.links, self._patience)
         self._ask_reads()
         if node.leads:
             self._changes.feed(node.core)
@@ -355,81 +351,11 @@ class RaftEngine:
         if sent is not None:
             sent(False)
 
-    def _place_proposals(self) -> None:
-        node = self.node
-        leader = self.members.peer_of(node.leader) if node.leader else None
-        if not node.leads:
-            for pending in self._proposals.starved(node.tick, self._patience):
-                pending.settle(self._no_leader())
-        if leader is None:
-            return
-        resend = node.timing.election_ticks // 2 + 1
-        for pending in self._proposals.due(self._place, node.tick, resend):
-            message = Propose(pending.request, pending.data, pending.since)
-            if node.leads:
-                placed = self._lead(self._mesh.peer_id, message)
-            else:
-                placed = self.links.put(leader, [frame(message)])
-            if placed:
-                pending.placed = self._place
-                pending.placed_at = node.tick
-                pending.sent += 1
-
-    def _lead(self, peer: PeerId, offer: Propose) -> bool:
-        """Append a proposal; ``False`` if that is not possible just now."""
-        node = self.node
-        if not node.leads:
-            return False
-        if self._proposals.leads(offer.request) or offer.request in node.history.replica.requests:
-            return True
-        try:
-            data = self._checked(peer, offer)
-            node.core.propose(data)
-        except PyAgentError as error:
-            self._refuse(peer, offer.request, error)
-            return True
-        except RaftDropped:  # too much is uncommitted, or the leadership is being handed over
-            return False
-        except RaftRefused as error:
-            log.error("the core refused a proposal: %s", error)
-            self._refuse(peer, offer.request, Refused(str(error), code="bad_command"))
-            return True
-        self._proposals.lead(offer.request, peer)
-        return True
-
-    def _checked(self, peer: PeerId, offer: Propose) -> bytes:
-        command = decode_command(offer.command)
-        member = self.state.members.get(peer)
-        if member is not None and member.revoked is not None:
-            raise Refused(f"The membership of {peer} was revoked.", code="revoked")
-        self._proposals.check_room(peer)
-        self._authorise(command, peer, self._role_of(peer))
-        if too_old(offer.since, self.node.history.index):
-            error = proposal_too_old()
-            error.facts["index"] = self.node.history.index
-            raise error
-        return msgspec.msgpack.encode(
-            Record(offer.request, peer, encode_command(command), offer.since)
-        )
-
-    def _role_of(self, peer: PeerId) -> str | None:
-        if peer == self._mesh.peer_id:
-            return self._role
-        return next((p.role for p in self._mesh.peers() if p.peer_id == peer), None)
-
-    def _refuse(self, peer: PeerId, request: bytes, error: PyAgentError) -> None:
-        self.node.counters.refused_proposals += 1
-        if peer == self._mesh.peer_id:
-            self._proposals.refuse(request, error.to_info())
-        else:
-            log.info("a proposal of %s was refused: %s", peer, error)
-            self.links.put(peer, [frame(Refusal(request, error.to_info()))])
-
     def _ask_reads(self) -> None:
         node = self.node
         self._reads.expire(node.tick, node.timing.election_ticks // 2 + 1)
         if not node.leader:
-            self._reads.starve(node.tick, self._patience, self._no_leader())
+            self._reads.starve(node.tick, self._patience, no_leader(self.members, self.links.peers))
         elif self._reads.question_due:
             context = self._new_request()
             try:
@@ -460,7 +386,7 @@ class RaftEngine:
             self.links.put(peer, [frame(NotTransferred(to, error.to_info()))])
 
         votes = peer in self.members.peers_of(self.members.conf.voters)
-        if votes or self._role_of(peer) == "voter":
+        if votes or self._courier.role_of(peer) == "voter":
             self._changes.hand_over(Handover(to, refuse))
         else:
             refuse(
@@ -521,7 +447,13 @@ class RaftEngine:
             case Propose() if self.node.disk.problem is not None:
                 done()
                 if self.node.leads:
-                    self._refuse(peer, message.request, error_from_info(self.node.disk.problem))
+                    self._courier.refuse(
+                        self.node,
+                        self.links,
+                        peer,
+                        message.request,
+                        error_from_info(self.node.disk.problem),
+                    )
             case Propose() | Transfer():
                 self._offers.append((peer, message, done))
                 self.node.poke()
@@ -560,43 +492,9 @@ class RaftEngine:
 
     def _too_late(self, pending: Pending) -> PyAgentError:
         if not self.node.leader:
-            return self._no_leader(unknown=pending.placed is not None)
+            return no_leader(self.members, self.links.peers, unknown=pending.placed is not None)
         return DeadlineExceeded(
             f"The change was not agreed on within {self._seconds:g} s.",
             code="propose_timeout",
             remedy="Look whether the change happened before repeating it.",
-        )
-
-    def _no_leader(self, *, unknown: bool = False) -> Unavailable:
-        """Return why nothing can be decided now; ``unknown``: whether it was done after all."""
-        conf = self.members.conf
-        if self.members.me not in self.members.peers:
-            return Unavailable(
-                "This node has not been given the mesh's log yet.",
-                code="no_leader",
-                remedy="Connect it to the mesh's voters; the leader sends the log by itself.",
-            )
-        voters = self.members.peers_of(conf.voters)
-        present = {*self.links.peers, self._mesh.peer_id}
-        missing = [peer for peer in voters if peer not in present]
-        needed = len(conf.voters) // 2 + 1
-        here = len(voters) - len(missing)
-        why = (
-            f"{here} of {len(voters)} voters can be reached and {needed} are needed"
-            if here < needed
-            else "the voters are electing a leader"
-        )
-        doubt = " The change may have happened; look before repeating it." if unknown else ""
-        return Unavailable(
-            f"Nothing can be decided at present: {why}.{doubt}",
-            code="no_leader",
-            remedy=(
-                f"Start or reconnect {', '.join(missing[:3])}; what runs goes on meanwhile."
-                if missing
-                else "Try again in a few seconds."
-            ),
-            voters=len(voters),
-            reachable=here,
-            needed=needed,
-            missing=max(0, needed - here),
         )
