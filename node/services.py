@@ -257,7 +257,8 @@ class NodeServices:
             text = "Failures of a rank or head, each followed by a restart."
             yield Sample("part_failures", text, count, labels=labels)
         text = "Memory of the runner processes of this node's ranks and standbys."
-        used = sum(part.memory_bytes or 0 for part in (*told.ranks, *told.reserves))
+        used = sum(rank.memory_bytes or 0 for rank in told.ranks)
+        used += sum(standby.memory_bytes or 0 for standby in told.reserves)
         yield Sample("runner_resident_bytes", text, used, "gauge")
 
     def _transfer_samples(self) -> Iterator[Sample]:
