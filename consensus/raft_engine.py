@@ -13,7 +13,6 @@ import trio
 from pyagent_node.base.errors import (
     DeadlineExceeded,
     PyAgentError,
-    Refused,
     Unavailable,
     error_from_info,
 )
@@ -23,8 +22,9 @@ from pyagent_node.consensus import raft_links
 from pyagent_node.consensus.checks import encode_command
 from pyagent_node.consensus.commands import Command
 from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus, PeerProgress
-from pyagent_node.consensus.raft_changes import Changes, Handover, not_a_voter, not_leader
+from pyagent_node.consensus.raft_changes import Changes, not_leader
 from pyagent_node.consensus.raft_courier import Authorise, Courier
+from pyagent_node.consensus.raft_handover import Handovers, News
 from pyagent_node.consensus.raft_links import Links
 from pyagent_node.consensus.raft_members import Members, voters_of
 from pyagent_node.consensus.raft_messages import (
@@ -33,7 +33,6 @@ from pyagent_node.consensus.raft_messages import (
     Propose,
     Refusal,
     Transfer,
-    frame,
     pieces,
 )
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
@@ -94,10 +93,10 @@ class RaftEngine:
         self._reads = Reads()
         self._changes = Changes(members)
         self._offers: list[tuple[PeerId, Propose | Transfer, Callable[[], None]]] = []
-        self._refused_transfers: dict[PeerId, PyAgentError] = {}
         self._place = (0, 0)
         self._said: Hello | None = None
-        self._news = trio.Event()
+        self._news = News()
+        self._handovers = Handovers(members, self._changes, self._news)
         self._failure: PyAgentError | None = None
 
     # -- the port ------------------------------------------------------------------------------
@@ -212,38 +211,12 @@ class RaftEngine:
         """Give connected peers a moment to say who they are."""
         with trio.move_on_after(HELLO_SECONDS):
             while (peers & self.links.peers) - self.members.heard.keys():
-                with trio.move_on_after(self.node.timing.tick_seconds):
-                    await self._news.wait()
+                await self._news.wait(self.node.timing.tick_seconds)
 
     async def transfer(self, to: PeerId) -> None:
         """See ``Consensus.transfer``."""
         self._check_usable()
-        node, members = self.node, self.members
-        if to not in members.peers_of(members.conf.voters):
-            await trio.lowlevel.checkpoint()
-            raise not_a_voter(to)
-        self._refused_transfers.pop(to, None)
-        deadline = trio.current_time() + self._seconds
-        asked = -node.timing.election_ticks
-        with trio.CancelScope(deadline=deadline):
-            while members.peer_of(node.leader) != to:
-                refusal = self._refused_transfers.pop(to, None)
-                if refusal is not None:
-                    raise refusal
-                if node.leader and node.tick - asked >= node.timing.election_ticks:
-                    asked = node.tick
-                    self._ask_transfer(to)
-                with trio.move_on_after(node.timing.tick_seconds):
-                    await self._news.wait()
-            return
-        if not node.leader:
-            raise no_leader(self.members, self.links.peers)
-        raise DeadlineExceeded(
-            f"{to} did not take the leadership within {self._seconds:g} s.",
-            code="transfer_timeout",
-            remedy="See whether it is connected and its log is up to date.",
-            peer_id=to,
-        )
+        await self._handovers.transfer(self.node, self.links, to, self._seconds)
 
     async def compact(self) -> int:
         """See ``Consensus.compact``."""
@@ -283,7 +256,8 @@ class RaftEngine:
             if isinstance(offer, Propose):
                 self._courier.lead(node, self.links, peer, offer)
             elif node.leads:
-                self._hand_over_for(peer, offer.to)
+                voter = self._courier.role_of(peer) == "voter"
+                self._handovers.asked(self.links, peer, offer.to, voter=voter)
         self._courier.place(node, self.links, self._patience)
         self._ask_reads()
         if node.leads:
@@ -306,12 +280,7 @@ class RaftEngine:
         if self._said is None or msgspec.structs.replace(hello, last_index=0) != self._said:
             self._said = msgspec.structs.replace(hello, last_index=0)
             self.links.broadcast(hello)
-        self._tell()
-
-    def _tell(self) -> None:
-        """Let who waits for news look again."""
-        self._news.set()
-        self._news = trio.Event()
+        self._news.tell()
 
     def applied_one(self, outcome: Outcome) -> None:
         """Take note of an applied command."""
@@ -368,42 +337,6 @@ class RaftEngine:
     def _patience(self) -> int:
         return int(NO_LEADER_SECONDS / self.node.timing.tick_seconds)
 
-    def _ask_transfer(self, to: PeerId) -> None:
-        node = self.node
-        if node.leads:
-            self._changes.hand_over(Handover(to, self._refuse_transfer(to)))
-            node.poke()
-            return
-        leader = self.members.peer_of(node.leader)
-        if leader is not None:
-            self.links.put(leader, [frame(Transfer(to))])
-
-    def _hand_over_for(self, peer: PeerId, to: PeerId) -> None:
-        """Hand the leadership over because a peer asked for it."""
-
-        def refuse(error: PyAgentError) -> None:
-            log.info("a hand-over that %s asked for was refused: %s", peer, error)
-            self.links.put(peer, [frame(NotTransferred(to, error.to_info()))])
-
-        votes = peer in self.members.peers_of(self.members.conf.voters)
-        if votes or self._courier.role_of(peer) == "voter":
-            self._changes.hand_over(Handover(to, refuse))
-        else:
-            refuse(
-                Refused(
-                    "Only a node with the role voter may say who leads.",
-                    code="role_not_allowed",
-                    remedy="Ask on a voter.",
-                )
-            )
-
-    def _refuse_transfer(self, to: PeerId) -> Callable[[PyAgentError], None]:
-        def refuse(error: PyAgentError) -> None:
-            self._refused_transfers[to] = error
-            self._tell()
-
-        return refuse
-
     # -- what the streams call ------------------------------------------------------------------
 
     @property
@@ -426,7 +359,7 @@ class RaftEngine:
     def take_hello(self, peer: PeerId, hello: Hello) -> None:
         """Note what a peer says of itself."""
         self.members.hear(peer, hello)
-        self._tell()
+        self._news.tell()
         self.node.poke()
 
     def listens_to(self, hello: Hello) -> bool:
@@ -459,10 +392,8 @@ class RaftEngine:
                 self.node.poke()
             case NotTransferred():
                 done()
-                voters = self.members.peers_of(self.members.conf.voters)
-                if peer == self.members.peer_of(self.node.leader) and message.to in voters:
-                    self._refused_transfers[message.to] = error_from_info(message.error)
-                    self._tell()
+                if peer == self.members.peer_of(self.node.leader):
+                    self._handovers.refused(message.to, error_from_info(message.error))
             case Refusal():
                 done()
                 if peer == self.members.peer_of(self.node.leader):
