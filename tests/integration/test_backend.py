@@ -273,12 +273,13 @@ def test_every_way_to_compute_a_lone_row_is_the_same(
         assert chain.run(work, together=False) == expected
 
 
+@pytest.mark.parametrize(("threads", "lengths"), [(1, (503, 3)), (2, (250,))])
 def test_a_journal_fed_again_in_short_steps_gives_the_very_next_token(
-    make_chain: MakeChain, plain: PlainProcess
+    make_chain: MakeChain, plain: PlainProcess, threads: int, lengths: tuple[int, ...]
 ) -> None:
     """What a failover relies on, over the borders at 256 cells and at a prefill chunk."""
-    with make_chain(10, 20, n_seq=4, threads=2) as chain:
-        for job in jobs((250, 503, 3), n=20):
+    with make_chain(15, n_seq=2, threads=threads) as chain:
+        for job in jobs(lengths, n=20):
             expected = plain.run(job)
             tokens = np.array([sampled.token for sampled in expected], np.int32)
             for kept in (9, 19):
