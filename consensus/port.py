@@ -190,6 +190,13 @@ class Consensus(Protocol):
         """Write a snapshot of the state now and drop the log before it; returns its index."""
         ...
 
+    def counters(self) -> Mapping[str, int]:
+        """Return what the engine counts since it began, by name, for ``/metrics``.
+
+        Among them ``refused_messages`` and ``refused_proposals`` of peers.
+        """
+        ...
+
     def chain_at(self, index: int) -> bytes | None:
         """Return the hash chain over the log up to ``index``, ``None`` if it is not kept.
 

@@ -28,7 +28,6 @@ from pyagent_node.consensus.journal import Journal
 from pyagent_node.consensus.port import Applied, ConsensusStatus
 from pyagent_node.consensus.replica import REQUEST_BYTES, Record
 from pyagent_node.consensus.segments import LogEntry
-from pyagent_node.consensus.single_leader import EngineCounters
 from pyagent_node.consensus.single_messages import (
     LOG_MESSAGES,
     PROTOCOL,
@@ -95,7 +94,6 @@ class Follower(SingleNode):
         rng: random.Random | None = None,
     ) -> None:
         super().__init__(journal)
-        self.counters = EngineCounters()
         self._mesh = mesh
         self._leader = leader
         self._role = role
@@ -249,7 +247,7 @@ class Follower(SingleNode):
         raise failure
 
     def _welcomed(self, stream: FrameStream, nursery: trio.Nursery) -> None:
-        self.counters.sessions += 1
+        self.counted.sessions += 1
         self._problem = None
         self._stream = stream
         self._connected.set()
@@ -298,13 +296,13 @@ class Follower(SingleNode):
         except Unavailable as error:
             return error
         except PyAgentError as error:
-            self.counters.refused_messages += 1
+            self.counted.refused_messages += 1
             return error
         return Unavailable("The writer ended the stream.", code="stream_closed")
 
     async def _take(self, entries: list[LogEntry]) -> None:
         results = await self._journal.commit(entries)
-        self.counters.entries += len(results)
+        self.counted.entries += len(results)
         for record, applied in results:
             self._finish(record, applied)
 

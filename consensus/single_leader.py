@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 
-import msgspec
 import trio
 
 from pyagent_node.base.errors import (
@@ -59,15 +58,6 @@ SEND_SECONDS = 30.0
 """Longest wait for a follower to take a frame before its stream is given up."""
 
 
-class EngineCounters(msgspec.Struct):
-    """What an engine counts, for ``/metrics``."""
-
-    entries: int = 0
-    refused_proposals: int = 0
-    refused_messages: int = 0
-    sessions: int = 0
-
-
 class _Proposal:
     __slots__ = ("command", "done", "outcome", "record")
 
@@ -94,7 +84,6 @@ class Leader(SingleNode):
         new_request: Callable[[], bytes] = lambda: os.urandom(REQUEST_BYTES),
     ) -> None:
         super().__init__(journal)
-        self.counters = EngineCounters()
         self.followers: dict[PeerId, int] = {}
         """Index that each connected follower has made durable."""
         self._mesh = mesh
@@ -166,7 +155,7 @@ class Leader(SingleNode):
                 continue
             result = draft.propose(proposal.record, proposal.command, TERM)
             if isinstance(result, PyAgentError):
-                self.counters.refused_proposals += 1
+                self.counted.refused_proposals += 1
                 outcomes.append(result)
             else:
                 entries.append(result[0])
@@ -174,7 +163,7 @@ class Leader(SingleNode):
         try:
             if entries:
                 await self._journal.commit(entries)
-                self.counters.entries += len(entries)
+                self.counted.entries += len(entries)
         except PyAgentError as error:
             log.error("the log could not be written: %s", error)
             outcomes = [error] * len(batch)
@@ -196,11 +185,11 @@ class Leader(SingleNode):
             return
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
-            self.counters.sessions += 1
+            self.counted.sessions += 1
             try:
                 await self._serve(stream)
             except (CorruptData, LimitExceeded, Refused, Conflict, Unsupported) as error:
-                self.counters.refused_messages += 1
+                self.counted.refused_messages += 1
                 log.warning("the log stream of %s was ended: %s", stream.peer, error)
                 await self._stop(stream, error.to_info())
             except Unavailable as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import Unsupported
@@ -13,10 +14,20 @@ from pyagent_node.consensus.port import AppliedStream
 from pyagent_node.consensus.state import State
 
 
+class EngineCounters(msgspec.Struct):
+    """What the engine counts, for ``/metrics``."""
+
+    entries: int = 0
+    refused_proposals: int = 0
+    refused_messages: int = 0
+    sessions: int = 0
+
+
 class SingleNode:
     """A node's copy of the log, and what this engine does not do."""
 
     def __init__(self, journal: Journal) -> None:
+        self.counted = EngineCounters()
         self._journal = journal
 
     @property
@@ -31,6 +42,10 @@ class SingleNode:
     async def compact(self) -> int:
         """See ``Consensus.compact``."""
         return await self._journal.compact()
+
+    def counters(self) -> dict[str, int]:
+        """See ``Consensus.counters``."""
+        return msgspec.structs.asdict(self.counted)
 
     def chain_at(self, index: int) -> bytes | None:
         """See ``Consensus.chain_at``."""

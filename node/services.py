@@ -225,6 +225,8 @@ class NodeServices:
         node, m = self._node, self._node.metrics
         yield Sample("peers", "Connected, authorised peers.", len(node.mesh.peers()), "gauge")
         yield Sample("log_index", "Last applied log entry.", node.consensus.state.index, "gauge")
+        for name, count in node.consensus.counters().items():
+            yield Sample(f"log_{name}", "Counted by the engine of the log.", count)
         directions = ((m.frames_in, m.bytes_in, "in"), (m.frames_out, m.bytes_out, "out"))
         for frames, size, way in directions:
             labels = {"direction": way}

@@ -133,7 +133,7 @@ async def test_refusal_of_the_state_machine_reaches_the_proposer(network, engine
                 await who.propose(ForgetModel(Digest("b" * 64)))
             assert caught.value.code == "model_not_found"
         assert leader.state.index == 0
-        assert leader.counters.refused_proposals == 2
+        assert leader.counted.refused_proposals == 2
 
 
 async def test_bad_commands_are_refused_before_they_are_appended(network, engine, autojump_clock):
@@ -395,7 +395,7 @@ async def test_garbage_ends_the_stream_and_the_loop_lives(network, engine, autoj
         answer = await stream.receive()
         assert answer is not None
         assert isinstance(LOG_MESSAGES.decode(answer.header), Stop)
-        assert leader.counters.refused_messages == 1
+        assert leader.counted.refused_messages == 1
         assert (await leader.propose(model(1))).index == 1
 
 
@@ -476,7 +476,7 @@ async def test_follower_refuses_a_lying_leader_and_tries_again(network, engine, 
             await trio.sleep(3)
         assert attempts > 1
         assert a.state.index == 0
-        assert a.counters.refused_messages == attempts
+        assert a.counted.refused_messages == attempts
         problem = a.status().problem
         assert problem is not None
         assert problem.code == "log_gap"
