@@ -7,6 +7,7 @@ one costs a vote more and outlives no more losses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Final
 
@@ -69,7 +70,10 @@ def choose_voters(
     kept = [c for c in able.values() if c.peer_id in current and c not in here]
     # To shrink below three would cost more safety than a voter that is away.
     size = max(size, _odd(min(len(here) + len(kept), 3, voters_max, MOST_VOTERS)))
-    order = sorted(here, key=lambda c: _rank(c, c.peer_id in current))
+    # Who was cut off a moment ago keeps its place, unless places are given up.
+    shrinks = size < sum(1 for c in here if c.peer_id in current)
+    away = math.inf if shrinks else -MARGIN
+    order = sorted(here, key=lambda c: _rank(c, c.peer_id in current, away))
     order += sorted(kept, key=lambda c: (-c.up, c.peer_id))
     chosen = frozenset(c.peer_id for c in order[:size])
     alive = sum(1 for c in here if c.peer_id in chosen and c.up >= 0)
@@ -88,10 +92,9 @@ def _odd(count: int) -> int:
     return count if count % 2 or not count else count - 1
 
 
-def _rank(candidate: Candidate, votes: bool) -> tuple[bool, float, PeerId]:
+def _rank(candidate: Candidate, votes: bool, away: float) -> tuple[bool, float, PeerId]:
     cost = UNKNOWN_RTT if candidate.rtt is None else candidate.rtt
     cost += UNSTEADY_COST * max(0.0, 1.0 - max(candidate.up, 0.0) / STEADY_SECONDS)
     if votes:
-        # One that was cut off a moment ago keeps its place until DOWN_SECONDS are over.
-        cost = -MARGIN if candidate.up < 0 else cost / 2 - MARGIN
+        cost = away if candidate.up < 0 else cost / 2 - MARGIN
     return (candidate.vote != "always", cost, candidate.peer_id)

@@ -32,6 +32,8 @@ from pyagent_node.node.mesh.authoriser import PeerAdmission
 from pyagent_node.node.profiles import Clock, MeshProfile
 
 RECHECK_SECONDS = 60.0
+FAREWELL_SECONDS = 1.0
+"""How long a member that leaves stays connected, so that it hears that it may go."""
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -189,7 +191,10 @@ async def _departure(consensus: Consensus) -> None:
     try:
         async with consensus.applied(consensus.state.index) as entries:
             async for entry in entries:
-                if isinstance(entry.command, RevokeMember | RemoveMember) and entry.error is None:
+                if isinstance(entry.command, RevokeMember) and entry.error is None:
+                    return
+                if isinstance(entry.command, RemoveMember) and entry.error is None:
+                    await trio.sleep(FAREWELL_SECONDS)
                     return
     except LimitExceeded:  # fell behind: the recheck looks at the whole state anyway
         return

@@ -68,6 +68,11 @@ def test_a_voter_that_is_away_is_given_time_and_then_replaced_if_another_can() -
     assert chosen([*three, node("c", up=-DOWN_SECONDS - 1)], "abc") == "abc"
 
 
+def test_who_is_away_gives_up_its_place_first() -> None:
+    nodes = [node("b", up=-1.0), node("c", vote="never"), node("a", rtt=0.5)]
+    assert chosen(nodes, "abc") == "a"
+
+
 def test_two_of_five_away_leave_three() -> None:
     nodes = [node(n) for n in "abc"] + [node(n, up=-DOWN_SECONDS - 1) for n in "de"]
     assert chosen(nodes, "abcde") == "abc"

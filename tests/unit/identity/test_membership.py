@@ -23,6 +23,7 @@ from pyagent_node.node.certificates import CLOCK_SKEW, DAY, Certificate, issue
 from pyagent_node.node.genesis import Visibility, new_genesis
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.membership import (
+    FAREWELL_SECONDS,
     RECHECK_SECONDS,
     Credentials,
     Membership,
@@ -195,8 +196,10 @@ async def test_who_left_is_out_until_it_is_admitted_again(
         nursery.start_soon(enforce, consensus, lambda: looks.append(trio.current_time()))
         await trio.sleep(1)
         await consensus.propose(RemoveMember(BOB.peer_id, NOW + 5))
-        await trio.sleep(1)
-        assert looks == [0.0, 1.0]
+        await trio.sleep(FAREWELL_SECONDS / 2)
+        assert looks == [0.0]
+        await trio.sleep(FAREWELL_SECONDS)
+        assert looks == [0.0, 1.0 + FAREWELL_SECONDS]
         assert refusal(ann, bob.credentials()) == "removed"
         assert command_refusal(ann, SetDraining(BOB.peer_id, True), BOB.peer_id) == "removed"
         with pytest.raises(Refused):
