@@ -7,7 +7,7 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.bench_consensus import consensus
 from pyagent_node.cli.demo import MAX_NODES, N_CTX, model_file, place
 from pyagent_node.cli.model import DEFAULT
 from pyagent_node.cli.output import size
@@ -29,9 +30,26 @@ SETTLE_SECONDS = 2.0
 """Time for fresh daemons to finish what they do after starting, before memory is read."""
 
 
+class Storable(Protocol):
+    """A report: which benchmark it is of, and when it was taken (Unix seconds)."""
+
+    @property
+    def bench(self) -> str:
+        """The name of the verb."""
+        ...
+
+    @property
+    def time(self) -> float:
+        """When."""
+        ...
+
+
 @click.group("bench")
 def bench_command() -> None:
     """Measure speed; each verb prints a table and stores its figures as JSON."""
+
+
+bench_command.add_command(consensus)
 
 
 def _counts(text: str) -> list[int]:
@@ -119,7 +137,7 @@ def pipeline(
         idle_daemon_bytes=idle,
         arms=tuple(arms),
     )
-    stored = _store(app, output, report)
+    stored = store(app, output, report)
     app.out.result(report, lambda: _show(app, report))
     app.out.note(f"Stored in {stored}.")
 
@@ -145,7 +163,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _store(app: App, output: str | None, report: Report) -> Path:
+def store(app: App, output: str | None, report: Storable) -> Path:
+    """Write the figures of a benchmark as JSON, where asked or into the home; return where."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(report.time))
     default = app.home.root / "bench" / f"{report.bench}-{stamp}.json"
     path = Path(output).expanduser() if output else default

@@ -7,11 +7,12 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 import trio
 
-from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.errors import PyAgentError, Unavailable
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.commands import Command, SetBuckets, SetMeshSetting
@@ -243,16 +244,16 @@ class Cluster:
     async def settled(self, seconds: float = 60.0) -> int:
         """Wait until every machine that runs has applied all there is; return that index."""
         applied = await self.propose(SetMeshSetting("standbys", self.rng.randrange(5)))
-        with trio.move_on_after(seconds):
-            while behind := [m for m in self.up() if m.running.state.index < applied.index]:
-                await trio.sleep(POLL_SECONDS)
-        told = [
-            (m.number, [p.peer_id[-4:] for p in m.mesh.peers()], m.running.status())
-            for m in self.up()
-            if m.mesh
-        ]
-        assert not behind, f"some do not follow to {applied.index}: {told}"
+        for machine in self.up():
+            await retried(partial(self._follows, machine, applied.index), seconds)
         return applied.index
+
+    async def _follows(self, machine: Machine, index: int) -> None:
+        """Raise while a machine that runs has not applied an entry."""
+        await trio.lowlevel.checkpoint()
+        if machine.engine is not None and machine.engine.state.index < index:
+            status = machine.engine.status()
+            raise Unavailable(f"node {machine.number} is behind {index}: {status}", code="behind")
 
     def check(self) -> None:
         """Everything that must hold now."""
