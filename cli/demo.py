@@ -175,6 +175,8 @@ def place(
             layers=cuts,
             nodes=tuple(node.peer_id for node in swarm[:count]),
             n_ctx=N_CTX,
+            standbys=0,  # one machine gains nothing by holding everything twice
+            spares=0,
         )
         return client.load(request, report)
 

@@ -33,7 +33,7 @@ WINDOW: Final = 64
 """Intervals between beats that are remembered."""
 THRESHOLD: Final = 8.0
 """Suspicion from which a silent peer counts as gone: wrong once in a hundred million beats."""
-PAUSE_SECONDS: Final = 2.0
+PAUSE_SECONDS: Final = 3.0
 """Lateness that is always forgiven: a busy machine, a lost packet sent again."""
 LEAST_DEVIATION: Final = 0.2
 """Smallest standard deviation of the intervals that is believed, in seconds."""

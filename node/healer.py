@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import trio
 
-from pyagent_node.base.errors import Conflict, PyAgentError
+from pyagent_node.base.errors import Conflict, DeadlineExceeded, PyAgentError, Unavailable
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, Placement
 from pyagent_node.consensus.commands import SetPlacement
@@ -212,8 +212,11 @@ class Healer:
                     told, _ = await self._rpc.call(
                         peer, AskPlacements(), PlacementReports, seconds=BEAT_LIMIT
                     )
-                except PyAgentError as error:
+                except (Unavailable, DeadlineExceeded) as error:
                     logger.debug("no beat from %s: %s", peer, error)
+                except PyAgentError as error:  # an answer, if not the one that was hoped for
+                    logger.warning("%s gives no reports: %s", peer, error)
+                    self._detector.beat(peer, trio.current_time())
                 else:
                     self._detector.beat(peer, trio.current_time())
                     self._sight.take(peer, told)
