@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -120,16 +119,22 @@ class SessionRecovery:
                 failures.append(error)
             else:
                 take(peer, copy, tail)
-                if found:
-                    enough.deadline = min(enough.deadline, trio.current_time() + MORE_SECONDS)
+            waiting.discard(peer)
+            look()
+
+        def look() -> None:
+            """Wait for other holders as long as it may be worth it; for the former head not at all."""
+            if found:
+                patience = MORE_SECONDS if waiting else 0.0
+                enough.deadline = min(enough.deadline, trio.current_time() + patience)
 
         own = self._holder.find(public_id(session))
         if own is not None:
             take(self._peer_id, *own)
-        with trio.CancelScope(deadline=math.inf) as enough:
-            if found:
-                enough.deadline = trio.current_time() + MORE_SECONDS
-            await _all(ask, {*known.holders, known.head} - {self._peer_id})
+        waiting = set(known.holders) - {self._peer_id}
+        with trio.CancelScope() as enough:
+            look()
+            await _all(ask, waiting | ({known.head} - {self._peer_id}))
         if found:
             return max(found, key=lambda journal: len(journal.tokens))
         raise _unavailable(failures)
