@@ -6,7 +6,6 @@ what each method promises).  Where they differ:
 - Voters come and go **one at a time**.  A larger change goes step by step, led on by whoever leads;
   its first steps hold even if its last ones never come.  A newcomer votes once it has caught up.  A
   leader that loses its vote does so last, and names an heir.
-- Everything is sent only when it is durable: the leader's own write delays its followers'.
 
 Pure: time is counted in ticks, and what is random is drawn by the caller.
 """
@@ -306,7 +305,7 @@ class PySyncCore:
         )
 
     def ready(self) -> Ready:
-        """Take what has to be done; everything is to be sent only when it is durable."""
+        """Take what has to be done; a leader's entries may be sent before they are durable."""
         self._flush()
         raft = self._raft
         entries, hard, must_sync = raft.log.unsaved()
@@ -316,9 +315,17 @@ class PySyncCore:
             self._conf = RaftConf(membership.voters, membership.learners)
             self._applied = index
             snapshot = (index, term, self._conf, data)
+        # A leader may not count what it has not written itself.  It does not: whose acknowledgement
+        # it counts was sent the entry in an earlier turn, at the end of which it was written here.
+        early = not raft.majority({self.node_id})
+        now: list[tuple[int, str, bytes]] = []
+        later: list[tuple[int, str, bytes]] = []
+        for to, message in raft.outbox:
+            chosen = now if early and isinstance(message, Append) else later
+            chosen.append((to, _KINDS[type(message)], MESSAGES.encode(message)))
         ready = Ready(
-            messages=[],
-            persisted_messages=[(to, _KINDS[type(m)], MESSAGES.encode(m)) for to, m in raft.outbox],
+            messages=now,
+            persisted_messages=later,
             entries=[to_raft_entry(e.index, e.term, e.content) for e in entries],
             hard_state=hard,
             must_sync=must_sync or snapshot is not None,

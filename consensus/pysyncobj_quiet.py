@@ -142,6 +142,7 @@ class QuietSyncObj(_SyncObj):  # type: ignore[misc]
         self.acknowledged_round: dict[int, int] = {}
         self.round = 0
         self._election_ticks = election_ticks
+        self._lease_ticks = election_ticks - heartbeat_ticks
         self._max_batch_bytes = max_batch_bytes
         self._asking = 0
         self._promised: set[int] = set()

@@ -46,7 +46,8 @@ class HardenedSyncObj(QuietSyncObj):
             if ask.term < term + 1:  # it does not know the term: it would ask in vain for ever
                 self.put(sender, NextIndex(term, 0, reset=False, success=False, round=0))
             return
-        led = self._SyncObj__raftState == LEADER or self.now - self._heard < self._election_ticks
+        # a heartbeat less than the shortest timeout, for the one that stands first heard it first
+        led = self._SyncObj__raftState == LEADER or self.now - self._heard < self._lease_ticks
         mine = (self.log[-1][2], self.log.last_index)
         if not led and (ask.last_term, ask.last_index) >= mine:
             self.put(sender, Vote(ask.term, ask=True))

@@ -174,8 +174,9 @@ class Hard:
         while self.core.has_ready():
             ready = self.core.ready()
             self.ready.append(ready)
-            assert ready.messages == []
-            sent += [(to, MESSAGES.decode(data)) for to, _, data in ready.persisted_messages]
+            assert {kind for _, kind, _ in ready.messages} <= {"append"}
+            out = (*ready.messages, *ready.persisted_messages)
+            sent += [(to, MESSAGES.decode(data)) for to, _, data in out]
             self.core.advance()
             for entry in ready.committed:
                 if entry.kind == 1:
