@@ -125,6 +125,7 @@ async def open_raft(
             nursery.start_soon(engine.links.run)
             try:
                 yield engine
+                await engine.resign()
             except BaseException as error:  # raised again below, not inside a group
                 if failure is None:
                     failure = error

@@ -51,6 +51,8 @@ log = logging.getLogger("pyagent_node.consensus.raft")
 NO_LEADER_SECONDS = 5.0
 """Longest wait for a leader before a proposal is given up that nobody has seen."""
 
+RESIGN_SECONDS = 1.0
+"""Longest wait for another leader before a leader ends."""
 HELLO_SECONDS = 3.0
 """Longest wait for a connected peer to say which Raft id it goes by."""
 
@@ -406,6 +408,22 @@ class RaftEngine:
             if known == peer:
                 self.node.lost.add(node_id)
         self.node.poke()
+
+    async def resign(self) -> None:
+        """Hand the leadership to whoever is furthest, so that nobody has to miss this node."""
+        status = self.status()
+        others = [
+            each
+            for each in status.progress
+            if each.voter and each.active and each.peer_id != self._mesh.peer_id
+        ]
+        if status.role != "leader" or not others:
+            return
+        best = max(others, key=lambda each: (each.matched, each.peer_id))
+        try:
+            await self._handovers.transfer(self.node, self.links, best.peer_id, RESIGN_SECONDS)
+        except PyAgentError as error:
+            log.info("the leadership was not handed over: %s", error)
 
     # -- ends -----------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ STEPS_A_TURN = 256
 COMPACT_BYTES = 16 * MIB
 KEPT_BEHIND = 1024
 """Entries that stay in memory behind a snapshot, for followers that are a little late."""
+SAVE_TICKS = 2
+"""How often a commit index is written that came with nothing else to write."""
 LONELY_TIMEOUTS = 4
 """Election timeouts without a leader after which strangers are listened to."""
 
@@ -249,7 +251,7 @@ class RaftNode:
             self._tick_due = False
             self.tick += 1
             core.tick()
-            if self.tick % self.timing.election_ticks == 0:
+            if self.tick % SAVE_TICKS == 0:
                 await self.disk.save()
         for _ in range(min(STEPS_A_TURN, len(self._inbound))):
             self._step(self._inbound.popleft())

@@ -43,12 +43,13 @@ def allow(command: Command, proposer: PeerId, role: str | None) -> None:
 
 
 class Life:
-    """A node from its start to its crash."""
+    """A node from its start to its end; cancelling ``scope`` is a crash."""
 
-    def __init__(self, engine: RaftEngine, mesh: SimulatedMesh) -> None:
-        self.engine = engine
+    def __init__(self, mesh: SimulatedMesh, scope: trio.CancelScope) -> None:
+        self.engine: RaftEngine
         self.mesh = mesh
-        self.scope = trio.CancelScope()
+        self.scope = scope
+        self.end = trio.Event()
         self.over = trio.Event()
         self.failure: Exception | None = None
 
@@ -99,36 +100,48 @@ class Cluster:
     async def _live(self, name: str, founder: bool, task_status: trio.TaskStatus[Life]) -> None:
         life: Life | None = None
         try:
-            async with (
-                self.network.started(self.place(name)) as mesh,
-                open_raft(
-                    mesh,
-                    self.stores[name],
-                    founder=founder,
-                    role="voter",
-                    authorise=self._ask,
-                    timing=self.timing,
-                    rng=self.rng,
-                    new_request=lambda: self.rng.randbytes(16),
-                    propose_seconds=self.propose_seconds,
-                    compact_entries=self.compact_entries,
-                    kind=self.kind,
-                ) as engine,
-            ):
-                life = self.lives[name] = Life(engine, mesh)
-                with life.scope:
-                    task_status.started(life)
-                    await trio.sleep_forever()
+            with trio.CancelScope() as scope:
+                async with self.network.started(self.place(name)) as mesh:
+                    life = Life(mesh, scope)
+                    await self._run(name, life, founder, task_status)
         except Exception as error:
-            if life is None:
+            if life is None or name not in self.lives:
                 raise
             life.failure = error
         finally:
             if life is not None:
-                del self.lives[name]
+                self.lives.pop(name, None)
                 life.over.set()
 
+    async def _run(
+        self, name: str, life: Life, founder: bool, task_status: trio.TaskStatus[Life]
+    ) -> None:
+        async with open_raft(
+            life.mesh,
+            self.stores[name],
+            founder=founder,
+            role="voter",
+            authorise=self._ask,
+            timing=self.timing,
+            rng=self.rng,
+            new_request=lambda: self.rng.randbytes(16),
+            propose_seconds=self.propose_seconds,
+            compact_entries=self.compact_entries,
+            kind=self.kind,
+        ) as engine:
+            life.engine = engine
+            self.lives[name] = life
+            task_status.started(life)
+            await life.end.wait()
+
+    async def finish(self, name: str) -> None:
+        """End a node in order."""
+        life = self.lives[name]
+        life.end.set()
+        await life.over.wait()
+
     async def stop(self, *names: str) -> None:
+        """Crash nodes at once."""
         lives = [self.lives[name] for name in names]
         for life in lives:
             life.scope.cancel()

@@ -127,10 +127,11 @@ async def test_all_stop_and_come_back(cluster: Cluster, autojump_clock: MockCloc
     await cluster.found("abc")
     for name in "abc":
         await cluster.propose(name)
+    await trio.sleep(1)
     await cluster.stop("a", "b", "c")
     for name in "cba":
         engine = await cluster.start(name)
-        assert len(engine.state.models) == 3
+        assert len(engine.state.models) == 3, "known before anybody is met"
     for name in "abc":
         await cluster.propose(name)
     await cluster.settled()
@@ -382,6 +383,7 @@ async def test_a_founder_founds_once(cluster: Cluster, autojump_clock: MockClock
     await cluster.propose("a")
     await cluster.stop("a")
     engine = await cluster.start("a", founder=True)
+    await cluster.settled()
     assert len(engine.state.models) == 1
     await cluster.leader()
     await cluster.propose("a")
@@ -397,3 +399,41 @@ async def test_a_learner_misses_its_leader(cluster: Cluster, autojump_clock: Moc
     assert caught.value.facts == {"voters": 1, "reachable": 0, "needed": 1, "missing": 1}
     await cluster.start("a")
     await cluster.propose("b")
+
+
+async def test_a_leader_that_ends_in_order_is_not_missed(
+    cluster: Cluster, autojump_clock: MockClock
+) -> None:
+    await cluster.found("abc")
+    begun = trio.current_time()
+    await cluster.finish("a")
+    assert await cluster.leader() in "bc"
+    assert trio.current_time() - begun < 0.5
+    await cluster.propose("b")
+    await cluster.finish("b")
+    await cluster.stop("c")
+    assert len((await cluster.start("c")).state.models) == 1
+
+
+async def test_only_voters_say_who_leads(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    await cluster.found("abc", "d")
+    monkeypatch.setattr(cluster.engine("a")._courier, "role_of", lambda peer: "client")
+    with pytest.raises(Refused) as caught:
+        await cluster.engine("d").transfer(cluster.peer("b"))
+    assert caught.value.code == "role_not_allowed"
+    await cluster.engine("c").transfer(cluster.peer("b"))
+
+
+async def test_what_is_counted(cluster: Cluster, autojump_clock: MockClock) -> None:
+    await cluster.found("abc")
+    await cluster.propose("b")
+    with pytest.raises(NotFound):
+        await cluster.engine("a").propose(ForgetModel(Digest("0" * 64)))
+    counted = cluster.engine("a").counters()
+    assert counted["commits"] == 2
+    assert counted["elections"] >= 1
+    assert counted["streams"] == 2
+    assert counted["bytes_sent"] > 0 < counted["bytes_received"]
+    assert {"refused_messages", "refused_proposals", "writes", "dropped_messages"} <= set(counted)
