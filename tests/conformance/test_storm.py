@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -10,6 +11,7 @@ from collections import deque
 import pytest
 import trio
 
+from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import Frame
 
@@ -17,7 +19,7 @@ from .clients import Clients
 from .cluster import Cluster, Machine, Opener, cluster, simulate
 
 STORM_SECONDS = 60.0
-SEEDS = int(os.environ.get("PYAGENT_STORM_SEEDS", "3"))
+SEEDS = int(os.environ.get("PYAGENT_STORM_SEEDS", "2"))
 """Storms of each engine; more of them find more."""
 
 
@@ -117,6 +119,32 @@ class Storm:
                 if each.engine is None:
                     await self.cluster.start(each)
 
+    async def operator(self) -> None:
+        """Change who votes, hand over, compact."""
+        while not self.calm:
+            await trio.sleep(self.rng.uniform(0, 6))
+            machine = self.rng.choice(self.cluster.machines)
+            engine = machine.engine
+            if engine is None:
+                continue
+            with trio.move_on_after(5), contextlib.suppress(PyAgentError):
+                match self.rng.randrange(4):
+                    case 0:
+                        await engine.transfer(self.rng.choice(self.cluster.machines).peer_id)
+                    case 1:
+                        await engine.compact()
+                    case _:
+                        await self._reconfigure()
+
+    async def _reconfigure(self) -> None:
+        """Let some others vote, three at least."""
+        machines = self.cluster.machines
+        count = self.rng.randint(3, len(machines))
+        voters = frozenset(machine.peer_id for machine in self.rng.sample(machines, count))
+        rest = frozenset(machine.peer_id for machine in machines) - voters
+        leader = await self.cluster.leader()
+        await leader.running.reconfigure(voters, rest)
+
     def meddle(self, sender: PeerId, receiver: PeerId, protocol: str, frame: Frame) -> list[Frame]:
         """Now and then deliver a frame twice, and an old frame again."""
         sent = self._sent.setdefault((sender, receiver, protocol), deque(maxlen=50))
@@ -127,10 +155,10 @@ class Storm:
         return [frame, frame] if luck > 0.05 else [frame, self.rng.choice(sent)]
 
 
-async def storm(engine: Opener, seed: int) -> None:
+async def storm(engine: Opener, seed: int, *, members: bool) -> None:
     rng = random.Random(seed)
     async with cluster(engine, seed, compact_entries=rng.choice([15, 60, 4096])) as made:
-        await made.form(rng.choice([3, 3, 5]))
+        await made.form(rng.choice([4, 5, 6] if members else [3, 3, 5]))
         weather = Storm(made, seed)
         if seed % 2:
             made.network.meddler = weather.meddle
@@ -140,6 +168,8 @@ async def storm(engine: Opener, seed: int) -> None:
                 nursery.start_soon(weather.use, machine)
             nursery.start_soon(weather.weather)
             nursery.start_soon(weather.hardware)
+            if members:
+                nursery.start_soon(weather.operator)
             await trio.sleep(STORM_SECONDS)
             weather.calm = True
         for machine in made.machines:
@@ -160,4 +190,10 @@ async def storm(engine: Opener, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_storm(engine: Opener, seed: int) -> None:
-    simulate(lambda: storm(engine, seed), seed)
+    simulate(lambda: storm(engine, seed, members=False), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_storm_of_members(engine: Opener, seed: int) -> None:
+    simulate(lambda: storm(engine, seed, members=True), seed)
