@@ -102,6 +102,11 @@ def _flags(command: F) -> F:
             click.option("--mdns/--no-mdns", default=None, help="Find peers on the local network."),
             click.option("--memory", metavar="SIZE", help="Memory that models may use (4GiB)."),
             click.option("--threads", metavar="N", help="Threads that compute."),
+            click.option(
+                "--shape",
+                metavar="SHAPE",
+                help='Make links slow, for trying out: "rtt=80ms,rate=50mbit,jitter=5ms".',
+            ),
             click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
         )
     ):
@@ -120,6 +125,7 @@ def settings_flags(given: dict[str, object]) -> dict[str, object]:
         "mdns": given["mdns"],
         "memory_limit": given["memory"],
         "threads": given["threads"],
+        "shape": given["shape"],
         "log_level": given["log_level"],
     }
     api = given["api"]

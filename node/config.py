@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     n_seq: int
     ticket_hours: float
     drain_seconds: float
+    shape: str
     sources: dict[str, str]
 
     @property

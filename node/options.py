@@ -13,6 +13,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.limits import KIB, MAX_PEERS, MAX_SESSIONS, MIB
 from pyagent_node.node.addresses import check_address
 from pyagent_node.node.genesis import check_name
+from pyagent_node.node.shaping import parse_shape
 
 Value = str | int | bool | float | tuple[str, ...]
 Kind = Literal["text", "list", "integer", "number", "switch", "size"]
@@ -268,6 +269,13 @@ OPTIONS: tuple[Option, ...] = (
         10.0,
         "How long a stopping daemon lets running answers finish.",
         high=3600,
+    ),
+    Option(
+        "shape",
+        "text",
+        "",
+        "Make the links of this node slow, for trying out: rtt=80ms,rate=50mbit,jitter=5ms.",
+        check=parse_shape,
     ),
 )
 BY_KEY = {option.key: option for option in OPTIONS}

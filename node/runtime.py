@@ -45,6 +45,7 @@ from pyagent_node.node.profiles import active_profile
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
+from pyagent_node.node.shaping import parse_shape
 from pyagent_node.node.steward import Steward
 
 log = logging.getLogger("pyagent_node.daemon")
@@ -110,6 +111,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         fingerprint=profile.genesis.fingerprint,
         limits=MeshLimits(max_peers=settings.max_peers),
         metrics=metrics,
+        shape=parse_shape(settings.shape),
     )
     store = await trio.to_thread.run_sync(ModelStore, settings.models_dir(home))
     transfers = TransferStats()

@@ -53,6 +53,7 @@ class Libp2pMesh:
         self._config = config
         self._nursery = nursery
         self._identity = Identity(config.key.seed)
+        self._make_wire = sockets.shaped(config.shape, config.rng)
         self._book = Book(me, config.rng, first=limits.backoff_first, most=limits.backoff_most)
         self._roster = Roster(
             me, self._book, self.metrics, nursery, limit=limits.max_peers, on_lost=self._on_lost
@@ -202,7 +203,7 @@ class Libp2pMesh:
     async def _dial_one(self, peer: PeerId, address: str, *, joining: bool = False) -> Connection:
         message = f"{address} did not answer within {self.limits.dial_seconds:g} seconds."
         with deadline(self.limits.dial_seconds, message, code="dial_timeout", address=address):
-            wire = await sockets.dial(address, self._cipher())
+            wire = await sockets.dial(address, self._cipher(), self._make_wire)
         connection: Connection = await self._nursery.start(self._run, wire, peer, joining)
         if not joining:
             self._book.connected(peer, address)
@@ -214,7 +215,7 @@ class Libp2pMesh:
             self.metrics.refused["too_many_connections"] += 1
             return
         try:
-            wire = sockets.wire_of(stream, self._cipher())
+            wire = sockets.wire_of(stream, self._cipher(), self._make_wire)
         except OSError as error:  # it was reset before we looked
             log.debug("a connection ended at once: %s", error)
             return

@@ -13,6 +13,7 @@ import trio
 from pyagent_node.base import limits
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.mesh.authoriser import Authoriser
+from pyagent_node.node.shaping import Shape
 
 
 class MeshKey(Protocol):
@@ -97,6 +98,8 @@ class MeshConfig:
     metrics: MeshMetrics = field(default_factory=MeshMetrics)
     clock: Callable[[], float] = trio.current_time
     rng: random.Random = field(default_factory=random.SystemRandom)
+    shape: Shape | None = None
+    """What the links of this node are made to be like, for trying things out."""
 
     def __repr__(self) -> str:
         private = "private" if self.psk else "public"

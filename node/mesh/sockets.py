@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import ipaddress
+import random
 import socket
+from collections.abc import Callable
 from typing import Final
 
 import psutil
@@ -12,7 +15,9 @@ import trio
 
 from pyagent_node.base.errors import ConfigError, Unavailable
 from pyagent_node.node.addresses import check_address
+from pyagent_node.node.mesh.shaped import ShapedWire
 from pyagent_node.node.mesh.wire import StreamCipher, Wire
+from pyagent_node.node.shaping import Shape
 
 BACKLOG: Final = 128
 _FAMILIES: Final = {
@@ -94,19 +99,30 @@ def listened_addresses(listener: trio.SocketListener) -> list[str]:
     return [text for _, text in sorted(found)]
 
 
-def wire_of(stream: trio.SocketStream, cipher: StreamCipher | None) -> Wire:
+MakeWire = Callable[[socket.socket, StreamCipher | None], Wire]
+"""Makes the wire of a socket; :class:`Wire` itself is one."""
+
+
+def shaped(shape: Shape | None, rng: random.Random) -> MakeWire:
+    """Return what makes wires whose links are like ``shape``."""
+    if shape is None:
+        return Wire
+    return functools.partial(ShapedWire, shape=shape, rng=rng)
+
+
+def wire_of(stream: trio.SocketStream, cipher: StreamCipher | None, make: MakeWire = Wire) -> Wire:
     """Take over the socket of an accepted or dialled stream; raises :class:`OSError`."""
     inner = stream.socket
     family = inner.family
     sock = socket.socket(family, socket.SOCK_STREAM, fileno=inner.detach())
     try:
-        return Wire(sock, cipher)
+        return make(sock, cipher)
     except OSError:
         sock.close()
         raise
 
 
-async def dial(address: str, cipher: StreamCipher | None) -> Wire:
+async def dial(address: str, cipher: StreamCipher | None, make: MakeWire = Wire) -> Wire:
     """Connect to a checked address; the caller sets the deadline.
 
     Raises :class:`Unavailable` (``peer_unreachable``).
@@ -121,7 +137,7 @@ async def dial(address: str, cipher: StreamCipher | None) -> Wire:
         sock = trio.socket.socket(family, kind_, protocol)
         try:
             await sock.connect(name)
-            return wire_of(trio.SocketStream(sock), cipher)
+            return wire_of(trio.SocketStream(sock), cipher, make)
         except OSError as error:
             sock.close()
             failure = error

@@ -80,8 +80,10 @@ class Wire:
         """
         if self.closed:
             raise WireClosed("the connection is closed")
-        if self._cipher is not None:
-            data = self._cipher.outgoing(data)
+        self._put(data if self._cipher is None else self._cipher.outgoing(data))
+
+    def _put(self, data: bytes) -> None:
+        """Give bytes that are ready for the wire to the kernel, or queue them."""
         sent = 0
         if not self._backlog:
             try:
@@ -114,10 +116,23 @@ class Wire:
 
     async def flushed(self) -> None:
         """Wait until the kernel has everything that was sent, or the wire is closed."""
-        while self._backlog and not self.closed:
+        while not self._idle() and not self.closed:
             if self._emptied is None:
                 self._emptied = trio.Event()
             await self._emptied.wait()
+
+    def _idle(self) -> bool:
+        """Whether nothing waits here."""
+        return not self._backlog
+
+    def _wake(self) -> None:
+        """Tell those who wait for room or for the end of what waits."""
+        if self._drained is not None and not self.congested:
+            self._drained.set()
+            self._drained = None
+        if self._emptied is not None and self._idle():
+            self._emptied.set()
+            self._emptied = None
 
     async def run_writer(self) -> None:
         """Put the backlog on the socket as it takes it; returns when the wire is closed."""
@@ -141,12 +156,7 @@ class Wire:
             except (OSError, trio.ClosedResourceError):
                 self.close()
                 return
-            if not self.congested and self._drained is not None:
-                self._drained.set()
-                self._drained = None
-            if not self._backlog and self._emptied is not None:
-                self._emptied.set()
-                self._emptied = None
+            self._wake()
 
     async def receive(self, scratch: bytearray | None = None) -> memoryview | bytes:
         """Return the next bytes, empty at the end; a view is good until the next call.
