@@ -69,6 +69,8 @@ def _head(status: StatusView) -> Table:
             "log",
             f"{consensus.engine}, {consensus.role}, leader {leader}, entry {consensus.index}",
         )
+        if consensus.problem is not None:
+            table.add_row("", Text(consensus.problem.message, style="yellow"))
     return table
 
 

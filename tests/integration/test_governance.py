@@ -26,20 +26,6 @@ pytestmark = pytest.mark.slow
 SECONDS = 60.0
 
 
-def until(what: Callable[[], bool], why: str = "") -> None:
-    """Wait until ``what`` holds; errors of a mesh that is busy changing count as not yet."""
-    deadline = time.monotonic() + SECONDS
-    last: object = None
-    while time.monotonic() < deadline:
-        try:
-            if what():
-                return
-        except Unavailable as error:
-            last = error
-        trio.run(trio.sleep, 0.1)
-    raise AssertionError(f"it did not come about: {why} {last}")
-
-
 class Swarm:
     """Daemons of one mesh, by name; the first that starts creates it."""
 
@@ -73,6 +59,19 @@ class Swarm:
     def voters(self, name: str = "a") -> str:
         return "".join(sorted(node.name for node in self.raft(name).followers if node.voter))
 
+    def until(self, what: Callable[[], bool], why: str = "") -> None:
+        """Wait until ``what`` holds; errors of a mesh that is busy changing count as not yet."""
+        deadline = time.monotonic() + SECONDS
+        last: object = None
+        with next(iter(self.daemons.values())).client() as client:
+            for _ in client.events(0.1):
+                try:
+                    if what():
+                        return
+                except Unavailable as error:
+                    last = error
+                assert time.monotonic() < deadline, f"it did not come about: {why} {last}"
+
     def address(self, name: str) -> tuple[str, ...]:
         with self.daemons[name].client() as client:
             return client.status().node.addresses
@@ -97,12 +96,12 @@ def swarm(root: Path, others: str = "bc") -> Iterator[Swarm]:
 
 def test_voters_leader_and_members(tmp_path: Path) -> None:
     with swarm(tmp_path, "bcd") as it:
-        until(lambda: it.voters() == "abc" or len(it.voters()) == 3, "three voters")
+        it.until(lambda: len(it.voters()) == 3, "three voters")
         with it.daemons["a"].client() as client:
             view = client.mesh.set_voters(("a", "b", "d"))
             assert sorted(n.name for n in view.followers if n.voter) == ["a", "b", "d"]
             assert client.mesh.transfer("b").leader_name == "b"
-            until(lambda: it.raft("d").leader_name == "b")
+            it.until(lambda: it.raft("d").leader_name == "b")
             reply = client.mesh.verify()
             assert reply.good
             assert {node.verdict for node in reply.nodes} <= {"same", "behind"}
@@ -110,32 +109,32 @@ def test_voters_leader_and_members(tmp_path: Path) -> None:
             assert client.mesh.verify().good
             assert [m.name for m in client.mesh.members().members] == list("abcd")
             assert client.mesh.remove("d", force=False).status == "removed"
-        until(lambda: it.voters() == "abc", "c votes for d")
+        it.until(lambda: it.voters() == "abc", "c votes for d")
         with it.daemons["b"].client() as client:
             with pytest.raises(Refused) as refused:
                 client.mesh.revoke("c", "no")
             assert refused.value.code == "not_authority"
             assert "Do it on a" in str(refused.value)
         with it.daemons["a"].client() as client:
-            until(lambda: [p.name for p in client.peers().peers if p.name == "d"] == [])
+            it.until(lambda: [p.name for p in client.peers().peers if p.name == "d"] == [])
             client.mesh.set_voters(())
         it.daemons.pop("d").terminate()
         it.join("d", again=True)
         it.start("d")
         with it.daemons["a"].client() as client:
-            until(lambda: any(p.name == "d" for p in client.peers().peers), "d is back")
+            it.until(lambda: any(p.name == "d" for p in client.peers().peers), "d is back")
             assert client.mesh.members().members[3].status == "member"
             assert client.mesh.revoke("d", "stolen").status == "revoked"
-            until(lambda: all(p.name != "d" for p in client.peers().peers), "d is out")
+            it.until(lambda: all(p.name != "d" for p in client.peers().peers), "d is out")
 
 
 def test_a_lost_majority_and_a_new_beginning(tmp_path: Path) -> None:
     with swarm(tmp_path) as it:
-        until(lambda: it.voters() == "abc", "three voters")
+        it.until(lambda: it.voters() == "abc", "three voters")
         with it.daemons["a"].client() as client:
             client.mesh.change_setting("spares", 3)
         it.kill("b", "c")
-        until(lambda: it.raft("a").missing == 1, "the loss shows")
+        it.until(lambda: it.raft("a").missing == 1, "the loss shows")
         with it.daemons["a"].client() as client:
             with pytest.raises(PyAgentError) as caught:
                 client.mesh.change_setting("standbys", 2)
@@ -150,7 +149,7 @@ def test_a_lost_majority_and_a_new_beginning(tmp_path: Path) -> None:
         assert len(done.lost) == 2
         assert Path(done.backup).is_dir()
         it.start("a")
-        until(lambda: it.raft("a").leader_name == "a", "a leads")
+        it.until(lambda: it.raft("a").leader_name == "a", "a leads")
         with it.daemons["a"].client() as client:
             assert client.mesh.settings().settings[1].value == 3
             client.mesh.change_setting("spares", 2)
@@ -160,7 +159,7 @@ def test_a_lost_majority_and_a_new_beginning(tmp_path: Path) -> None:
             shutil.rmtree(it.home(name).log_dir(mesh))
             with it.start(name).client() as client:
                 client.connect(address)
-        until(lambda: it.voters() == "abc", "the others follow and vote again")
+        it.until(lambda: it.voters() == "abc", "the others follow and vote again")
         with it.daemons["c"].client() as client:
             assert client.mesh.settings().settings[1].value == 2
             assert client.mesh.verify().good
