@@ -123,7 +123,7 @@ class SessionRecovery:
             look()
 
         def look() -> None:
-            """Wait for other holders as long as it may be worth it; for the former head not at all."""
+            """Wait for other holders while it may be worth it, never for the former head."""
             if found:
                 patience = MORE_SECONDS if waiting else 0.0
                 enough.deadline = min(enough.deadline, trio.current_time() + patience)
