@@ -383,9 +383,9 @@ async def test_a_founder_founds_once(cluster: Cluster, autojump_clock: MockClock
     await cluster.propose("a")
     await cluster.stop("a")
     engine = await cluster.start("a", founder=True)
-    await cluster.settled()
-    assert len(engine.state.models) == 1
     await cluster.leader()
+    await engine.read_barrier()
+    assert len(engine.state.models) == 1
     await cluster.propose("a")
 
 
