@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.errors import DeadlineExceeded, PyAgentError, Unavailable
 from pyagent_node.base.types import Rank, Slice
 from pyagent_node.consensus.commands import AdmitMember, Command, RegisterModel, SetPlacement
 from pyagent_node.consensus.port import Applied
@@ -33,6 +33,7 @@ N_SEQ: Final = 4
 FORM_SECONDS: Final = 120.0
 HEAL_SECONDS: Final = 300.0
 POLL_SECONDS: Final = 0.05
+RETRY_SECONDS: Final = 0.5
 DIAL_SECONDS: Final = 1.0
 MAX_VIOLATIONS: Final = 20
 
@@ -124,16 +125,21 @@ class Swarm:
         return max(leading, key=lambda pair: pair[0])[1] if leading else None
 
     async def propose(self, command: Command, seconds: float = FORM_SECONDS) -> Applied | None:
-        """Propose on whoever leads, again and again; ``None`` if that did not work in time."""
+        """Propose on the first machine, which holds the mesh's authority, until that works.
+
+        Returns ``None`` if it did not in time, or was refused for good.
+        """
+        machine = self.machines[0]
         with trio.move_on_after(seconds):
             while True:
-                leader = self.leader()
-                if leader is not None and leader.parts is not None:
+                if machine.parts is not None:
                     try:
-                        return await leader.parts.consensus.propose(command)
+                        return await machine.parts.consensus.propose(command)
                     except PyAgentError as error:
-                        self.trace.add(leader.number, "refused", error.code)
-                await trio.sleep(POLL_SECONDS)
+                        self.trace.add(machine.number, "refused", error.code)
+                        if not isinstance(error, Unavailable | DeadlineExceeded):
+                            return None
+                await trio.sleep(RETRY_SECONDS)
         return None
 
     async def form(self, nodes: int, boundaries: tuple[int, ...] = (4, 7)) -> None:
