@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import psutil
@@ -50,13 +49,11 @@ def test_a_node_that_dies_is_replaced_and_welcomed_back(bundled_model: Path) -> 
 
         with Daemon(second.home, "--name", second.name) as again:
             again.up()
-            while any(
-                [reserve.state for reserve in rank.standbys] != ["hot"]
-                for placement in client.placements()
-                for rank in placement.ranks
-            ):
-                time.sleep(0.1)
-            (placement,) = client.placements()
+            for status in client.events(0.2):
+                (placement,) = status.placements
+                kept = [[reserve.state for reserve in rank.standbys] for rank in placement.ranks]
+                if all(states == ["hot"] for states in kept):
+                    break
             assert placement.epoch == 2  # what serves stays where it is
             *_, after = client.generate(asked)
             assert isinstance(after, Answer)

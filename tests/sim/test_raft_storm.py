@@ -1,4 +1,4 @@
-"""The engines raft-rs and pysyncobj in a seeded storm: crashes, cut links, hand-overs, changes of voters."""
+"""The engines raft-rs and pysyncobj in a seeded storm: crashes, cuts, hand-overs, new voters."""
 
 from __future__ import annotations
 
