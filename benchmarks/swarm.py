@@ -45,6 +45,7 @@ class LocalNode:
 
     name: str
     home: Home
+    listen: str = "/ip4/127.0.0.1/tcp/0"
     process: subprocess.Popen[bytes] | None = None
     state: DaemonState | None = None
     _client: Client | None = field(default=None, repr=False)
@@ -92,8 +93,8 @@ class LocalNode:
         It listens on other ports than before.  Raises :class:`Unavailable`
         (``daemon_not_started``).
         """
-        _start(self)
-        _await_up(self, time.monotonic() + START_SECONDS)
+        start_process(self)
+        await_up(self, time.monotonic() + START_SECONDS)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -155,7 +156,7 @@ def local_swarm(count: int, *, say: Say = lambda _: None) -> Iterator[list[Local
             yield nodes
         finally:
             with uninterrupted():
-                _stop_all(nodes)
+                stop_all(nodes)
 
 
 def _start_all(nodes: list[LocalNode], say: Say) -> None:
@@ -163,15 +164,15 @@ def _start_all(nodes: list[LocalNode], say: Say) -> None:
     create_mesh(first.home, "local", "private", node_name=first.name, clock=time.time)
     deadline = time.monotonic() + START_SECONDS
     say(f"Starting {len(nodes)} daemons ...")
-    _start(first)
-    _await_up(first, deadline)
-    joins = [(node, _join(first, node)) for node in others]
+    start_process(first)
+    await_up(first, deadline)
+    joins = [(node, begin_join(first, node)) for node in others]
     for node, process in joins:
-        _finish_join(node, process, deadline)
+        finish_join(node, process, deadline)
     for node in others:
-        _start(node)
+        start_process(node)
     for node in others:
-        _await_up(node, deadline)
+        await_up(node, deadline)
     wanted = {node.peer_id for node in others}
     while not wanted <= {peer.peer_id for peer in first.client.peers().peers}:
         if time.monotonic() > deadline:
@@ -197,9 +198,9 @@ def _open_log(node: LocalNode) -> IO[bytes]:
     return (node.home.root / "stderr.log").open("ab")
 
 
-def _start(node: LocalNode) -> None:
+def start_process(node: LocalNode) -> None:
     """Start a daemon; it prints its state as JSON when it is up."""
-    flags = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0")
+    flags = ("--no-mdns", "--listen", node.listen, "--api", "127.0.0.1:0")
     command = _command("up", "--with-parent", "--name", node.name, *flags)
     with _open_log(node) as log:
         node.process = subprocess.Popen(
@@ -213,7 +214,7 @@ def _start(node: LocalNode) -> None:
         )
 
 
-def _await_up(node: LocalNode, deadline: float) -> None:
+def await_up(node: LocalNode, deadline: float) -> None:
     """Wait for the line that a daemon prints when it is up."""
     process = node.process
     assert process is not None
@@ -231,7 +232,7 @@ def _await_up(node: LocalNode, deadline: float) -> None:
         raise _not_started(node, f"did not start (status {process.returncode})") from None
 
 
-def _join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
+def begin_join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
     """Let a node redeem a fresh ticket, given through stdin, where no one else sees it."""
     invitation = first.client.invite(InviteRequest(role="voter", ttl_seconds=TICKET_SECONDS))
     with _open_log(node) as log:
@@ -250,7 +251,8 @@ def _join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
     return process
 
 
-def _finish_join(node: LocalNode, process: subprocess.Popen[bytes], deadline: float) -> None:
+def finish_join(node: LocalNode, process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Wait until a join that was begun is done; raises :class:`Unavailable` when it failed."""
     try:
         status = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -270,7 +272,7 @@ def _not_started(node: LocalNode, what: str) -> PyAgentError:
     )
 
 
-def _stop_all(nodes: list[LocalNode]) -> None:
+def stop_all(nodes: list[LocalNode]) -> None:
     """Ask every process to end, and kill what has not ended in time."""
     for node in nodes:
         node.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Literal
 
 import msgspec
 import trio
@@ -21,12 +20,12 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.consensus import raft_links
 from pyagent_node.consensus.checks import encode_command
 from pyagent_node.consensus.commands import Command
-from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus, PeerProgress
+from pyagent_node.consensus.port import Applied, AppliedStream, ConsensusStatus
 from pyagent_node.consensus.raft_changes import Changes, not_leader
 from pyagent_node.consensus.raft_courier import Authorise, Courier
 from pyagent_node.consensus.raft_handover import Handovers, News
 from pyagent_node.consensus.raft_links import Links
-from pyagent_node.consensus.raft_members import Members, voters_of
+from pyagent_node.consensus.raft_members import Members
 from pyagent_node.consensus.raft_messages import (
     Hello,
     NotTransferred,
@@ -38,6 +37,7 @@ from pyagent_node.consensus.raft_messages import (
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
 from pyagent_node.consensus.raft_proposals import Pending
 from pyagent_node.consensus.raft_reads import Reads
+from pyagent_node.consensus.raft_status import status_of, successor
 from pyagent_node.consensus.raft_trouble import no_leader
 from pyagent_node.consensus.replica import (
     Outcome,
@@ -55,15 +55,6 @@ RESIGN_SECONDS = 1.0
 """Longest wait for another leader before a leader ends."""
 HELLO_SECONDS = 3.0
 """Longest wait for a connected peer to say which Raft id it goes by."""
-
-_Role = Literal["leader", "follower", "candidate", "learner", "client"]
-_ROLES: dict[str, _Role] = {
-    "leader": "leader",
-    "follower": "follower",
-    "candidate": "candidate",
-    "precandidate": "candidate",
-    "learner": "learner",
-}
 
 
 class RaftEngine:
@@ -110,30 +101,16 @@ class RaftEngine:
 
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
-        node, members = self.node, self.members
-        core = node.core.status()
-        conf = members.conf
-        voters = voters_of(conf)
-        leader = members.peer_of(node.leader) if node.leader else None
-        learners = {*conf.learners, *conf.learners_next} - voters
-        return ConsensusStatus(
-            engine=self._name,
-            role=_ROLES[core.role] if self._role != "client" else "client",
-            leader=leader,
+        node = self.node
+        return status_of(
+            self._name,
+            node.core.status(),
+            self.members,
+            client=self._role == "client",
+            leader=node.leader,
             index=node.history.index,
-            problem=node.disk.problem
-            or node.applier.held
-            or (None if leader else no_leader(self.members, self.links.peers).to_info()),
-            term=core.term,
-            commit=core.commit,
-            voters=members.peers_of(voters),
-            learners=members.peers_of(learners),
-            joint=conf.joint,
-            progress=tuple(
-                PeerProgress(peer, node_id in voters, matched, active or node_id == members.me)
-                for node_id, matched, active, _ in core.progress
-                if (peer := members.peer_of(node_id)) is not None
-            ),
+            problem=node.disk.problem or node.applier.held,
+            present=self.links.peers,
         )
 
     async def propose(self, command: Command) -> Applied:
@@ -411,17 +388,11 @@ class RaftEngine:
 
     async def resign(self) -> None:
         """Hand the leadership to whoever is furthest, so that nobody has to miss this node."""
-        status = self.status()
-        others = [
-            each
-            for each in status.progress
-            if each.voter and each.active and each.peer_id != self._mesh.peer_id
-        ]
-        if status.role != "leader" or not others:
+        best = successor(self.status(), self._mesh.peer_id)
+        if best is None:
             return
-        best = max(others, key=lambda each: (each.matched, each.peer_id))
         try:
-            await self._handovers.transfer(self.node, self.links, best.peer_id, RESIGN_SECONDS)
+            await self._handovers.transfer(self.node, self.links, best, RESIGN_SECONDS)
         except PyAgentError as error:
             log.info("the leadership was not handed over: %s", error)
 

@@ -34,11 +34,11 @@ def fixed_hashing() -> bool:
 def _seeded_scheduler(seed: int) -> Iterator[None]:
     ours = random.Random(seed)  # noqa: S311 - must repeat itself
     before = trio_run._r, trio_run._ALLOW_DETERMINISTIC_SCHEDULING
-    vars(trio_run).update(_r=ours, _ALLOW_DETERMINISTIC_SCHEDULING=True)
+    trio_run.__dict__.update(_r=ours, _ALLOW_DETERMINISTIC_SCHEDULING=True)
     try:
         yield
     finally:
-        vars(trio_run).update(_r=before[0], _ALLOW_DETERMINISTIC_SCHEDULING=before[1])
+        trio_run.__dict__.update(_r=before[0], _ALLOW_DETERMINISTIC_SCHEDULING=before[1])
 
 
 def run_deterministic(program: Callable[[], Awaitable[T]], seed: int) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm
@@ -18,7 +18,7 @@ MAX_LOG_BYTES: Final = 4 << 20
 class Bounded:
     """Looked at under faults; after healing nothing of any request may be left."""
 
-    name: Final = "bounded"
+    name: ClassVar[str] = "bounded"
 
     def check(self, swarm: Swarm) -> Iterator[str]:
         """Look at every node's counts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from pyagent_node.consensus.state import encode_snapshot
 from pyagent_node.native import blake3
@@ -18,7 +18,7 @@ FAR_BACK: Final = 64
 class CommittedNeverChanges(Always):
     """Log matching and state machine safety: one hash chain, and one state, for each index."""
 
-    name: Final = "committed entries never change"
+    name: ClassVar[str] = "committed entries never change"
 
     def __init__(self) -> None:
         self._chains: dict[int, bytes] = {}

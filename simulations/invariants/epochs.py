@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
@@ -20,7 +20,7 @@ STOP_SECONDS: Final = 5.0
 class OnePlacementAnEpoch(Always):
     """No two nodes ever know different ranks under one epoch; epochs only grow."""
 
-    name: Final = "one placement an epoch"
+    name: ClassVar[str] = "one placement an epoch"
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Digest, object]] = {}
@@ -52,7 +52,7 @@ def _shape(placement: Placement) -> tuple[Digest, object]:
 class StaleStagesStop(Always):
     """A node that knows of a newer epoch serves no stage of an older one."""
 
-    name: Final = "stale stages stop"
+    name: ClassVar[str] = "stale stages stop"
 
     def __init__(self) -> None:
         self._since: dict[tuple[int, int, Digest, int, int], float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from pyagent_node.simulations.invariants.port import Always
 
@@ -16,7 +16,7 @@ class OneLeaderATerm(Always):
     Algorithm", figure 3).
     """
 
-    name: Final = "one leader a term"
+    name: ClassVar[str] = "one leader a term"
 
     def __init__(self) -> None:
         self._leaders: dict[int, int] = {}

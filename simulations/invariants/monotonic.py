@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from pyagent_node.simulations.invariants.port import Always
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class NothingGoesBack(Always):
     """Also across restarts: a term that a node has acted in survives its death."""
 
-    name: Final = "nothing goes back"
+    name: ClassVar[str] = "nothing goes back"
 
     def __init__(self) -> None:
         self._terms: dict[int, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm
@@ -12,10 +12,8 @@ if TYPE_CHECKING:
 class Invariant(Protocol):
     """Something that must hold; it may remember what it saw."""
 
-    @property
-    def name(self) -> str:
-        """A word for reports."""
-        ...
+    name: ClassVar[str]
+    """A word for reports."""
 
     def check(self, swarm: Swarm) -> Iterator[str]:
         """Yield what is wrong now, under faults."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from pyagent_node.simulations.pipeline import MODEL
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Restored:
     """Asks for nothing under faults."""
 
-    name: Final = "restored"
+    name: ClassVar[str] = "restored"
 
     def check(self, swarm: Swarm) -> Iterator[str]:
         """Yield nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from pyagent_node.simulations.invariants.port import Always
 from pyagent_node.simulations.workload import MARK
@@ -29,7 +29,7 @@ class _Listener(logging.Handler):
 class NoSecrets(Always):
     """Prompts begin with a mark that is looked for in all that nodes log and store."""
 
-    name: Final = "no secrets"
+    name: ClassVar[str] = "no secrets"
 
     def __init__(self) -> None:
         self.listener = _Listener()
