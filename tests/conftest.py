@@ -81,9 +81,9 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-@pytest.fixture(autouse=True)
-def no_process_left() -> Iterator[None]:
-    """Fail a test that leaves a child process (or a child's child) behind."""
+@contextlib.contextmanager
+def leaving_no_process() -> Iterator[None]:
+    """Fail when a child process (or a child's child) is left behind."""
     before = _children()
     yield
     extra = _children() - before
@@ -99,6 +99,13 @@ def no_process_left() -> Iterator[None]:
         except psutil.NoSuchProcess:
             continue
     assert not names, f"The test left processes behind: {names}"
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail a test that leaves a process behind."""
+    with leaving_no_process():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,105 @@
+"""The network between hosts is cut in the middle of an answer: silence, not an error."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.namespaces import Halves, Host, two_halves, why_not
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.model,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+SETTLE_SECONDS = 60.0
+TEXT = ("generate", "Tell me about three rivers.", "--max-tokens", "300", "--seed", "7")
+BEGINNING = 60
+"""Bytes of an answer that show it is well under way."""
+
+
+@pytest.fixture
+def halves(tmp_path: Path, bundled_model: Path) -> Iterator[Halves]:
+    """Three hosts on one side and two on the other, one mesh, ranks on both sides."""
+    with two_halves(tmp_path, left=3, right=2) as made, ExitStack() as stack:
+        first, *others = made.hosts
+        first.ask("mesh", "create", "five")
+        peers = [stack.enter_context(first.daemon())["peer_id"]]
+        for number, host in enumerate(others, start=1):
+            host.ask("join", str(first.ask("invite")["ticket"]), "--name", f"host{number}")
+            peers.append(stack.enter_context(host.daemon())["peer_id"])
+        settle(first)
+        pulled = first.ask("model", "pull", str(bundled_model))["model"]
+        assert isinstance(pulled, dict)
+        nodes = ",".join(str(peers[i]) for i in (1, 3, 2))
+        first.ask(
+            "model",
+            "load",
+            str(pulled["digest"]),
+            "--layers",
+            "10,20",
+            "--nodes",
+            nodes,
+            timeout=200,
+        )
+        yield made
+
+
+def settle(host: Host) -> None:
+    """Wait until all five hosts vote."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        consensus = host.ask("status")["consensus"]
+        assert isinstance(consensus, dict)
+        if len(consensus["voters"]) == 5 and consensus["leader"] and not consensus["joint"]:
+            return
+        assert time.monotonic() < deadline, consensus
+
+
+def answer(host: Host) -> str:
+    """Return the text of an undisturbed answer."""
+    return subprocess.run(
+        host.command(*TEXT), check=True, capture_output=True, timeout=200
+    ).stdout.decode()
+
+
+def begin(host: Host) -> tuple[subprocess.Popen[bytes], bytes]:
+    """Ask, and return once the answer is under way, with its beginning."""
+    asking = subprocess.Popen(host.command(*TEXT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout is not None
+    return asking, asking.stdout.read(BEGINNING)
+
+
+def finish(asking: subprocess.Popen[bytes], beginning: bytes) -> str:
+    """Wait for the rest of an answer and return all of it."""
+    out, err = asking.communicate(timeout=200)
+    assert asking.returncode == 0, err.decode()
+    return (beginning + out).decode()
+
+
+def test_the_side_with_a_quorum_goes_on_alone(halves: Halves) -> None:
+    head = halves.hosts[0]
+    expected = answer(head)
+    asking, beginning = begin(head)
+    halves.cut()
+    assert finish(asking, beginning) == expected
+
+
+def test_the_side_without_one_waits_for_the_other(halves: Halves) -> None:
+    head = halves.hosts[4]
+    expected = answer(head)
+    asking, beginning = begin(head)
+    halves.cut()
+    _, error = head.refused("model", "unload", "smollm2-135m")
+    assert error["code"] == "no_leader", error
+    assert asking.poll() is None, asking.communicate()
+    halves.heal()
+    assert finish(asking, beginning) == expected
