@@ -99,6 +99,13 @@ class Machine:
         """Return Unix seconds on its clock."""
         return EPOCH + trio.current_time() + self.skew
 
+    def switch_on(self) -> bool:
+        """Say whether it was off; :meth:`live` must follow if so."""
+        if not self.over.is_set():
+            return False
+        self.over = trio.Event()
+        return True
+
     async def live(
         self,
         network: SimulatedNetwork,
@@ -106,7 +113,7 @@ class Machine:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Run its node until it dies; ``task_status`` tells that it is up, or has failed."""
-        self.scope, self.over, self.lives = trio.CancelScope(), trio.Event(), self.lives + 1
+        self.scope, self.lives = trio.CancelScope(), self.lives + 1
         told = False
         try:
             with self.scope:

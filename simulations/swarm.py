@@ -77,8 +77,9 @@ class Swarm:
     async def start(self, machine: Machine) -> None:
         """Switch a machine on and wait until its node is up (or has failed)."""
         await machine.over.wait()
-        await self.nursery.start(machine.live, self.network, self.trace)
-        await self.greet()
+        if machine.switch_on():
+            await self.nursery.start(machine.live, self.network, self.trace)
+            await self.greet()
 
     def kill(self, machine: Machine) -> None:
         """Cut a machine's power."""
