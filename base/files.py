@@ -52,7 +52,12 @@ def map_os_error(error: OSError, path: Path | str, doing: str) -> PyAgentError:
         return Unavailable(
             text, code="disk_full", remedy="Free some space, then try again.", path=str(path)
         )
-    return Unavailable(text, code="disk_failed", path=str(path))
+    return Unavailable(
+        text,
+        code="disk_failed",
+        remedy="Check the disk, and that the path is what it should be.",
+        path=str(path),
+    )
 
 
 @contextlib.contextmanager

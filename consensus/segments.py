@@ -137,17 +137,16 @@ def _torn(data: bytes, at: int) -> bool:
     if start > len(data):
         return True
     length, _, head_crc = _RECORD_HEADER.unpack_from(data, at)
-    if head_crc == zlib.crc32(data[at : at + 8]):
-        end = start + length
-        if end > len(data):
-            return True
-        if end < len(data):
-            return False
-    return _has_zero_sector(data, at)
+    if head_crc != zlib.crc32(data[at : at + 8]):
+        # Only a sector of the header itself can have spoilt it; zeros further on are data.
+        return _has_zero_sector(data, at, start)
+    end = start + length
+    return end > len(data) or (end == len(data) and _has_zero_sector(data, at, end))
 
 
-def _has_zero_sector(data: bytes, at: int) -> bool:
-    while at < len(data):
+def _has_zero_sector(data: bytes, at: int, end: int) -> bool:
+    """Say whether a sector that has bytes in [at, end) holds nothing but zeros from ``at`` on."""
+    while at < end:
         stop = min(len(data), at - at % SECTOR + SECTOR)
         if not any(memoryview(data)[at:stop]):
             return True

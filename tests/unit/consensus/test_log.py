@@ -202,6 +202,18 @@ def test_a_flipped_bit_is_never_accepted_and_never_taken_for_a_torn_tail(
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("spoilt", range(12))
+def test_a_spoilt_record_header_is_no_torn_tail_because_of_zeros_further_on(spoilt: int) -> None:
+    before = encode_segment_header(0, 1) + encode_record(Batch(entries(1, 3), None))
+    zeros = Batch([entry(5, bytes(4 * SECTOR))], None)  # acknowledged, and full of zeros
+    whole = before + encode_record(Batch([entry(4)], None)) + encode_record(zeros)
+    assert decode_segment(whole, "x", last=True).good == len(whole)
+    bad = bytearray(whole)
+    bad[len(before) + spoilt] ^= 0x10
+    with pytest.raises(CorruptData):
+        decode_segment(bytes(bad), "x", last=True)
+
+
 def test_torn_tail_in_a_segment_that_is_not_the_last_is_damage() -> None:
     whole = encode_segment_header(0, 1) + encode_record(Batch(entries(1, 2), None))
     assert decode_segment(whole[:-1], "x", last=True).good == SEGMENT_HEADER_BYTES
