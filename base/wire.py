@@ -10,6 +10,7 @@ This module does no I/O: :class:`FrameDecoder` is fed bytes and yields frames.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar, cast
@@ -101,6 +102,14 @@ class _TagOnly(msgspec.Struct):
     type: str
 
 
+@functools.cache
+def tag_of(kind: type[object]) -> str | None:
+    """Return the string tag of a message type, ``None`` without one (to look takes a millisecond)."""
+    info = msgspec.inspect.type_info(kind)
+    tag = info.tag if isinstance(info, msgspec.inspect.StructType) else None
+    return tag if isinstance(tag, str) else None
+
+
 class Codec(Generic[M]):
     """Encodes and decodes one closed set of tagged messages.
 
@@ -115,12 +124,7 @@ class Codec(Generic[M]):
             union = cast("type[M]", union | t)
         self._decoder = msgspec.msgpack.Decoder(union)
         self._encoder = msgspec.msgpack.Encoder()
-        self._tags = frozenset(
-            str(info.tag)
-            for t in types
-            if (info := msgspec.inspect.type_info(t))
-            and isinstance(info, msgspec.inspect.StructType)
-        )
+        self._tags = frozenset(tag for t in types if (tag := tag_of(t)) is not None)
         self._tag_decoder = msgspec.msgpack.Decoder(_TagOnly)
 
     def encode(self, message: M) -> bytes:

@@ -144,6 +144,11 @@ class Consensus(Protocol):
         """The state as applied on this node (may lag behind the leader)."""
         ...
 
+    @property
+    def leads(self) -> bool:
+        """Whether this node is the leader; ``status().role == "leader"`` without its cost."""
+        ...
+
     def status(self) -> ConsensusStatus:
         """Return the engine's view of itself."""
         ...

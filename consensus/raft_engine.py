@@ -99,6 +99,11 @@ class RaftEngine:
         """The state as applied on this node."""
         return self.node.history.state
 
+    @property
+    def leads(self) -> bool:
+        """See ``Consensus.leads``."""
+        return self.node.leads and self._role != "client"
+
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
         node = self.node

@@ -106,6 +106,11 @@ class Follower(SingleNode):
         self._pending: dict[bytes, _Pending] = {}
         self._problem: ErrorInfo | None = None
 
+    @property
+    def leads(self) -> bool:
+        """See ``Consensus.leads``."""
+        return False
+
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
         return ConsensusStatus(

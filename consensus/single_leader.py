@@ -94,6 +94,11 @@ class Leader(SingleNode):
         self._scopes: set[trio.CancelScope] = set()
         self._closed = False
 
+    @property
+    def leads(self) -> bool:
+        """See ``Consensus.leads``."""
+        return True
+
     def status(self) -> ConsensusStatus:
         """See ``Consensus.status``."""
         me = self._mesh.peer_id

@@ -123,7 +123,7 @@ class Healer:
                 await trio.sleep(ROLE_SECONDS)
 
     def _leads(self) -> bool:
-        return self._consensus.status().role == "leader"
+        return self._consensus.leads
 
     def _neighbours(self) -> set[PeerId]:
         me = self._mesh.peer_id

@@ -33,7 +33,7 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.limits import RPC_SECONDS
 from pyagent_node.base.mesh import FrameStream, Mesh
 from pyagent_node.base.types import PeerId
-from pyagent_node.base.wire import Codec, Frame
+from pyagent_node.base.wire import Codec, Frame, tag_of
 from pyagent_node.node.nurseries import background
 
 log = logging.getLogger("pyagent_node.rpc")
@@ -97,10 +97,10 @@ _tag_of: Final = msgspec.msgpack.Decoder(_Tag)
 
 
 def _tag(kind: type[msgspec.Struct]) -> str:
-    info = msgspec.inspect.type_info(kind)
-    if not isinstance(info, msgspec.inspect.StructType) or not isinstance(info.tag, str):
+    tag = tag_of(kind)
+    if tag is None:
         raise TypeError(f"{kind.__name__} has no string tag")
-    return info.tag
+    return tag
 
 
 class RpcServer:

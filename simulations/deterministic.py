@@ -9,6 +9,7 @@ needs a fixed ``PYTHONHASHSEED`` (see :func:`fixed_hashing`).
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -23,6 +24,8 @@ import trio.testing
 T = TypeVar("T")
 
 HASH_SEED: Final = "0"
+COLLECT: Final = (50_000, 20, 100)
+"""Thresholds of Python's garbage collector during a run; its own cost 40% of one of 50 nodes."""
 
 
 def fixed_hashing() -> bool:
@@ -41,11 +44,22 @@ def _seeded_scheduler(seed: int) -> Iterator[None]:
         trio_run.__dict__.update(_r=before[0], _ALLOW_DETERMINISTIC_SCHEDULING=before[1])
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for garbage less often: a large swarm is many live objects, and all are looked at."""
+    before = gc.get_threshold()
+    gc.set_threshold(*COLLECT)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def run_deterministic(program: Callable[[], Awaitable[T]], seed: int) -> T:
     """Run ``program`` to its end and return its result.
 
     Time is virtual: it stands still while anything can run, then jumps to the next deadline.  The
     program must not use threads, sockets or the wall clock.
     """
-    with _seeded_scheduler(seed):
+    with _seeded_scheduler(seed), _rare_collections():
         return trio.run(program, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -12,7 +12,7 @@ is deterministic under ``trio.testing.MockClock``: nothing in it draws a random 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
@@ -23,6 +23,7 @@ from pyagent_node.base.errors import (
     DeadlineExceeded,
     LimitExceeded,
     PyAgentError,
+    Refused,
     Unavailable,
 )
 from pyagent_node.base.limits import HANDSHAKE_SECONDS
@@ -72,6 +73,8 @@ class SimulatedNetwork:
         self._cut: set[Pair] = set()
         self._held: set[tuple[PeerId, PeerId]] = set()
         self._released = trio.Event()
+        self.lateness: dict[PeerId, Callable[[], float]] = {}
+        """Draws how much later than the latency a frame to or from a node is, in seconds."""
         self.meddler: Meddler | None = None
         """Sees, and may lose, repeat or change, every frame of the streams opened from now on."""
         self._nodes: dict[PeerId, SimulatedMesh] = {}
@@ -108,6 +111,9 @@ class SimulatedNetwork:
     def set_latency(self, a: PeerId, b: PeerId, seconds: float) -> None:
         """Set the one-way latency between two nodes for the streams opened from now on."""
         self._latencies[frozenset((a, b))] = seconds
+        for mesh in (self._nodes.get(a), self._nodes.get(b)):
+            if mesh is not None:
+                mesh.forget_infos()
 
     def latency(self, a: PeerId, b: PeerId) -> float:
         """Return the one-way latency between two nodes, in seconds."""
@@ -153,12 +159,17 @@ class SimulatedNetwork:
         """Subject a new stream to what holds for the link."""
         stream.hold_outgoing(self.held(opener, other))
         stream.hold_incoming(self.held(other, opener))
+        stream.delay(lambda: self._late(opener, other))
         meddler = self.meddler
         if meddler is not None:
             stream.meddle(
                 lambda frame: meddler(opener, other, protocol, frame),
                 lambda frame: meddler(other, opener, protocol, frame),
             )
+
+    def _late(self, a: PeerId, b: PeerId) -> float:
+        lateness = self.lateness
+        return sum(lateness[peer]() for peer in (a, b) if peer in lateness) if lateness else 0.0
 
     async def flowing(self, a: PeerId, b: PeerId) -> None:
         """Wait while either direction is stalled, as a handshake does.
@@ -237,7 +248,12 @@ class SimulatedMesh:
         self._handlers: dict[str, StreamHandler] = {}
         self._peers: dict[PeerId, tuple[PeerAdmission, bool]] = {}
         self._known: set[PeerId] = set()
+        self._infos: list[PeerInfo] | None = None
+        """What :meth:`peers` said last, while nothing has changed."""
+        self._hearing: set[PeerId] = set()
+        """Strangers that are being connected because somebody told of them."""
         self._streams: dict[PeerId, list[MemoryStream]] = {}
+        self._most_streams = 0
         self._serving: set[trio.CancelScope] = set()
         self._hub = EventHub()
 
@@ -252,9 +268,13 @@ class SimulatedMesh:
         return (self._address,)
 
     def most_streams(self) -> int:
-        """Return the greatest number of open streams with one peer that this node opened."""
-        counts = (sum(not s.over for s in held) for held in self._streams.values())
-        return max(counts, default=0)
+        """Return the greatest number of streams with one peer that this node ever held open."""
+        return self._most_streams
+
+    @property
+    def connected(self) -> Set[PeerId]:
+        """The ids of the connected peers."""
+        return self._peers.keys()
 
     def knows(self, peer: PeerId) -> bool:
         """Say whether this node was ever connected to ``peer``, or heard of it."""
@@ -262,6 +282,15 @@ class SimulatedMesh:
 
     def peers(self) -> Sequence[PeerInfo]:
         """Return the connected, authorised peers."""
+        if self._infos is None:
+            self._infos = self._look_at_peers()
+        return list(self._infos)
+
+    def forget_infos(self) -> None:
+        """Something of a peer, or of a link, is not what it was."""
+        self._infos = None
+
+    def _look_at_peers(self) -> list[PeerInfo]:
         return [
             PeerInfo(
                 peer_id=peer,
@@ -324,6 +353,7 @@ class SimulatedMesh:
         )
         self._network.dress(ours, self._peer_id, other.peer_id, protocol)
         self._streams[other.peer_id] = [*held, ours]
+        self._most_streams = max(self._most_streams, len(held) + 1)
         self._nursery.start_soon(other._serve, protocol, handler, theirs)
         return ours
 
@@ -359,10 +389,15 @@ class SimulatedMesh:
         theirs, ours = other._judge(self), self._judge(other)
         other._gain(self, theirs, outbound=False)
         self._gain(other, ours, outbound=True)
-        for stranger in (self._known ^ other._known) - {self._peer_id, peer}:
-            lesser = self if stranger not in self._known else other
-            self._nursery.start_soon(lesser._hear_of, stranger)
+        self._tell_of(other)
+        other._tell_of(self)
         return peer
+
+    def _tell_of(self, other: SimulatedMesh) -> None:
+        """Let ``other`` connect to the peers that it has never heard of."""
+        for stranger in self._known - other._known - other._hearing - {other.peer_id}:
+            other._hearing.add(stranger)
+            self._nursery.start_soon(other._hear_of, stranger)
 
     def _at(self, address: str) -> SimulatedMesh:
         peer = PeerId(peer_of(address) or "")
@@ -385,6 +420,7 @@ class SimulatedMesh:
         self.metrics.reconnects += other.peer_id in self._known
         self._known.add(other.peer_id)
         self._peers[other.peer_id] = (admission, outbound)
+        self.forget_infos()
         self._hub.put(other.peer_id, "up")
 
     async def _hear_of(self, stranger: PeerId) -> None:
@@ -394,6 +430,8 @@ class SimulatedMesh:
                 await self.connect(self._network.find(self._peer_id, stranger).addresses[0])
         except PyAgentError as error:
             log.debug("%s stays away from %s: %s", self._peer_id, stranger, error)
+        finally:
+            self._hearing.discard(stranger)
 
     async def open_join(self, address: str) -> FrameStream:
         """Open a ``/pyagent/join/1`` stream to a node that need not know us yet."""
@@ -414,11 +452,22 @@ class SimulatedMesh:
         self.lose(peer, reason)
         other.lose(self._peer_id, reason)
 
+    def recheck(self) -> None:
+        """Judge every connected peer again, and part from who is refused, as the real adapter."""
+        for peer in list(self._peers):
+            other = self._network.find(self._peer_id, peer)
+            try:
+                self.authoriser.judge(peer, other.authoriser.credentials())
+            except Refused as error:
+                self.metrics.refused[error.code] += 1
+                self.disconnect(peer, error.message)
+
     def lose(self, peer: PeerId, reason: str) -> None:
         """The connection to ``peer`` is gone."""
         for stream in self._streams.pop(peer, []):
             stream.cut(reason)
         if self._peers.pop(peer, None) is not None:
+            self.forget_infos()
             self._hub.put(peer, "down")
 
     def hold(self, peer: PeerId, *, outgoing: bool, held: bool) -> None:

@@ -26,12 +26,13 @@ class OneLeaderATerm(Always):
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
-            status = machine.parts.consensus.status()
-            if status.role != "leader":
+            engine = machine.parts.consensus
+            if not engine.leads:
                 continue
-            first = self._leaders.get(status.term)
+            term = engine.node.core.term
+            first = self._leaders.get(term)
             if first is None:
-                self._leaders[status.term] = machine.number
-                swarm.trace.add(machine.number, "leads", f"term {status.term}")
+                self._leaders[term] = machine.number
+                swarm.trace.add(machine.number, "leads", f"term {term}")
             elif first != machine.number:
-                yield f"nodes {first} and {machine.number} both lead term {status.term}"
+                yield f"nodes {first} and {machine.number} both lead term {term}"

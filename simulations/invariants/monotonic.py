@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class NothingGoesBack(Always):
-    """Also across restarts: a term that a node has acted in survives its death."""
+    """Also across restarts: a term that a node has led survives its death."""
 
     name: ClassVar[str] = "nothing goes back"
 
     def __init__(self) -> None:
-        self._terms: dict[int, int] = {}
+        self._terms: dict[int, tuple[int, int]] = {}
         self._indices: dict[tuple[int, int], tuple[int, int]] = {}
 
     def check(self, swarm: Swarm) -> Iterator[str]:
@@ -25,15 +25,16 @@ class NothingGoesBack(Always):
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
-            status = machine.parts.consensus.status()
+            engine = machine.parts.consensus
+            core, applied = engine.node.core.status(), engine.node.history.index
             life = (machine.number, machine.lives)
             commit, index = self._indices.get(life, (0, 0))
-            if status.commit < commit or status.index < index:
-                yield f"node {machine.number} went back from entry {index} to {status.index}"
-            if status.index > status.commit:
-                yield f"node {machine.number} applied entry {status.index} before it was committed"
-            self._indices[life] = (status.commit, status.index)
-            if status.role == "leader":
-                if status.term < self._terms.get(machine.number, 0):
-                    yield f"node {machine.number} leads the past term {status.term}"
-                self._terms[machine.number] = status.term
+            if core.commit < commit or applied < index:
+                yield f"node {machine.number} went back from entry {index} to {applied}"
+            if applied > core.commit:
+                yield f"node {machine.number} applied entry {applied} before it was committed"
+            self._indices[life] = (core.commit, applied)
+            if engine.leads:
+                if core.term < self._terms.get(machine.number, 0):
+                    yield f"node {machine.number} leads the past term {core.term}"
+                self._terms[machine.number] = core.term

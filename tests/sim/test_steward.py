@@ -75,6 +75,10 @@ class Cluster:
             self.state, error = apply(self.state, command)
             assert error is None
 
+    @property
+    def leads(self) -> bool:
+        return self.leader == self.me
+
     def status(self) -> ConsensusStatus:
         return ConsensusStatus(
             "fake",
