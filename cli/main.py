@@ -54,6 +54,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("demo", "demo", "Split a model over daemons on this machine and ask it."),
             ("bench", "bench", "Measure speed against a single process."),
+            ("simulate", "simulate", "Try the whole swarm with faults, on virtual time."),
         ),
     ),
     (

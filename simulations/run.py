@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+import traceback
+from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Final
 
 import msgspec
@@ -23,6 +27,11 @@ ASK_SECONDS: Final = 3.0
 """Virtual time between two requests, on average."""
 CALM_SECONDS: Final = 2.0
 """Time after everything was answered, in which what is left of it goes away."""
+
+NO_ERROR_ESCAPES: Final = "no error escapes"
+CRASH_FRAMES: Final = 6
+"""Frames that are told of an error that escaped."""
+MAX_DETAIL: Final = 300
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -53,49 +62,86 @@ class Run:
     def __init__(self, seed: int, schedule: Schedule) -> None:
         self.seed = seed
         self.schedule = schedule
-        self.story: list[Event] = []
         self._invariants = all_invariants()
+        self._start = self._virtual = 0.0
+        self._trace = Trace(self._clock)
+        self._found: list[Found] = []
+        self._requests = 0
+
+    @property
+    def story(self) -> list[Event]:
+        """The events of the run, the last :data:`~simulations.trace.KEPT` of them."""
+        return list(self._trace.events)
 
     def play(self) -> Outcome:
-        """Run to the end, or to the first broken invariant."""
+        """Run to the end, or to the first broken invariant; an error that escapes breaks one."""
         began = time.perf_counter()
+        try:
+            with self._listening():
+                run_deterministic(self._main, self.seed)
+        except Exception as error:
+            self._crashed(error)
+        return Outcome(
+            seed=self.seed,
+            nodes=self.schedule.nodes,
+            virtual_seconds=round(self._virtual, 3),
+            wall_seconds=round(time.perf_counter() - began, 3),
+            events=self._trace.count,
+            requests=self._requests,
+            faults=len(self.schedule.faults),
+            violations=tuple(self._found),
+            trace_digest=self._trace.digest,
+        )
+
+    def _clock(self) -> float:
+        """Return virtual seconds since the beginning; the last known ones after the end."""
+        with contextlib.suppress(RuntimeError):
+            self._virtual = trio.current_time() - self._start
+        return self._virtual
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Let the invariants hear what nodes log, and nobody else."""
         logger = logging.getLogger("pyagent_node")
         listeners = [i.listener for i in self._invariants if isinstance(i, NoSecrets)]
-        level = logger.level
+        level, propagate = logger.level, logger.propagate
         logger.setLevel(logging.DEBUG)
-        propagate, logger.propagate = logger.propagate, False
+        logger.propagate = False
         for listener in listeners:
             logger.addHandler(listener)
         try:
-            return run_deterministic(lambda: self._main(began), self.seed)
+            yield
         finally:
             for listener in listeners:
                 logger.removeHandler(listener)
             logger.setLevel(level)
             logger.propagate = propagate
 
-    async def _main(self, began: float) -> Outcome:
-        start = trio.current_time()
-        trace = Trace(lambda: trio.current_time() - start)
-        async with open_swarm(self.seed, trace) as swarm:
+    def _crashed(self, error: Exception) -> None:
+        """Report an error that no node may let out."""
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        frames = traceback.extract_tb(first.__traceback__)[-CRASH_FRAMES:]
+        for frame in frames:
+            where = f"{PurePath(frame.filename).name}:{frame.lineno} in {frame.name}"
+            self._trace.add(None, "crashed", f"{where}: {frame.line}")
+        detail = f"{type(first).__name__}: {str(first)[:MAX_DETAIL]}"
+        self._trace.add(None, "VIOLATION", f"{NO_ERROR_ESCAPES}: {detail}")
+        self._found.append(Found(round(self._virtual, 3), NO_ERROR_ESCAPES, detail))
+
+    async def _main(self) -> None:
+        self._start = trio.current_time()
+        async with open_swarm(self.seed, self._trace) as swarm:
             with trio.CancelScope() as scope:
                 swarm.nursery.start_soon(self._watch, swarm, scope)
                 await self._phases(swarm)
-            virtual = trio.current_time() - start
-            found = tuple(Found(v.time - start, v.invariant, v.detail) for v in swarm.violations)
-            requests = len(swarm.people)
-        self.story = list(trace.events)
-        return Outcome(
-            seed=self.seed,
-            nodes=self.schedule.nodes,
-            virtual_seconds=round(virtual, 3),
-            wall_seconds=round(time.perf_counter() - began, 3),
-            events=trace.count,
-            requests=requests,
-            faults=len(self.schedule.faults),
-            violations=found,
-            trace_digest=trace.digest,
-        )
+            self._clock()
+            self._found = [
+                Found(round(v.time - self._start, 3), v.invariant, v.detail)
+                for v in swarm.violations
+            ]
+            self._requests = len(swarm.people)
 
     async def _watch(self, swarm: Swarm, scope: trio.CancelScope) -> None:
         """Look at everything for ever; a broken invariant ends the run."""
