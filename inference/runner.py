@@ -293,7 +293,7 @@ async def open_slice_runner(spec: RunnerSpec) -> AsyncIterator[SliceRunner]:
     threads = default_threads() if spec.threads is None else spec.threads
     async with start_process(f"layers {part} of {Path(spec.path).name}") as process:
         request = LoadSlice(process.next_id(), spec.path, part, spec.n_ctx, spec.n_seq, threads)
-        reply, _ = await process.call(request, seconds=LOAD_SECONDS)
+        reply, _ = await process.call(request, seconds=LOAD_SECONDS, watched=False)
         yield SliceRunner(process, _expect(reply, SliceLoaded).info)
 
 
@@ -306,7 +306,7 @@ async def open_tokenizer_runner(path: str) -> AsyncIterator[TokenizerRunner]:
     """
     async with start_process(f"the vocabulary of {Path(path).name}") as process:
         request = LoadTokenizer(process.next_id(), path)
-        reply, _ = await process.call(request, seconds=LOAD_SECONDS)
+        reply, _ = await process.call(request, seconds=LOAD_SECONDS, watched=False)
         yield TokenizerRunner(process, _expect(reply, TokenizerLoaded).info)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -21,6 +20,14 @@ import trio
 from pyagent_node.base.errors import PyAgentError, RunnerFailed, error_from_info
 from pyagent_node.base.limits import KIB
 from pyagent_node.base.wire import Frame, FrameDecoder, frame_prefix
+from pyagent_node.inference.runner_health import (
+    LOOK_SECONDS,
+    STALL_SECONDS,
+    Vigil,
+    death_reason,
+    oom_kills,
+    processor_seconds,
+)
 from pyagent_node.inference.runner_protocol import (
     REPLIES,
     REQUESTS,
@@ -93,10 +100,12 @@ class RunnerProcess:
         self._decoder = FrameDecoder()
         self._frames: deque[Frame] = deque()
         self._last_id = 0
+        self._owes: int | None = None
+        """The request that the runner works on, while somebody watches that it does."""
         self._unread = 0
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._stderr_done = trio.Event()
-        self._oom_kills = _oom_kills()
+        self._oom_kills = oom_kills()
 
     @property
     def failure(self) -> RunnerFailed | None:
@@ -109,10 +118,16 @@ class RunnerProcess:
         return self._last_id
 
     async def call(
-        self, request: AnyRequest, tail: Tail = b"", *, seconds: float = CALL_SECONDS
+        self,
+        request: AnyRequest,
+        tail: Tail = b"",
+        *,
+        seconds: float = CALL_SECONDS,
+        watched: bool = True,
     ) -> tuple[AnyReply, bytes | bytearray | memoryview]:
         """Send a request and return its reply.
 
+        While it is ``watched``, a runner that stops working on it is killed within seconds.
         Cancelling the wait is safe: the runner finishes what it does, and its reply is dropped.
         Raises the error that the runner answers with, :class:`LimitExceeded` (``frame_too_large``)
         before anything is sent, and :class:`RunnerFailed`.
@@ -129,6 +144,7 @@ class RunnerProcess:
                     await self._drain()
                     self._check_alive()
                     await self._send(prefix, frame)
+                    self._owes = request.id if watched else None
                     reply, data = await self._receive()
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     raise await self._death() from None
@@ -139,6 +155,7 @@ class RunnerProcess:
                 return reply, data
             raise await self._condemn(f"gave no answer within {seconds:g} seconds")
         finally:
+            self._owes = None
             self._lock.release()
 
     async def _send(self, prefix: bytes, frame: Frame) -> None:
@@ -253,11 +270,20 @@ class RunnerProcess:
         code = await self._process.wait()
         with trio.move_on_after(1.0):
             await self._stderr_done.wait()
-        reason = self._reason or death_reason(code, oom=_oom_kills() > self._oom_kills)
+        reason = self._reason or death_reason(code, oom=oom_kills() > self._oom_kills)
         self._failure = self._obituary(code, reason)
         if self._reason != "closed":
             log.warning("%s %s", self._failure.message, self._failure.facts["stderr"])
         self.failed.set()
+
+    async def keep_vigil(self) -> None:
+        """Kill the process when it hangs; run as a task."""
+        vigil = Vigil()
+        while not self.failed.is_set():
+            await trio.sleep(LOOK_SECONDS)
+            used = processor_seconds(self.pid) if self._owes is not None else None
+            if vigil.look(trio.current_time(), self._owes, used):
+                await self._condemn(f"hangs: it used no processor for {STALL_SECONDS:g} seconds")
 
     async def read_stderr(self) -> None:
         """Pass the lines of standard error to the log, bounded; run as a task."""
@@ -327,6 +353,7 @@ async def start_process(label: str) -> AsyncIterator[RunnerProcess]:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(runner.watch)
                 nursery.start_soon(runner.read_stderr)
+                nursery.start_soon(runner.keep_vigil)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tend)
@@ -361,25 +388,3 @@ def _widen(process: trio.Process) -> None:
         if fileno is not None:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
-
-
-def death_reason(code: int, *, oom: bool) -> str:
-    """Return why a process with this return code ended, in a few words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    if oom and name == "SIGKILL":
-        return "out of memory (SIGKILL)"
-    return name
-
-
-def _oom_kills() -> int:
-    """Return how many processes Linux has killed for memory since it started; 0 elsewhere."""
-    with contextlib.suppress(OSError), open("/proc/vmstat", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

@@ -13,13 +13,13 @@ import trio
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded, RunnerFailed
 from pyagent_node.base.limits import MAX_TAIL
-from pyagent_node.inference import runner_process
+from pyagent_node.inference import runner_health, runner_process
 from pyagent_node.inference.runner import Runner
+from pyagent_node.inference.runner_health import death_reason
 from pyagent_node.inference.runner_process import (
     STDERR_LINE,
     STDERR_LINES,
     RunnerProcess,
-    death_reason,
     runner_environment,
     start_process,
 )
@@ -28,7 +28,7 @@ from pyagent_node.inference.runner_protocol import Ping
 pytestmark = pytest.mark.slow
 
 POLITE = """
-import os, sys
+import os, signal, sys
 from pyagent_node.base.wire import Frame, FrameDecoder, frame_prefix
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.inference.runner_protocol import REPLIES, REQUESTS, Done, Failed
@@ -157,6 +157,34 @@ async def test_a_child_that_does_not_answer_is_killed(child: Callable[[str], Non
         with pytest.raises(RunnerFailed, match="no answer within"):
             await process.call(Ping(process.next_id()), seconds=0.05)
         assert (await failure_of(process)).facts["exit_code"] == -signal.SIGKILL
+
+
+async def test_a_child_that_was_stopped_is_killed_long_before_the_deadline(
+    child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_process, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(runner_health, "STALL_SECONDS", 0.3)
+    child(polite("count == 2 and os.kill(os.getpid(), signal.SIGSTOP); send(Done(request.id))"))
+    async with start_process("test") as process:
+        await Runner(process).ping()
+        with trio.fail_after(10):
+            error = await failure_of(process)
+        assert "hangs" in str(error.facts["reason"])
+        assert error.facts["exit_code"] == -signal.SIGKILL
+
+
+async def test_a_child_that_is_slow_or_loads_is_left_alone(
+    child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_process, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(runner_health, "STALL_SECONDS", 0.3)
+    busy = "end = time.monotonic() + 0.8\n        while time.monotonic() < end: pass"
+    child(polite(f"import time\n        {busy}\n        send(Done(request.id))"))
+    async with start_process("test") as process:
+        await Runner(process).ping()
+    child(polite("import select; select.select([], [], [], 0.8); send(Done(request.id))"))
+    async with start_process("test") as process:
+        await process.call(Ping(process.next_id()), watched=False)
 
 
 async def test_a_child_that_does_not_read_is_killed(
