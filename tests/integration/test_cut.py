@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -73,9 +74,15 @@ def answer(host: Host) -> str:
 
 def begin(host: Host) -> tuple[subprocess.Popen[bytes], bytes]:
     """Ask, and return once the answer is under way, with its beginning."""
-    asking = subprocess.Popen(host.command(*TEXT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Without a buffer, or what it read ahead would be lost to finish().
+    asking = subprocess.Popen(
+        host.command(*TEXT), bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert asking.stdout is not None
-    return asking, asking.stdout.read(BEGINNING)
+    beginning = b""
+    while len(beginning) < BEGINNING and (more := asking.stdout.read(BEGINNING)):
+        beginning += more
+    return asking, beginning
 
 
 def finish(asking: subprocess.Popen[bytes], beginning: bytes) -> str:
@@ -98,7 +105,8 @@ def test_the_side_without_one_waits_for_the_other(halves: Halves) -> None:
     expected = answer(head)
     asking, beginning = begin(head)
     halves.cut()
-    _, error = head.refused("model", "unload", "smollm2-135m")
+    (placement,) = cast("list[dict[str, str]]", head.ask("status")["placements"])
+    _, error = head.refused("model", "unload", placement["model"])
     assert error["code"] == "no_leader", error
     assert asking.poll() is None, asking.communicate()
     halves.heal()

@@ -95,14 +95,25 @@ class Swarm:
 
     def victims(self) -> list[LocalNode]:
         """Return the nodes with a rank that may be killed."""
-        held = [self.node(rank.peer_id) for rank in self.placement().ranks]
-        return [node for node in dict.fromkeys(held) if node is not self.head]
+        held = dict.fromkeys(rank.peer_id for rank in self.placement().ranks)
+        return [self.node(peer) for peer in held if peer != self.head.peer_id]
 
-    def whole(self) -> None:
-        """Start what was killed, and wait until every node is a healthy part of the mesh again."""
+    def spread(self) -> None:
+        """Give the ranks to three nodes other than the head: takeovers gather them on it."""
+        ranks = tuple(node.peer_id for node in self.nodes[1:4])
+        self.client.load(LoadRequest(model=self.model, layers=(10, 20), nodes=ranks))
+
+    def restart(self) -> None:
+        """Start what was killed; if few ranks are left to be killed, place them anew."""
         for node in self.nodes:
             if not node.alive:
                 node.start()
+        if len(self.victims()) < 2:
+            self.spread()
+
+    def whole(self) -> None:
+        """Start what was killed, and wait until every node is a healthy part of the mesh again."""
+        self.restart()
         everyone = {node.peer_id for node in self.nodes}
 
         def settled() -> bool:
@@ -147,8 +158,7 @@ def started(bundled_model: Path) -> Iterator[Swarm]:
         client = nodes[0].client
         name = client.pull(PullRequest(source=f"file:{bundled_model}")).name
         swarm = Swarm(nodes, name)
-        ranks = (nodes[1].peer_id, nodes[2].peer_id, nodes[3].peer_id)
-        client.load(LoadRequest(model=name, layers=(10, 20), nodes=ranks))
+        swarm.spread()
         yield swarm
 
 
@@ -210,9 +220,7 @@ def test_twenty_random_kills(swarm: Swarm) -> None:
     expected = swarm.answer(tokens)
 
     def kill_one() -> None:
-        for node in swarm.nodes:
-            if not node.alive:
-                node.start()
+        swarm.restart()
         leader = swarm.leader()
         choices = swarm.victims() + ([] if leader is swarm.head else [leader])
         rng.choice(choices).kill()
