@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
-from pyagent_node.base.errors import PyAgentError
-from pyagent_node.consensus.commands import SetDraining
 from pyagent_node.simulations.evil import misbehave
-from pyagent_node.simulations.faults import (
+from pyagent_node.simulations.fault_kinds import (
+    Blackout,
+    ChurnLeaders,
+    ClockDrift,
     ClockJump,
     Crash,
     Drain,
@@ -19,26 +20,33 @@ from pyagent_node.simulations.faults import (
     Fault,
     Flap,
     FullDisk,
+    HitLeader,
+    Jitter,
     Join,
     KillRunner,
+    Leave,
+    LowMemory,
     MoveLeader,
     OneWay,
     Partition,
     Pause,
     Replace,
-    Schedule,
+    Revoke,
     SlowDisk,
     SlowLink,
     SlowRunner,
 )
+from pyagent_node.simulations.faults import Schedule
+from pyagent_node.simulations.losses import corrupt, may_lose_log
 from pyagent_node.simulations.machine import Machine
+from pyagent_node.simulations.operator import Operator
 from pyagent_node.simulations.swarm import LATENCY, Swarm
 
 TORN_AFTER: Final = 3
 """Disk operations that a machine whose power goes in the middle of one still does, at most."""
-OPERATOR_SECONDS: Final = 5.0
-"""How long an operator waits for what was asked."""
 RESTART_SECONDS: Final = 0.5
+SLOW_DISK_SECONDS: Final = 0.3
+"""What a disk operation takes on a leader that is hit."""
 
 
 class Injector:
@@ -47,6 +55,7 @@ class Injector:
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
         self._network = swarm.network
+        self._operator = Operator(swarm)
         self._cuts: dict[tuple[int, int], int] = {}
         self._holds: dict[tuple[int, int], int] = {}
 
@@ -69,31 +78,36 @@ class Injector:
         for pair in [pair for pair, count in self._holds.items() if count]:
             self._holds[pair] = 1
             self._release(*pair)
+        self._network.lateness.clear()
         for machine in swarm.machines:
             machine.disk.room = math.inf
             machine.disk.delay = 0.0
             machine.disk.power_for = math.inf
+            machine.skew, machine.drifts = 0.0, []
             machine.set_slowness(1.0)
+            machine.set_starved(False)
         for machine in swarm.machines:
             await self._restart(machine)
-            await swarm.propose(SetDraining(machine.peer_id, False), OPERATOR_SECONDS)
+        await self._operator.undrain()
 
     async def keep_running(self) -> None:
         """Start again what failed by itself, as a service manager does."""
         while True:
             await trio.sleep(RESTART_SECONDS)
             for machine in self._swarm.machines:
-                if not machine.up and machine.over.is_set() and not machine.held_down:
+                if machine.over.is_set() and not machine.holds:
                     await self._restart(machine)
 
     async def _restart(self, machine: Machine) -> None:
-        if not machine.up and machine.over.is_set():
+        if machine.over.is_set() and not machine.gone:
             await self._swarm.start(machine)
 
     async def _strike(self, fault: Fault) -> None:
         match fault:
             case Crash():
                 await self._crash(fault)
+            case Blackout():
+                await self._blackout(fault)
             case Partition():
                 everyone = range(len(self._swarm.machines))
                 pairs = [(a, b) for a in fault.left for b in everyone if b not in set(fault.left)]
@@ -112,21 +126,24 @@ class Injector:
                 await self._during(fault.seconds, pairs, self._hold, self._release)
             case SlowLink():
                 await self._slow_link(fault)
+            case Jitter():
+                await self._jitter(fault)
             case KillRunner():
                 assets = self._machine(fault.node).assets
                 for runner in list(assets.runners) if assets is not None else ():
                     runner.kill()
-            case SlowRunner() | SlowDisk() | FullDisk():
+            case SlowRunner() | SlowDisk() | FullDisk() | LowMemory() | ClockDrift():
                 await self._hamper(fault)
             case ClockJump():
                 self._machine(fault.node).skew += fault.by
-            case MoveLeader() | Replace() | Drain() | Join():
-                await self._operate(fault)
+            case HitLeader():
+                await self._hit_leader(fault)
+            case MoveLeader() | ChurnLeaders() | Replace() | Drain() | Join() | Leave() | Revoke():
+                await self._operator.do(fault)
             case Evil():
                 machine = self._machine(fault.node)
-                if machine.parts is not None:
-                    with trio.move_on_after(fault.seconds):
-                        await misbehave(self._swarm, machine, fault.how)
+                with trio.move_on_after(fault.seconds):
+                    await misbehave(self._swarm, machine, fault.how)
 
     def _machine(self, number: int) -> Machine:
         return self._swarm.machines[number]
@@ -137,22 +154,79 @@ class Injector:
         machine = self._machine(fault.node)
         if not machine.up:
             return
-        machine.held_down = True
+        machine.holds += 1
         if fault.disk == "torn":
             machine.disk.power_for = self._swarm.rng.randrange(TORN_AFTER)
             with trio.move_on_after(1.0):
                 await machine.over.wait()
+        loses = fault.disk in ("erased", "corrupt")
+        if loses and not may_lose_log(self._swarm, machine):
+            self._swarm.trace.add(machine.number, "spared", "too many logs are lost already")
+            loses = False
+        machine.lost_log = machine.lost_log or loses
         self._swarm.kill(machine)
         await machine.over.wait()
-        if fault.disk == "erased":
+        if loses and fault.disk == "corrupt":
+            await self._start_corrupted(machine)
+        if loses:
             machine.disk.erase()
             machine.slices.clear()
         await trio.sleep(fault.seconds)
-        machine.held_down = False
-        await self._restart(machine)
+        machine.holds -= 1
+        if not machine.holds:
+            await self._restart(machine)
 
-    async def _hamper(self, fault: SlowRunner | SlowDisk | FullDisk) -> None:
+    async def _start_corrupted(self, machine: Machine) -> None:
+        """Change a bit on a machine's disk; its node must not start and say which file it is."""
+        name = corrupt(machine.disk, self._swarm.rng)
+        if name is None or machine.gone:
+            return
+        self._swarm.trace.add(machine.number, "corrupt", name)
+        await self._swarm.start(machine)
+        told = [e for e in machine.failures if e.code == "log_corrupt" and name in e.message]
+        if machine.up or not told:
+            codes = [error.code for error in machine.failures]
+            self._swarm.violation(
+                "corruption", f"node {machine.number} began with a damaged {name}: {codes}"
+            )
+        self._swarm.kill(machine)
+        await machine.over.wait()
+
+    async def _blackout(self, fault: Blackout) -> None:
+        struck = [self._machine(number) for number in fault.nodes]
+        for machine in struck:
+            machine.holds += 1
+            self._swarm.kill(machine)
+        await trio.sleep(fault.seconds)
+        async with trio.open_nursery() as nursery:
+            for machine in struck:
+                machine.holds -= 1
+                if not machine.holds:
+                    nursery.start_soon(self._restart, machine)
+
+    async def _hit_leader(self, fault: HitLeader) -> None:
+        leader = self._swarm.leader()
+        if leader is None:
+            return
+        at, seconds, number = fault.at, fault.seconds, leader.number
+        self._swarm.trace.add(number, "hit", fault.blow)
+        match fault.blow:
+            case "crash":
+                await self._strike(Crash(at, number, seconds))
+            case "pause":
+                await self._strike(Pause(at, seconds, number))
+            case "cut":
+                await self._strike(Partition(at, seconds, (number,)))
+            case "slow_disk":
+                await self._strike(SlowDisk(at, seconds, number, SLOW_DISK_SECONDS))
+            case "full_disk":
+                await self._strike(FullDisk(at, seconds, number))
+
+    async def _hamper(
+        self, fault: SlowRunner | SlowDisk | FullDisk | LowMemory | ClockDrift
+    ) -> None:
         machine = self._machine(fault.node)
+        drift = (trio.current_time(), 0.0)
         match fault:
             case SlowRunner():
                 machine.set_slowness(fault.factor)
@@ -160,6 +234,11 @@ class Injector:
                 machine.disk.delay = fault.delay
             case FullDisk():
                 machine.disk.room = 0
+            case LowMemory():
+                machine.set_starved(True, kill=fault.kill)
+            case ClockDrift():
+                drift = (trio.current_time(), fault.rate)
+                machine.drifts.append(drift)
         await trio.sleep(fault.seconds)
         match fault:
             case SlowRunner():
@@ -168,6 +247,11 @@ class Injector:
                 machine.disk.delay = 0.0
             case FullDisk():
                 machine.disk.room = math.inf
+            case LowMemory():
+                machine.set_starved(False)
+            case ClockDrift():
+                machine.drifts.remove(drift)
+                machine.skew += (trio.current_time() - drift[0]) * fault.rate
 
     # ---- links -----------------------------------------------------------------------------
 
@@ -224,34 +308,8 @@ class Injector:
         self._cut_link(a, b)
         self._mend_link(a, b)
 
-    # ---- operators -------------------------------------------------------------------------
-
-    async def _operate(self, fault: MoveLeader | Replace | Drain | Join) -> None:
-        swarm = self._swarm
-        match fault:
-            case MoveLeader():
-                await self._guarded(lambda: self._transfer(fault.to))
-            case Replace():
-                await swarm.place(fault.boundaries, fault.nodes, OPERATOR_SECONDS)
-            case Drain():
-                node = self._machine(fault.node).peer_id
-                await swarm.propose(SetDraining(node, True), OPERATOR_SECONDS)
-                await trio.sleep(fault.seconds)
-                await swarm.propose(SetDraining(node, False), OPERATOR_SECONDS)
-            case Join():
-                for _ in range(fault.count):
-                    machine = swarm.add()
-                    await swarm.start(machine)
-                    await swarm.admit(machine)
-
-    async def _transfer(self, to: int) -> None:
-        leader = self._swarm.leader()
-        if leader is not None and leader.parts is not None:
-            await leader.parts.consensus.transfer(self._machine(to).peer_id)
-
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        with trio.move_on_after(OPERATOR_SECONDS):
-            try:
-                await work()
-            except PyAgentError as error:
-                self._swarm.trace.add(None, "refused", error.code)
+    async def _jitter(self, fault: Jitter) -> None:
+        peer, rng = self._machine(fault.node).peer_id, self._swarm.rng
+        self._network.lateness[peer] = lambda: rng.uniform(0.0, fault.most)
+        await trio.sleep(fault.seconds)
+        self._network.lateness.pop(peer, None)

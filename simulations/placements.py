@@ -111,6 +111,8 @@ class ToyAssets:
         self.most_at_once = 0
         self.heads = 0
         self.memory = 10**12
+        self.starved = False
+        """There is no memory for any runner."""
         self.disk: set[Slice] = set()
         self.pace = 0.01
 
@@ -128,6 +130,8 @@ class ToyAssets:
         await trio.sleep(self.seconds / 2)
         if self.faults:
             raise self.faults.pop(0)
+        if self.starved:
+            raise RunnerFailed("The runner was killed by SIGKILL.", reason="SIGKILL")
         runner = ToyRunner(
             key.slice,
             whole=key.slice == Slice(0, N_LAYERS, True),
@@ -182,6 +186,8 @@ class ToyFacts:
         await trio.lowlevel.checkpoint()
         assets = self._assets
         free = max(1, assets.memory - len(assets.runners) * NEED)
+        if assets.starved:
+            free = 1
         return NodeFacts(self._peer_id, self._name, free, 1, 1e9, 1e9, tuple(sorted(assets.disk)))
 
 

@@ -18,9 +18,11 @@ from pyagent_node.base.errors import DeadlineExceeded, PyAgentError, Unavailable
 from pyagent_node.base.types import Rank, Slice
 from pyagent_node.consensus.commands import AdmitMember, Command, RegisterModel, SetPlacement
 from pyagent_node.consensus.port import Applied
+from pyagent_node.consensus.state import is_member
 from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.faults import N_LAYERS
 from pyagent_node.simulations.machine import Machine
+from pyagent_node.simulations.members import certificate_of
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
 from pyagent_node.simulations.pipeline import MODEL, peer
 from pyagent_node.simulations.placements import RECORD
@@ -59,6 +61,7 @@ class Swarm:
         self.machines: list[Machine] = []
         self.people: list[Person] = []
         self.violations: list[Violation] = []
+        self._dialling: set[tuple[int, int]] = set()
 
     def violation(self, invariant: str, detail: str) -> None:
         """Record that ``invariant`` was broken."""
@@ -75,7 +78,10 @@ class Swarm:
         return machine
 
     async def start(self, machine: Machine) -> None:
-        """Switch a machine on and wait until its node is up (or has failed)."""
+        """Switch a machine on and wait until its node is up (or has failed).
+
+        Of several who do so at once the first one does it.
+        """
         await machine.over.wait()
         if machine.switch_on():
             await self.nursery.start(machine.live, self.network, self.trace)
@@ -93,13 +99,16 @@ class Swarm:
 
     async def greet(self) -> None:
         """Connect whoever can be connected, as nodes with each other's addresses do."""
-        for a in self.up():
-            for b in self.up():
-                if a.number < b.number and a.parts is not None and b.parts is not None:
-                    connected = {p.peer_id for p in a.parts.mesh.peers()}
-                    reachable = self.network.reachable(a.peer_id, b.peer_id)
-                    if b.peer_id not in connected and reachable:
-                        self.nursery.start_soon(self._dial, a, b)
+        up, dialling = self.up(), self._dialling
+        for at, a in enumerate(up, start=1):
+            if a.parts is None or len(a.parts.mesh.connected) >= len(up) - 1:
+                continue
+            for b in up[at:]:
+                reachable = self.network.reachable(a.peer_id, b.peer_id)
+                pair = (a.number, b.number)
+                if b.peer_id not in a.parts.mesh.connected and reachable and pair not in dialling:
+                    dialling.add(pair)
+                    self.nursery.start_soon(self._dial, a, b)
 
     async def _dial(self, a: Machine, b: Machine) -> None:
         try:
@@ -107,6 +116,28 @@ class Swarm:
                 await a.parts.mesh.connect(b.parts.mesh.addresses[0])
         except PyAgentError as error:
             self.trace.add(a.number, "dial", f"{b.number}: {error.code}")
+        finally:
+            self._dialling.discard((a.number, b.number))
+
+    async def see_departures(self) -> None:
+        """Switch off for good, after a while, whoever is a member no more."""
+        while True:
+            await trio.sleep(DIAL_SECONDS)
+            leader = self.leader()
+            if leader is None or leader.parts is None:
+                continue
+            members = leader.parts.consensus.state.members
+            for machine in self.machines:
+                record = members.get(machine.peer_id)
+                if record is not None and not is_member(record) and not machine.gone:
+                    machine.gone = True
+                    self.trace.add(machine.number, "is out")
+                    self.nursery.start_soon(self._retire, machine)
+
+    async def _retire(self, machine: Machine) -> None:
+        await trio.sleep(machine.lingers)
+        machine.holds += 1
+        self.kill(machine)
 
     async def dial_for_ever(self) -> None:
         """Reconnect what can be reconnected."""
@@ -119,9 +150,9 @@ class Swarm:
     def leader(self) -> Machine | None:
         """Return the machine that leads the latest term, if one does."""
         leading = [
-            (m.parts.consensus.status().term, m)
+            (m.parts.consensus.node.core.term, m)
             for m in self.up()
-            if m.parts is not None and m.parts.consensus.status().role == "leader"
+            if m.parts is not None and m.parts.consensus.leads
         ]
         return max(leading, key=lambda pair: pair[0])[1] if leading else None
 
@@ -162,7 +193,9 @@ class Swarm:
     async def admit(self, machine: Machine) -> None:
         """Let the log know a member."""
         await self.propose(
-            AdmitMember(machine.peer_id, f"n{machine.number}", "voter", b"certificate")
+            AdmitMember(
+                machine.peer_id, f"n{machine.number}", "voter", certificate_of(machine.number)
+            )
         )
 
     def voters(self) -> int:
@@ -210,4 +243,5 @@ async def open_swarm(seed: int, trace: Trace) -> AsyncIterator[Swarm]:
     async with open_network(latency=LATENCY) as network, background() as nursery:
         swarm = Swarm(network, nursery, rng, trace)
         nursery.start_soon(swarm.dial_for_ever)
+        nursery.start_soon(swarm.see_departures)
         yield swarm

@@ -69,7 +69,7 @@ class Person:
                 await trio.sleep(PAUSE_SECONDS)
 
     def _choose(self) -> Machine | None:
-        up = [machine for machine in self._swarm.machines if machine.up]
+        up = [m for m in self._swarm.machines if m.up and not m.gone]
         return self._rng.choice(up) if up else None
 
     async def _read(self, machine: Machine, session: SessionId) -> None:

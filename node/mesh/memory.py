@@ -41,6 +41,9 @@ class _Pipe:
         self.held = False
         """Nothing arrives until the network lets go of it."""
         self.meddle: Meddle | None = None
+        self.late: Callable[[], float] | None = None
+        """By how many seconds more than the latency the next frame is late."""
+        self.last_arrival = 0.0
         self._changed = trio.Event()
 
     def touch(self) -> None:
@@ -111,6 +114,8 @@ class MemoryStream:
     def _put(self, copy: Frame) -> None:
         pipe = self._out
         arrives = trio.current_time() + self._latency
+        if pipe.late is not None:  # frames do not overtake each other within a stream
+            arrives = pipe.last_arrival = max(pipe.last_arrival, arrives + pipe.late())
         for frame in (copy,) if pipe.meddle is None else pipe.meddle(copy):
             pipe.size += len(frame.header) + len(frame.tail)
             pipe.frames.append((arrives, frame))
@@ -171,6 +176,10 @@ class MemoryStream:
     def meddle(self, outgoing: Meddle | None, incoming: Meddle | None) -> None:
         """Pass what either end sends through a function from now on."""
         self._out.meddle, self._in.meddle = outgoing, incoming
+
+    def delay(self, late: Callable[[], float]) -> None:
+        """Make each frame, either way, as much later than the latency as ``late`` says."""
+        self._out.late = self._in.late = late
 
     def cut(self, reason: str) -> None:
         """The network between the two ends is gone: both get ``stream_closed``."""

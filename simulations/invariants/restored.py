@@ -22,7 +22,7 @@ class Restored:
 
     def check_healed(self, swarm: Swarm) -> Iterator[str]:
         """Look at everything a healthy swarm has."""
-        off = [machine.number for machine in swarm.machines if not machine.up]
+        off = [m.number for m in swarm.machines if not m.up and not m.gone]
         if off:
             yield f"nodes {off} do not run"
         leader = swarm.leader()

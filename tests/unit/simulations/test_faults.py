@@ -13,14 +13,17 @@ from pyagent_node.simulations.faults import (
     MIXES,
     Crash,
     Fault,
+    Leave,
     OneWay,
     Partition,
     Replace,
+    Revoke,
     Schedule,
     check_schedule,
     decode_schedule,
     draw_schedule,
     encode_schedule,
+    most_departures,
 )
 from pyagent_node.simulations.shrink import ddmin
 
@@ -98,3 +101,21 @@ def test_shrinking_keeps_to_its_budget() -> None:
 
     assert {3, 77} <= set(ddmin(range(100), fails, runs=10))
     assert asked <= 10
+
+
+@given(st.integers(0, 1 << 63), st.integers(2, 12), st.sampled_from(["churn", "standard"]))
+def test_no_swarm_loses_its_authority_or_half_of_its_nodes(seed: int, nodes: int, mix: str) -> None:
+    schedule = draw_schedule(seed, nodes=nodes, duration=120.0, mix=mix)
+    gone: list[int] = []
+    for fault in schedule.faults:
+        gone += fault.nodes if isinstance(fault, Leave) else ()
+        gone += [fault.node] if isinstance(fault, Revoke) else []
+    assert len(gone) == len(set(gone)) <= most_departures(nodes)
+    assert 0 not in gone
+
+
+@pytest.mark.parametrize("fault", [Leave(1.0, 1.0, (1, 2)), Revoke(1.0, 1.0, 0)])
+def test_a_departure_that_no_swarm_bears_is_refused(fault: Fault) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_schedule(Schedule(4, 10.0, (fault,)))
+    assert caught.value.code == "bad_schedule"

@@ -18,5 +18,6 @@ async def test_a_machine_that_two_switch_on_at_once_runs_once(autojump_clock: Mo
         async with trio.open_nursery() as nursery:
             nursery.start_soon(swarm.start, machine)
             nursery.start_soon(swarm.start, machine)
-        assert machine.up and machine.lives == 2
+        assert machine.up
+        assert machine.lives == 2
         assert [event.kind for event in trace.events].count("failed") == 0
