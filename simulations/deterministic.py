@@ -33,6 +33,12 @@ def fixed_hashing() -> bool:
     return os.environ.get("PYTHONHASHSEED") == HASH_SEED and not sys.flags.ignore_environment
 
 
+def scheduler_state() -> int:
+    """Return a number of 64 bits that tells how often the scheduler has drawn, and from what."""
+    _, numbers, _ = trio_run._r.getstate()
+    return hash(numbers) & (1 << 64) - 1
+
+
 @contextmanager
 def _seeded_scheduler(seed: int) -> Iterator[None]:
     ours = random.Random(seed)  # noqa: S311 - must repeat itself

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Final, NamedTuple
 
+from pyagent_node.base.types import PeerId
 from pyagent_node.native import Blake3
 
 KEPT: Final = 20_000
 """Events that are kept for the story of a failure; the digest covers them all."""
+
+HERE: Final[ContextVar[PeerId | None]] = ContextVar("HERE", default=None)
+"""The node whose code runs now, as far as it is known."""
 
 
 class Event(NamedTuple):
