@@ -60,6 +60,10 @@ class SimulatedDisk:
         self.operations = 0
         """Operations so far that change something."""
         self.syncs = 0
+        self.erasures = 0
+        """How often everything was lost."""
+        self.damages = 0
+        """How often something was changed that had been kept."""
         self._rng = rng
         self._name = name
         self._seen: dict[str, _File] = {}
@@ -117,11 +121,13 @@ class SimulatedDisk:
         file = self._seen[name]
         file.seen[offset] ^= 1 << bit
         file.kept = bytes(file.seen)
+        self.damages += 1
 
     def erase(self) -> None:
         """Lose everything: the node comes back with an empty disk."""
         self._seen, self._kept = {}, {}
         self._lives += 1
+        self.erasures += 1
 
     def image(self) -> SimulatedDisk:
         """Return a copy of the disk as programs see it now, to look at."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyagent_node.simulations.invariants.bounded import Bounded
 from pyagent_node.simulations.invariants.committed import CommittedNeverChanges
+from pyagent_node.simulations.invariants.durable import AppliedStays
 from pyagent_node.simulations.invariants.epochs import OnePlacementAnEpoch, StaleStagesStop
 from pyagent_node.simulations.invariants.leaders import OneLeaderATerm
 from pyagent_node.simulations.invariants.monotonic import NothingGoesBack
@@ -24,6 +25,7 @@ def all_invariants() -> list[Invariant]:
         OneLeaderATerm(),
         CommittedNeverChanges(),
         NothingGoesBack(),
+        AppliedStays(),
         OnePlacementAnEpoch(),
         StaleStagesStop(),
         Bounded(),

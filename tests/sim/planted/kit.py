@@ -1,0 +1,63 @@
+"""How a bug is planted, and where the simulator is sent to look for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+from pyagent_node.simulations import machine, run
+from pyagent_node.simulations.faults import Fault, Schedule, check_schedule
+from pyagent_node.simulations.run import Outcome, Run
+
+HEAL_SECONDS = 45.0
+"""What is not whole again after so long stays broken."""
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake that somebody could make.
+
+    ``plant`` puts it into the program while its context lasts.  ``schedule`` gives what happens
+    under a seed; one of the seeds from 0 on, ``within`` of them, must break one of the invariants
+    in ``caught_by``.  ``compact`` is the number of entries after which nodes compact their logs,
+    ``asks`` the average time between two requests, in seconds.
+    """
+
+    name: str
+    what: str
+    plant: Callable[[], AbstractContextManager[None]]
+    schedule: Callable[[int], Schedule]
+    caught_by: frozenset[str]
+    within: int = 3
+    compact: int = 200
+    asks: float = 0.8
+
+    def play(self, seed: int, *, planted: bool) -> Outcome:
+        """Run one seed, with the bug or without it."""
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            enter(mock.patch.object(run, "ASK_SECONDS", self.asks))
+            enter(mock.patch.object(run, "HEAL_SECONDS", HEAL_SECONDS))
+            enter(mock.patch.object(machine, "COMPACT_ENTRIES", self.compact))
+            if planted:
+                enter(self.plant())
+            return Run(seed, self.schedule(seed)).play()
+
+
+def swap(owner: object, name: str, wrong: object) -> Callable[[], AbstractContextManager[None]]:
+    """Return what replaces ``owner.name`` by ``wrong`` for a while."""
+
+    @contextmanager
+    def planted() -> Iterator[None]:
+        with mock.patch.object(owner, name, wrong):
+            yield
+
+    return planted
+
+
+def same(nodes: int, duration: float, *faults: Fault) -> Callable[[int], Schedule]:
+    """Return the same schedule for every seed; what differs is who asks what, and all timings."""
+    schedule = check_schedule(Schedule(nodes, duration, faults))
+    return lambda seed: schedule

@@ -1,0 +1,81 @@
+"""Bugs of placements: who decides, under which epoch, and who takes over."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pyagent_node.base.types import Digest, Placement
+from pyagent_node.consensus import model_changes
+from pyagent_node.consensus.commands import SetPlacement
+from pyagent_node.consensus.state import State, apply
+from pyagent_node.node import healer
+from pyagent_node.node.healer import Healer
+from pyagent_node.node.placements import PlacementController
+from pyagent_node.node.replacement import Healing, Outlook, heal
+from pyagent_node.simulations.faults import Replace
+
+from .kit import Bug, same, swap
+
+CALM = same(4, 4.0)
+
+_place = model_changes.place
+
+
+def _place_under_the_same_epoch(state: State, command: SetPlacement) -> State:
+    after = _place(state, command)
+    if not state.last_epoch:
+        return after
+    placement = msgspec.structs.replace(after.placements[command.model], epoch=state.last_epoch)
+    return msgspec.structs.replace(
+        after,
+        placements={**after.placements, command.model: placement},
+        last_epoch=state.last_epoch,
+    )
+
+
+def _stop_no_stage(self: PlacementController) -> None:
+    pass
+
+
+async def _act_at_once(self: Healer, digest: Digest, healing: Healing) -> None:
+    assert healing.command is not None
+    replica = self._consensus.node.history.replica  # type: ignore[attr-defined]
+    replica.state = apply(replica.state, healing.command)[0]
+    self._proposing.discard(digest)
+
+
+def _no_reserves(placement: Placement, outlook: Outlook) -> Healing:
+    healing = heal(placement, outlook)
+    return healing if isinstance(healing.command, SetPlacement) else Healing(None)
+
+
+BUGS = (
+    Bug(
+        "two_placements_in_one_epoch",
+        "a model that is placed anew keeps its epoch",
+        swap(model_changes, "place", _place_under_the_same_epoch),
+        same(4, 5.0, Replace(1.0, (5,), (0, 1))),
+        frozenset({"one placement an epoch"}),
+    ),
+    Bug(
+        "stale_stage_goes_on",
+        "a node goes on serving a rank after the epoch has ended",
+        swap(PlacementController, "_stop_stages", _stop_no_stage),
+        same(4, 8.0, Replace(1.0, (5,), (0, 1))),
+        frozenset({"stale stages stop"}),
+    ),
+    Bug(
+        "healed_without_commit",
+        "the leader changes a placement before the log has agreed",
+        swap(Healer, "_propose", _act_at_once),
+        CALM,
+        frozenset({"committed entries never change", "nothing goes back"}),
+    ),
+    Bug(
+        "standbys_not_refilled",
+        "the leader names no standbys",
+        swap(healer, "heal", _no_reserves),
+        CALM,
+        frozenset({"restored"}),
+    ),
+)

@@ -1,0 +1,7 @@
+"""Every planted bug; docs/simulator.md holds the table."""
+
+from __future__ import annotations
+
+from . import log_bugs, placement_bugs, session_bugs
+
+BUGS = (*log_bugs.BUGS, *placement_bugs.BUGS, *session_bugs.BUGS)

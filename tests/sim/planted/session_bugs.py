@@ -1,0 +1,153 @@
+"""Bugs of sessions: what is computed, replayed, copied, shown and said."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from pyagent_node.base.types import PeerId
+from pyagent_node.consensus.commands import Checkpoint
+from pyagent_node.inference.pipeline import engine
+from pyagent_node.inference.pipeline.attempt import Attempt
+from pyagent_node.inference.pipeline.frames import Result
+from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.inference.pipeline.stage_queue import ServedSession, StageQueue
+from pyagent_node.inference.pipeline.stage_types import Outgoing
+from pyagent_node.inference.sampling import Sampled
+from pyagent_node.node import session_recovery
+from pyagent_node.node.journal_manifests import Manifests
+from pyagent_node.node.journal_session import HeadedSession
+from pyagent_node.simulations.faults import Crash, Evil, KillRunner
+
+from .kit import Bug, same, swap
+
+CALM = same(3, 4.0)
+KILLS = same(4, 6.0, *(KillRunner(1.0 + 0.7 * turn, 1 + turn % 3) for turn in range(7)))
+HEADS_DIE = same(5, 8.0, *(Crash(1.5 + turn, turn % 2, 0.5) for turn in range(6)))
+
+
+# ---- going on elsewhere -------------------------------------------------------------------------
+
+_init = Attempt.__init__
+
+
+def _one_token_short(self: Attempt, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **kwargs)
+    self._total -= self._total > len(self._prompt)
+
+
+_read_copy = session_recovery.read_copy
+
+
+def _without_seed(*args: Any) -> SessionJournal:
+    journal = _read_copy(*args)
+    return msgspec.structs.replace(
+        journal, sampling=msgspec.structs.replace(journal.sampling, seed=0)
+    )
+
+
+# ---- what comes in ------------------------------------------------------------------------------
+
+_on_result = Attempt.on_result
+
+
+def _from_anybody(self: Attempt, sender: PeerId, result: Result, now: float) -> Sampled | None:
+    if result.step != self._done or self._done >= self._sent:
+        return None
+    return _on_result(self, self._tail, result, now)
+
+
+# ---- what is left -------------------------------------------------------------------------------
+
+
+def _remove_but_keep_the_slot(self: StageQueue, session: ServedSession) -> None:
+    session.closed = True
+    self.steps -= len(session.queue)
+    self.bytes -= sum(step.size for step in session.queue)
+    session.queue.clear()
+    for ready in (self._waiting, self._tokens, self._chunks):
+        if session in ready:
+            ready.remove(session)
+
+
+_close = Attempt.close
+
+
+def _close_first_rank(self: Attempt) -> list[Outgoing]:
+    return _close(self)[:1]
+
+
+# ---- what is said -------------------------------------------------------------------------------
+
+_new_journal = engine.new_journal
+
+
+def _new_journal_logged(*args: Any, **kwargs: Any) -> SessionJournal:
+    journal = _new_journal(*args, **kwargs)
+    logging.getLogger("pyagent_node.pipeline").debug("a session begins: %s", journal)
+    return journal
+
+
+_checkpoint = Manifests._checkpoint
+
+
+def _checkpoint_with_text(self: Manifests, session: HeadedSession, expires: int) -> Checkpoint:
+    at = session.pieces[0].find(b"TOP")
+    return msgspec.structs.replace(
+        _checkpoint(self, session, expires), blocks=(session.pieces[0][at : at + 32],)
+    )
+
+
+BUGS = (
+    Bug(
+        "replay_one_token_short",
+        "after a failover the last token of the answer is not computed again",
+        swap(Attempt, "__init__", _one_token_short),
+        KILLS,
+        frozenset({"tokens"}),
+    ),
+    Bug(
+        "seed_not_carried_over",
+        "whoever takes a session over samples with another seed",
+        swap(session_recovery, "read_copy", _without_seed),
+        HEADS_DIE,
+        frozenset({"tokens"}),
+    ),
+    Bug(
+        "results_from_anybody",
+        "a head takes results from nodes that do not hold the last rank",
+        swap(Attempt, "on_result", _from_anybody),
+        same(5, 6.0, Evil(0.5, 5.0, 0, "false_result")),
+        frozenset({"tokens"}),
+    ),
+    Bug(
+        "slot_not_freed",
+        "a session that ends keeps its slot in the runner",
+        swap(StageQueue, "remove", _remove_but_keep_the_slot),
+        CALM,
+        frozenset({"bounded"}),
+    ),
+    Bug(
+        "later_ranks_not_closed",
+        "only the first rank hears that a session is over",
+        swap(Attempt, "close", _close_first_rank),
+        CALM,
+        frozenset({"bounded"}),
+    ),
+    Bug(
+        "prompt_in_a_log_line",
+        "a line of the program's log shows what was asked",
+        swap(engine, "new_journal", _new_journal_logged),
+        CALM,
+        frozenset({"no secrets"}),
+    ),
+    Bug(
+        "prompt_in_the_replicated_log",
+        "a checkpoint carries the beginning of the prompt to every node's disk",
+        swap(Manifests, "_checkpoint", _checkpoint_with_text),
+        CALM,
+        frozenset({"no secrets"}),
+    ),
+)
