@@ -13,40 +13,42 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import Digest, PeerId, SessionId, Slice
-from pyagent_node.consensus.policy import check_proposal
 from pyagent_node.consensus.raft import RaftEngine, open_raft
 from pyagent_node.consensus.replica import REQUEST_BYTES
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
+from pyagent_node.node.governance import Governance
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.journal_book import JournalBook
 from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.log_check import LogCheck
+from pyagent_node.node.membership import enforce
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.placement_board import PlacementBoard
 from pyagent_node.node.placement_messages import (
     AskFacts,
     AskPlacements,
-    FactsReply,
-    PlacementReports,
 )
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.planning import facts_reply, survey
-from pyagent_node.node.rpc import open_rpc
+from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
+from pyagent_node.simulations.members import EPOCH, membership_of
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer
 from pyagent_node.simulations.placements import SHAPE, ToyAssets, ToyFacts
-from pyagent_node.simulations.trace import Trace
+from pyagent_node.simulations.trace import HERE, Trace
 
-EPOCH: Final = 1_800_000_000.0
-"""Unix seconds on every machine's clock when a run begins."""
+Lie = Callable[[msgspec.Struct], msgspec.Struct]
+"""Given what a node would answer, says what it answers instead."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Parts:
     journals: JournalKeeper
     sessions: Sessions
     steward: Steward
+    rpc: Rpc
+    governance: Governance
 
 
 class Machine:
@@ -74,12 +78,25 @@ class Machine:
         self.disk = SimulatedDisk(random.Random(rng.random()), name=f"disk{number}")  # noqa: S311
         self.slices: set[Slice] = set()
         self.skew = 0.0
-        """How far its wall clock is ahead, in seconds."""
+        """How far its wall clock is ahead, in seconds, besides what it has drifted."""
+        self.drifts: list[tuple[float, float]] = []
+        """Since when it gains so many seconds a second."""
+        self.membership = membership_of(number, self.wall)
+        self.starved = False
+        """It has no memory for runners."""
+        self.lie: Lie | None = None
+        """It lies about itself when it is asked."""
+        self.lost_log = False
+        """Its log was erased, and the mesh has not yet given it a place under a new id."""
+        self.gone = False
+        """It left for good, or was shut out; nobody counts on it any more."""
+        self.lingers = 0.0
+        """For how many seconds it runs on then."""
         self.slowness = 1.0
         """By what factor its runners are slower than they should be."""
         self.founder = number == 0
-        self.held_down = False
-        """A fault keeps it off for a while."""
+        self.holds = 0
+        """How many faults keep it off."""
         self.lives = 0
         self.failures: list[PyAgentError] = []
         """What its last life ended with."""
@@ -92,6 +109,10 @@ class Machine:
         """Those who read an answer from it; they notice its death as a broken connection."""
         self._rng = rng
 
+    def tell(self, answer: msgspec.Struct) -> msgspec.Struct:
+        """Return what it answers where the truth is ``answer``."""
+        return answer if self.lie is None else self.lie(answer)
+
     @property
     def up(self) -> bool:
         """Whether its node runs."""
@@ -99,7 +120,8 @@ class Machine:
 
     def wall(self) -> float:
         """Return Unix seconds on its clock."""
-        return EPOCH + trio.current_time() + self.skew
+        now = trio.current_time()
+        return EPOCH + now + self.skew + sum((now - since) * rate for since, rate in self.drifts)
 
     def switch_on(self) -> bool:
         """Say whether it was off; :meth:`live` must follow if so."""
@@ -117,6 +139,7 @@ class Machine:
         """Run its node until it dies; ``task_status`` tells that it is up, or has failed."""
         self.scope, self.lives, self.failures = trio.CancelScope(), self.lives + 1, []
         told = False
+        HERE.set(self.peer_id)
         try:
             with self.scope:
                 async with _node(self, network) as parts:
@@ -149,6 +172,14 @@ class Machine:
         self._gone(network)
         self.scope.cancel()
 
+    def set_starved(self, starved: bool, *, kill: bool = False) -> None:
+        """Give it memory for runners, or none; with ``kill`` those that run die."""
+        self.starved = starved
+        if self.assets is not None:
+            self.assets.starved = starved
+            for runner in list(self.assets.runners) if kill else ():
+                runner.kill()
+
     def set_slowness(self, factor: float) -> None:
         """Make its runners, now and later, compute ``factor`` times slower."""
         self.slowness = factor
@@ -179,7 +210,10 @@ def leaves(group: BaseExceptionGroup[PyAgentError]) -> list[PyAgentError]:
 @asynccontextmanager
 async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Parts]:
     rng = random.Random(machine._rng.random())  # noqa: S311 - must repeat itself
-    mesh = network.node(machine.peer_id, name=f"n{machine.number}")
+    membership = machine.membership
+    mesh = network.node(
+        machine.peer_id, name=f"n{machine.number}", role="voter", authoriser=membership
+    )
     log = SimulatedLog(machine.disk, on_power_loss=lambda: machine.die(network))
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -189,14 +223,13 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
                 log,
                 founder=machine.founder,
                 role="voter",
-                authorise=lambda command, proposer, role: check_proposal(
-                    command, proposer=proposer, role=role, authority=peer(0)
-                ),
+                authorise=membership.authorise,
                 rng=rng,
                 new_request=lambda: rng.randbytes(REQUEST_BYTES),
                 compact_entries=COMPACT_ENTRIES,
             )
         )
+        membership.bind(consensus)
         rpc = await enter(open_rpc(mesh))
         journals = await enter(
             open_journals(mesh, consensus, rpc, machine.key, wall=machine.wall, book=JournalBook())
@@ -206,6 +239,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         )
         assets = ToyAssets(LOAD_SECONDS)
         assets.disk = machine.slices
+        assets.starved = machine.starved
         assets.pace = STEP_SECONDS * machine.slowness
         machine.assets = assets
         provider = ToyFacts(mesh.peer_id, f"n{machine.number}", assets)
@@ -227,13 +261,13 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
 
         async def answer_placements(
             asker: PeerId, ask: AskPlacements, tail: bytes
-        ) -> tuple[PlacementReports, bytes]:
-            return healer.reports(), b""
+        ) -> tuple[msgspec.Struct, bytes]:
+            return machine.tell(healer.reports()), b""
 
         async def answer_facts(
             asker: PeerId, ask: AskFacts, tail: bytes
-        ) -> tuple[FactsReply, bytes]:
-            return await facts_reply(mesh, provider, ask.model), b""
+        ) -> tuple[msgspec.Struct, bytes]:
+            return machine.tell(await facts_reply(mesh, provider, ask.model)), b""
 
         rpc.register(AskPlacements, answer_placements)
         rpc.register(AskFacts, answer_facts)
@@ -243,9 +277,13 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             )
         )
         steward = Steward(mesh, consensus, clock=machine.wall)
+        governance = Governance(
+            mesh, consensus, membership, LogCheck(mesh, consensus, rpc), clock=machine.wall
+        )
         nursery = await enter(background())
         for task in (controller.run, healer.run, steward.run):
             nursery.start_soon(task)
+        nursery.start_soon(enforce, consensus, mesh.recheck)
         yield Parts(
             mesh=mesh,
             consensus=consensus,
@@ -256,6 +294,8 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             journals=journals,
             sessions=sessions,
             steward=steward,
+            rpc=rpc,
+            governance=governance,
         )
 
 
