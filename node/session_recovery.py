@@ -12,7 +12,7 @@ import trio
 
 from pyagent_node.base.errors import CorruptData, NotFound, PyAgentError, Unavailable
 from pyagent_node.base.types import Digest, PeerId, SessionId
-from pyagent_node.consensus.commands import Checkpoint, ClaimSession
+from pyagent_node.consensus.commands import Checkpoint, ClaimSession, DropCheckpoints
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.identity import verify
@@ -63,7 +63,8 @@ class SessionRecovery:
         """Claim ``session`` for this node and return its journal.
 
         Its former head, if it lives, stops when it sees the claim.  Raises :class:`NotFound`
-        (``session_not_found``) for one that is unknown, ended or expired, :class:`Conflict`
+        (``session_not_found``) for one that is unknown, ended, expired or lost because every node
+        that kept it was restarted, :class:`Conflict`
         (``session_claimed``) when another node claimed it at the same moment, and
         :class:`Unavailable`: ``no_leader``, ``model_not_placed``, or ``journal_unavailable`` when
         no holder can be reached (it can be tried again until the session expires).
@@ -134,10 +135,21 @@ class SessionRecovery:
         waiting = set(known.holders) - {self._peer_id}
         with trio.CancelScope() as enough:
             look()
-            await _all(ask, waiting | ({known.head} - {self._peer_id}))
+            await _all(ask, waiting | (signers - {self._peer_id}))
         if found:
             return max(found, key=lambda journal: len(journal.tokens))
+        if all(error.code == "journal_not_held" for error in failures):
+            await self._give_up(public_id(session))
+            raise session_not_found(session)
         raise _unavailable(failures)
+
+    async def _give_up(self, public: SessionId) -> None:
+        """Have the mesh forget a session of which no copy is left: holders keep them in memory."""
+        log.warning("every node that kept a session's journal has lost it, by a restart")
+        try:
+            await self._consensus.propose(DropCheckpoints((public,), self._peer_id))
+        except PyAgentError as error:
+            log.info("a lost session was not dropped, it will expire: %s", error)
 
 
 async def _all(ask: Callable[[PeerId], Awaitable[None]], peers: Iterable[PeerId]) -> None:
@@ -151,14 +163,15 @@ def session_not_found(session: SessionId) -> NotFound:
     return NotFound(
         f"There is no session {session[:40]!r} to go on with.",
         code="session_not_found",
-        remedy="It has ended, lasted too briefly, or the time for resuming it is over; ask anew.",
+        remedy="It has ended, lasted too briefly, was lost when every node that kept it restarted,"
+        " or the time for resuming it is over; ask anew.",
     )
 
 
 def _unavailable(failures: list[PyAgentError]) -> PyAgentError:
-    if failures and all(isinstance(error, CorruptData) for error in failures):
+    if all(isinstance(error, CorruptData | NotFound) for error in failures):
         return CorruptData(
-            "Every copy of this session's journal was tampered with.",
+            "Every copy of this session's journal that is left was tampered with.",
             code="bad_journal",
             remedy="See the log for the nodes that gave them; ask anew.",
         )

@@ -61,7 +61,7 @@ class Person:
                     await self._read(machine, session)
                 except PyAgentError as error:
                     self._swarm.trace.add(machine.number, "asker", f"{self.number}: {error.code}")
-                    if error.code in ("session_not_found", "beyond_end"):
+                    if error.code in ("session_not_found", "beyond_end", "bad_journal"):
                         self.got = []
                 if not self.got:
                     session = self._ids()

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import NotFound, PyAgentError
+from pyagent_node.base.errors import NotFound, PyAgentError, Unavailable
 from pyagent_node.consensus.commands import ClaimSession, SetMeshSetting
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.simulations.sessions import session_id, wall
@@ -194,6 +194,27 @@ async def test_unknown_short_and_expired_sessions(
             await world.nodes[4].resume(S, 30)
         assert caught.value.code == "session_not_found"
         assert world.holders(public_id(S)) == set()
+
+
+async def test_a_session_of_which_no_copy_is_left_is_told_to_be_lost(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """After a power cut of everything a client must be told to ask anew, not to try again."""
+    async with placed() as world:
+        client = Client(world.nodes[3])
+        nursery.start_soon(client.ask, world, 60)
+        await client.seen(30)
+        world.crash(3)
+        for holder in world.holders(public_id(S)):
+            world.nodes[holder].book.drop(public_id(S))
+        with pytest.raises(Unavailable) as unavailable:
+            await world.nodes[5].resume(S, 30)
+        assert unavailable.value.code == "journal_unavailable", "its head may still come back"
+        await world.add(3)
+        with pytest.raises(NotFound) as caught:
+            await world.nodes[5].resume(S, 30)
+        assert caught.value.code == "session_not_found"
+        assert checkpoint(world) is None
 
 
 async def test_a_lost_holder_is_replaced(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
