@@ -41,11 +41,16 @@ Say = Callable[[str], None]
 
 @dataclass
 class LocalNode:
-    """One daemon of the swarm; ``state`` and ``client`` are there once it is up."""
+    """One daemon of the swarm; ``state`` and ``client`` are there once it is up.
+
+    ``wrap`` stands before its command lines (what puts it on another host), ``flags`` after ``up``.
+    """
 
     name: str
     home: Home
     listen: str = "/ip4/127.0.0.1/tcp/0"
+    wrap: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     state: DaemonState | None = None
     _client: Client | None = field(default=None, repr=False)
@@ -151,12 +156,19 @@ def local_swarm(count: int, *, say: Say = lambda _: None) -> Iterator[list[Local
         tempfile.TemporaryDirectory(prefix="pyagent-swarm-", ignore_cleanup_errors=True) as root,
     ):
         nodes = [LocalNode(f"node-{i}", Home(Path(root, f"node-{i}"))) for i in range(count)]
-        try:
-            _start_all(nodes, say)
+        with running(nodes, say=say):
             yield nodes
-        finally:
-            with uninterrupted():
-                stop_all(nodes)
+
+
+@contextlib.contextmanager
+def running(nodes: list[LocalNode], *, say: Say = lambda _: None) -> Iterator[None]:
+    """Run the daemons of empty homes as one private mesh; errors as for :func:`local_swarm`."""
+    try:
+        _start_all(nodes, say)
+        yield
+    finally:
+        with uninterrupted():
+            stop_all(nodes)
 
 
 def _start_all(nodes: list[LocalNode], say: Say) -> None:
@@ -189,8 +201,8 @@ def _environment(home: Home) -> dict[str, str]:
     return {**kept, "PYAGENT_HOME": str(home.root), "PYTHONUNBUFFERED": "1"}
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pyagent_node.cli.main", "--json", *arguments]
+def _command(node: LocalNode, *arguments: str) -> list[str]:
+    return [*node.wrap, sys.executable, "-m", "pyagent_node.cli.main", "--json", *arguments]
 
 
 def _open_log(node: LocalNode) -> IO[bytes]:
@@ -201,7 +213,7 @@ def _open_log(node: LocalNode) -> IO[bytes]:
 def start_process(node: LocalNode) -> None:
     """Start a daemon; it prints its state as JSON when it is up."""
     flags = ("--no-mdns", "--listen", node.listen, "--api", "127.0.0.1:0")
-    command = _command("up", "--with-parent", "--name", node.name, *flags)
+    command = _command(node, "up", "--with-parent", "--name", node.name, *flags, *node.flags)
     with _open_log(node) as log:
         node.process = subprocess.Popen(
             command,
@@ -237,7 +249,7 @@ def begin_join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
     invitation = first.client.invite(InviteRequest(role="voter", ttl_seconds=TICKET_SECONDS))
     with _open_log(node) as log:
         process = subprocess.Popen(
-            _command("join", "--name", node.name),
+            _command(node, "join", "--name", node.name),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=log,

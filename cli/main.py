@@ -54,6 +54,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("demo", "demo", "Split a model over daemons on this machine and ask it."),
             ("bench", "bench", "Measure speed against a single process."),
+            ("lab", "lab", "Run daemons on hosts of their own, with networks as you say."),
             ("simulate", "simulate", "Try the whole swarm with faults, on virtual time."),
         ),
     ),

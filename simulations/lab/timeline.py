@@ -191,3 +191,40 @@ def _act(
         state = "dead" if do == "kill" else "running"
         raise bad_scenario(f"{where}: the daemon of {event.host!r} is {state} already")
     return Act(at, event.host, do)
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """Something that happens at a time, in words; ``act`` when it happens to a daemon."""
+
+    at: float
+    text: str
+    act: Act | None = None
+
+
+def moments(timeline: Timeline) -> list[Moment]:
+    """Return all that happens in the order of time."""
+    found: list[Moment] = []
+    for cut in timeline.cuts:
+        left, right = (", ".join(sorted(side)) for side in (cut.left, cut.right))
+        found.append(Moment(cut.start, f"{left} {'-x->' if cut.one_way else '-x-'} {right}"))
+        if cut.end != float("inf"):
+            found.append(Moment(cut.end, f"{left} {'--->' if cut.one_way else '---'} {right}"))
+    for change in timeline.changes:
+        ends = " - ".join(sorted(change.pair))
+        how = "as at the beginning" if change.spec is None else describe(change.spec)
+        found.append(Moment(change.at, f"{ends}: {how}"))
+    verbs = {"kill": "is killed", "start": "starts again"}
+    found += [Moment(act.at, f"{act.host} {verbs[act.do]}", act) for act in timeline.acts]
+    return sorted(found, key=lambda moment: moment.at)
+
+
+def describe(spec: LinkSpec) -> str:
+    """Return a link in words: ``60 ms (+-3 ms), loss 1%, 50 Mbit/s``."""
+    words = [f"{2000 * spec.delay:g} ms"]
+    if spec.jitter:
+        words[0] += f" (+-{1000 * spec.jitter:g} ms)"
+    if spec.loss:
+        words.append(f"loss {100 * spec.loss:g}%")
+    if spec.rate is not None:
+        words.append(f"{spec.rate / 1e6:g} Mbit/s")
+    return ", ".join(words)
