@@ -343,8 +343,8 @@ def _shrink(
         )
     )
     app.out.text(
-        f"\nAfter {asked} runs: {len(small.faults)} faults, {small.nodes} nodes,"
-        f" {small.duration:g} s still fail in the same way."
+        f"\nAfter {asked} runs, what still fails in the same way: {len(small.faults)} faults,"
+        f" {small.nodes} nodes, {small.duration:g} s."
     )
     for fault in small.faults:
         app.out.text(f"  {fault!r}")
@@ -410,11 +410,10 @@ def _table(app: App, verdicts: Sequence[Verdict]) -> None:
 def _tell(app: App, plan: Plan, verdict: Verdict) -> None:
     """Print the story of a failure and how to see it again."""
     outcome = verdict.outcome
-    app.out.text(f"\nSeed {outcome.seed} broke what must hold, {outcome.virtual_seconds:.3f} s in:")
+    when = f", {outcome.virtual_seconds:.3f} s in" if outcome.trace_digest else ""
+    app.out.text(f"\nSeed {outcome.seed} broke what must hold{when}:")
     for found in outcome.violations:
         app.out.text(f"  {found.invariant}: {found.detail}")
-    if verdict.story:
-        app.out.text("What led to it:")
     for line in verdict.story:
         app.out.text(f"  {line}")
     app.out.text(f"Replay it:\n  {plan.replay(outcome.seed)}")

@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
 import trio
 
@@ -36,6 +37,7 @@ from pyagent_node.node.mesh.events import EventHub
 from pyagent_node.node.mesh.memory import MemoryStream, memory_pair
 from pyagent_node.node.mesh.settings import MeshLimits, MeshMetrics
 from pyagent_node.node.nurseries import background
+from pyagent_node.simulations.trace import HERE
 
 log = logging.getLogger("pyagent_node.simulations.mesh")
 
@@ -43,6 +45,16 @@ JOIN: Final = "/pyagent/join/1"
 CUT: Final = "the simulated link was cut"
 
 Pair = frozenset[PeerId]
+
+
+class Meter(Protocol):
+    """Counts frames as they are sent; see ``simulations.traffic``."""
+
+    def frame(self, sender: PeerId, receiver: PeerId, protocol: str, frame: Frame) -> None:
+        """Count one frame."""
+        ...
+
+
 Meddler = Callable[[PeerId, PeerId, str, Frame], Sequence[Frame]]
 """Given sender, receiver, protocol and a frame, says what arrives instead."""
 
@@ -77,6 +89,8 @@ class SimulatedNetwork:
         """Draws how much later than the latency a frame to or from a node is, in seconds."""
         self.meddler: Meddler | None = None
         """Sees, and may lose, repeat or change, every frame of the streams opened from now on."""
+        self.meter: Meter | None = None
+        """Counts every frame that is sent on the streams opened from now on."""
         self._nodes: dict[PeerId, SimulatedMesh] = {}
         self._admissions: dict[PeerId, PeerAdmission] = {}
         self._count = 0
@@ -160,11 +174,10 @@ class SimulatedNetwork:
         stream.hold_outgoing(self.held(opener, other))
         stream.hold_incoming(self.held(other, opener))
         stream.delay(lambda: self._late(opener, other))
-        meddler = self.meddler
-        if meddler is not None:
+        if self.meddler is not None or self.meter is not None:
+            tap = _tap(self.meter, self.meddler)
             stream.meddle(
-                lambda frame: meddler(opener, other, protocol, frame),
-                lambda frame: meddler(other, opener, protocol, frame),
+                partial(tap, opener, other, protocol), partial(tap, other, opener, protocol)
             )
 
     def _late(self, a: PeerId, b: PeerId) -> float:
@@ -226,6 +239,17 @@ class SimulatedNetwork:
             await a.connect(b.addresses[0])
         except PyAgentError as error:
             log.debug("%s and %s stay apart: %s", a.peer_id, b.peer_id, error)
+
+
+def _tap(meter: Meter | None, meddler: Meddler | None) -> Meddler:
+    """Return what counts each frame under way and lets it be meddled with."""
+
+    def tap(sender: PeerId, receiver: PeerId, protocol: str, frame: Frame) -> Sequence[Frame]:
+        if meter is not None:
+            meter.frame(sender, receiver, protocol, frame)
+        return (frame,) if meddler is None else meddler(sender, receiver, protocol, frame)
+
+    return tap
 
 
 class SimulatedMesh:
@@ -358,6 +382,7 @@ class SimulatedMesh:
         return ours
 
     async def _serve(self, protocol: str, handler: StreamHandler, stream: MemoryStream) -> None:
+        HERE.set(self._peer_id)  # the opener's task started this one
         with trio.CancelScope() as scope:
             self._serving.add(scope)
             try:

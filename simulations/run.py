@@ -18,6 +18,7 @@ from pyagent_node.simulations.faults import Schedule
 from pyagent_node.simulations.injector import Injector
 from pyagent_node.simulations.invariants import Invariant, all_invariants
 from pyagent_node.simulations.invariants.secrets import NoSecrets
+from pyagent_node.simulations.observer import Observer
 from pyagent_node.simulations.swarm import HEAL_SECONDS, Swarm, open_swarm
 from pyagent_node.simulations.trace import Event, Trace
 
@@ -65,6 +66,7 @@ class Run:
         self._invariants = all_invariants()
         self._start = self._virtual = 0.0
         self._trace = Trace(self._clock)
+        self._observer = Observer(self._trace)
         self._found: list[Found] = []
         self._requests = 0
 
@@ -101,9 +103,10 @@ class Run:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """Let the invariants hear what nodes log, and nobody else."""
+        """Let the invariants and the observer hear what nodes log, and nobody else."""
         logger = logging.getLogger("pyagent_node")
-        listeners = [i.listener for i in self._invariants if isinstance(i, NoSecrets)]
+        listeners: list[logging.Handler] = [self._observer.lines]
+        listeners += [i.listener for i in self._invariants if isinstance(i, NoSecrets)]
         level, propagate = logger.level, logger.propagate
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
@@ -133,10 +136,13 @@ class Run:
     async def _main(self) -> None:
         self._start = trio.current_time()
         async with open_swarm(self.seed, self._trace) as swarm:
+            swarm.network.meter = self._observer.frames
             with trio.CancelScope() as scope:
                 swarm.nursery.start_soon(self._watch, swarm, scope)
                 await self._phases(swarm)
             self._clock()
+            if swarm.violations:
+                self._observer.tell_states(swarm)
             self._found = [
                 Found(round(v.time - self._start, 3), v.invariant, v.detail)
                 for v in swarm.violations
@@ -146,6 +152,7 @@ class Run:
     async def _watch(self, swarm: Swarm, scope: trio.CancelScope) -> None:
         """Look at everything for ever; a broken invariant ends the run."""
         while True:
+            self._observer.look(swarm, self._clock())
             for invariant in self._invariants:
                 for detail in invariant.check(swarm):
                     swarm.violation(invariant.name, detail)
@@ -155,7 +162,7 @@ class Run:
             await trio.sleep(LOOK_SECONDS)
 
     async def _phases(self, swarm: Swarm) -> None:
-        await swarm.form(self.schedule.nodes)
+        await self._form(swarm)
         swarm.trace.add(None, "phase", "faults begin")
         injector = Injector(swarm)
         async with trio.open_nursery() as nursery:
@@ -166,6 +173,10 @@ class Run:
         swarm.trace.add(None, "phase", "everything is mended")
         await injector.mend()
         await self._heal(swarm)
+
+    async def _form(self, swarm: Swarm) -> None:
+        """Bring the swarm to where faults begin."""
+        await swarm.form(self.schedule.nodes)
 
     async def _ask(self, swarm: Swarm) -> None:
         while True:

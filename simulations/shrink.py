@@ -15,6 +15,8 @@ from msgspec.structs import replace
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.simulations.faults import Fault, Schedule, check_schedule
 
+BEFORE_FIRST: Final = 1.0
+"""Seconds before the first fault of a schedule that was moved to the beginning."""
 AFTER_LAST: Final = 1.0
 """Seconds that a shortened schedule goes on after its last fault began."""
 
@@ -93,12 +95,26 @@ def shrink_schedule(
         return budget.fails(replace(budget.best, faults=tuple(faults)))
 
     ddmin(schedule.faults, without, runs=runs)
+    if (earlier := _earlier(budget.best)) is not None:
+        budget.fails(earlier)
     while (shorter := _shorter(budget.best)) is not None and budget.fails(shorter):
         pass
     for nodes in range(1, budget.best.nodes):
         if budget.fails(replace(budget.best, nodes=nodes)):
             break
     return budget.best
+
+
+def _earlier(schedule: Schedule) -> Schedule | None:
+    """Return the schedule with its first fault near the beginning, the others as long after it."""
+    first = min((fault.at for fault in schedule.faults), default=0.0)
+    by = first - BEFORE_FIRST
+    if by <= BEFORE_FIRST:
+        return None
+    return replace(
+        schedule,
+        faults=tuple(replace(fault, at=round(fault.at - by, 3)) for fault in schedule.faults),
+    )
 
 
 def _shorter(schedule: Schedule) -> Schedule | None:

@@ -17,7 +17,11 @@ from pyagent_node.simulations.trace import Event
 MAIN: Final = 24
 """Lines about the swarm."""
 LAST: Final = 12
-"""Lines about the nodes that the violation names."""
+"""Lines about each node and request that the violation names."""
+MOST: Final = 3
+"""Nodes, and requests, that are told of."""
+STATES: Final = 8
+"""Nodes whose state is told of even if the violation does not name them."""
 TELLING: Final = frozenset(
     {
         "VIOLATION",
@@ -26,18 +30,24 @@ TELLING: Final = frozenset(
         "failed",
         "fault",
         "leads",
-        "moved",
         "phase",
         "placed",
         "resumed",
         "runner died",
-        "unplaced",
+        "suspended",
         "up",
     }
 )
 """Kinds of events that are told of every node."""
-_COUNTED: Final = ("fault", "leads", "dies", "placed", "resumed", "answered")
+_COUNTED: Final = {
+    "fault": ("fault", "faults"),
+    "leads": ("election", "elections"),
+    "dies": ("death", "deaths"),
+    "placed": ("placement", "placements"),
+    "resumed": ("session resumed", "sessions resumed"),
+}
 _NODES: Final = re.compile(r"\bnodes? (\d+)(?: and (\d+))?")
+_REQUESTS: Final = re.compile(r"\brequests? \[?(\d+(?:, \d+)*)")
 
 
 def named(text: str) -> list[int]:
@@ -47,7 +57,11 @@ def named(text: str) -> list[int]:
 
 
 def tell(events: Sequence[Event], *, main: int = MAIN, last: int = LAST) -> list[str]:
-    """Return the story of a run as lines: the swarm up to the violation, then who was involved."""
+    """Return the story of a run as lines.
+
+    First what happened to the swarm up to the violation, then the last of the nodes and requests
+    that it names, then how the nodes were in the end.
+    """
     broken = [event for event in events if event.kind == "VIOLATION"]
     if not broken:
         return []
@@ -59,18 +73,34 @@ def tell(events: Sequence[Event], *, main: int = MAIN, last: int = LAST) -> list
         left_out, telling = telling[:-main], telling[-main:]
         lines.append(f"Before: {_counts(left_out)}.")
     lines += [str(event) for event in telling]
-    nodes = list(dict.fromkeys(n for event in broken for n in named(event.detail)))
-    shown = set(telling)
-    for node in nodes[:3]:
-        own = [event for event in upto if event.node == node]
-        fresh = [event for event in own[-last:] if event not in shown]
-        if fresh:
-            lines += [f"The last of node {node}:", *(str(event) for event in fresh)]
-    if not nodes:
-        fresh = [event for event in upto[-last:] if event not in shown]
-        if fresh:
-            lines += ["The last events:", *(str(event) for event in fresh)]
+    shown, details = set(telling), " ".join(event.detail for event in broken)
+    fresh = [event for event in upto if event not in shown and event.kind != "pulse"]
+    groups = [
+        (f"The last of node {node}:", [event for event in fresh if event.node == node])
+        for node in named(details)[:MOST]
+    ] + [
+        (f"The last of request {request}:", [event for event in fresh if _is_of(event, request)])
+        for request in _requests(details)[:MOST]
+    ]
+    for title, found in groups or [("The last events:", fresh)]:
+        if found:
+            lines += [title, *(str(event) for event in found[-last:])]
+    states = [event for event in events if event.kind == "state"]
+    involved = [event for event in states if event.node in named(details)]
+    if states:
+        chosen = states if len(states) <= STATES else involved or states[:STATES]
+        lines += ["The nodes in the end:", *(f"  node {e.node}: {e.detail}" for e in chosen)]
     return lines
+
+
+def _requests(text: str) -> list[int]:
+    """Return the numbers of the requests that a violation names, each once."""
+    found = [int(n) for match in _REQUESTS.finditer(text) for n in match[1].split(",")]
+    return list(dict.fromkeys(found))
+
+
+def _is_of(event: Event, request: int) -> bool:
+    return event.kind in ("answered", "asker") and event.detail.startswith(f"{request}:")
 
 
 def _merged(events: Iterable[Event]) -> list[Event]:
@@ -103,15 +133,11 @@ def _all_of(event: Event, nodes: Sequence[int]) -> Event:
 
 
 def _counts(events: Iterable[Event]) -> str:
-    """Return how many of what happened: ``9 faults, 3 elections``."""
-    words = {
-        "fault": "faults",
-        "leads": "elections",
-        "dies": "deaths",
-        "placed": "placements",
-        "resumed": "sessions resumed",
-        "answered": "answers",
-    }
+    """Return how many of what happened: ``9 faults, 1 election``."""
     counts = Counter(event.kind for event in events)
-    told = [f"{counts[kind]} {words[kind]}" for kind in _COUNTED if counts[kind]]
+    told = [
+        f"{counts[kind]} {one if counts[kind] == 1 else many}"
+        for kind, (one, many) in _COUNTED.items()
+        if counts[kind]
+    ]
     return ", ".join(told) or f"{sum(counts.values())} events"
