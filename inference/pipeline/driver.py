@@ -113,7 +113,7 @@ class Driver:
         deadline = attempt.last_progress if attempt.waiting else trio.current_time()
         with trio.move_on_at(deadline + self._step_seconds) as scope:
             await session.work.wait()
-        late = trio.current_time() - attempt.last_progress >= self._step_seconds
+        late = trio.current_time() >= attempt.last_progress + self._step_seconds
         if scope.cancelled_caught and attempt.waiting and late:
             self._shell.interrupt(
                 session,
