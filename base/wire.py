@@ -103,8 +103,8 @@ class _TagOnly(msgspec.Struct):
 
 
 @functools.cache
-def tag_of(kind: type[object]) -> str | None:
-    """Return the string tag of a message type, ``None`` without one (to look takes a millisecond)."""
+def tag_of(kind: type[msgspec.Struct]) -> str | None:
+    """Return a message type's string tag, ``None`` without one; to look takes a millisecond."""
     info = msgspec.inspect.type_info(kind)
     tag = info.tag if isinstance(info, msgspec.inspect.StructType) else None
     return tag if isinstance(tag, str) else None
@@ -124,7 +124,8 @@ class Codec(Generic[M]):
             union = cast("type[M]", union | t)
         self._decoder = msgspec.msgpack.Decoder(union)
         self._encoder = msgspec.msgpack.Encoder()
-        self._tags = frozenset(tag for t in types if (tag := tag_of(t)) is not None)
+        tags = (tag_of(cast("type[msgspec.Struct]", t)) for t in types)
+        self._tags = frozenset(tag for tag in tags if tag is not None)
         self._tag_decoder = msgspec.msgpack.Decoder(_TagOnly)
 
     def encode(self, message: M) -> bytes:

@@ -25,7 +25,7 @@ from pyagent_node.consensus.raft_changes import Changes, not_leader
 from pyagent_node.consensus.raft_courier import Authorise, Courier
 from pyagent_node.consensus.raft_handover import Handovers, News
 from pyagent_node.consensus.raft_links import Links
-from pyagent_node.consensus.raft_members import Members
+from pyagent_node.consensus.raft_members import ALL, Members
 from pyagent_node.consensus.raft_messages import (
     Hello,
     NotTransferred,
@@ -35,6 +35,7 @@ from pyagent_node.consensus.raft_messages import (
     pieces,
 )
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
+from pyagent_node.consensus.raft_pace import heartbeat_due
 from pyagent_node.consensus.raft_proposals import Pending
 from pyagent_node.consensus.raft_reads import Reads
 from pyagent_node.consensus.raft_status import status_of, successor
@@ -289,6 +290,11 @@ class RaftEngine:
 
     def send(self, to: int, kind: str, data: bytes) -> None:
         """Queue a Raft message for a node; it may get lost."""
+        learners = self.members.conf.learners
+        if kind == "heartbeat" and to in learners:
+            beat = self.node.tick // self.node.timing.heartbeat_ticks
+            if not heartbeat_due(to, len(learners), beat):
+                return
         peer = self.members.peer_of(to)
         sent: Callable[[bool], None] | None = None
         if kind == "snapshot":
@@ -346,9 +352,16 @@ class RaftEngine:
         self._news.tell()
         self.node.poke()
 
-    def listens_to(self, hello: Hello) -> bool:
-        """Whether Raft messages of that node count at present."""
-        return self.node.listens_to(hello)
+    def obeys(self, peer: PeerId, hello: Hello) -> bool:
+        """Whether everything counts that the node says at present."""
+        return self.node.trust(peer, hello) == ALL
+
+    def may_vote(self, peer: PeerId) -> bool:
+        """Whether a node's certificate, or the log, lets it vote."""
+        member = self.state.members.get(peer)
+        return self._courier.role_of(peer) == "voter" or (
+            member is not None and member.vote == "always"
+        )
 
     def take(
         self,

@@ -73,7 +73,8 @@ async def open_models(
     )
 
     async def nodes(model: Digest) -> dict[PeerId, NodeFacts]:
-        return {node.peer_id: node for node in (await survey(mesh, rpc, facts, model)).nodes}
+        found = await survey(mesh, rpc, facts, model, distances=False)
+        return {node.peer_id: node for node in found.nodes}
 
     healer = Healer(
         mesh=mesh,
@@ -91,7 +92,7 @@ async def open_models(
         return placement.epoch if placement is not None else 0
 
     async def answer_facts(peer: PeerId, ask: AskFacts, tail: bytes) -> tuple[FactsReply, bytes]:
-        return await facts_reply(mesh, facts, ask.model), b""
+        return await facts_reply(mesh, facts, ask), b""
 
     async def answer_placements(
         peer: PeerId, ask: AskPlacements, tail: bytes

@@ -108,9 +108,13 @@ class Tried(msgspec.Struct, frozen=True, tag="tried"):
 
 
 class AskFacts(msgspec.Struct, frozen=True, tag="ask_facts"):
-    """Ask a node what a planner needs to know of it with regard to ``model``."""
+    """Ask a node what a planner needs to know of it with regard to ``model``.
+
+    Without ``distances`` its round-trip times are left out: all nodes' to all others are much.
+    """
 
     model: Digest
+    distances: bool = True
 
 
 class FactsReply(msgspec.Struct, frozen=True, tag="facts"):

@@ -70,8 +70,12 @@ def planner_shape(header: GgufHeader, name: str) -> ModelShape:
     )
 
 
-async def survey(mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest) -> Swarm:
+async def survey(
+    mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest, *, distances: bool = True
+) -> Swarm:
     """Ask every connected member for its facts, all at once; those that do not answer are left out.
+
+    ``distances`` asks for their round-trip times, too.
 
     The order of the answers does not show in the result.
     """
@@ -79,7 +83,8 @@ async def survey(mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest) -> Swa
 
     async def ask(peer: PeerId) -> None:
         try:
-            reply, _ = await rpc.call(peer, AskFacts(model), FactsReply, seconds=FACTS_SECONDS)
+            request = AskFacts(model, distances)
+            reply, _ = await rpc.call(peer, request, FactsReply, seconds=FACTS_SECONDS)
         except PyAgentError as error:
             logger.info("node %s gave no facts: %s", peer, error)
             return
@@ -92,7 +97,7 @@ async def survey(mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest) -> Swa
             if math.isfinite(rtt) and rtt >= 0:
                 swarm.rtt_ms[reply.facts.peer_id, other] = rtt
 
-    take(await facts_reply(mesh, facts, model))
+    take(await facts_reply(mesh, facts, AskFacts(model, distances)))
     async with trio.open_nursery() as nursery:
         for peer in mesh.peers():
             if peer.role != "client":
@@ -101,10 +106,11 @@ async def survey(mesh: Mesh, rpc: Rpc, facts: FactsSource, model: Digest) -> Swa
     return swarm
 
 
-async def facts_reply(mesh: Mesh, facts: FactsSource, model: Digest) -> FactsReply:
+async def facts_reply(mesh: Mesh, facts: FactsSource, ask: AskFacts) -> FactsReply:
     """Return what this node answers to :class:`AskFacts`."""
-    rtt = {p.peer_id: p.rtt_ms for p in mesh.peers() if p.rtt_ms is not None}
-    return FactsReply(await facts.facts(model), rtt)
+    peers = mesh.peers() if ask.distances else ()
+    rtt = {p.peer_id: p.rtt_ms for p in peers if p.rtt_ms is not None}
+    return FactsReply(await facts.facts(ask.model), rtt)
 
 
 def choose_nodes(

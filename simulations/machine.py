@@ -246,7 +246,8 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
 
         async def facts(model: Digest) -> dict[PeerId, NodeFacts]:
-            return {n.peer_id: n for n in (await survey(mesh, rpc, provider, model)).nodes}
+            found = await survey(mesh, rpc, provider, model, distances=False)
+            return {n.peer_id: n for n in found.nodes}
 
         healer = Healer(
             mesh=mesh,
@@ -267,7 +268,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         async def answer_facts(
             asker: PeerId, ask: AskFacts, tail: bytes
         ) -> tuple[msgspec.Struct, bytes]:
-            return machine.tell(await facts_reply(mesh, provider, ask.model)), b""
+            return machine.tell(await facts_reply(mesh, provider, ask)), b""
 
         rpc.register(AskPlacements, answer_placements)
         rpc.register(AskFacts, answer_facts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.commands import SetDraining
 from pyagent_node.node.api.mesh_schema import RemoveMemberRequest, RevokeRequest
 from pyagent_node.simulations.fault_kinds import (
@@ -38,6 +39,8 @@ class Operator:
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
+        self._drained: set[PeerId] = set()
+        """Whoever was asked to be drained; the log may learn of it late."""
 
     async def do(self, deed: Deed) -> None:
         """Do it, or give it up after a while."""
@@ -51,6 +54,7 @@ class Operator:
                 await swarm.place(deed.boundaries, deed.nodes, SECONDS)
             case Drain():
                 node = swarm.machines[deed.node].peer_id
+                self._drained.add(node)
                 await swarm.propose(SetDraining(node, True), SECONDS)
                 await trio.sleep(deed.seconds)
                 await swarm.propose(SetDraining(node, False), SECONDS)
@@ -66,9 +70,11 @@ class Operator:
                 await self._revoke(swarm.machines[deed.node], deed.seconds)
 
     async def undrain(self) -> None:
-        """Take every node back into service."""
+        """Take every node that was drained back into service."""
+        states = [m.parts.consensus.state for m in self._swarm.up() if m.parts is not None]
+        draining = {r.peer_id for s in states for r in s.members.values() if r.draining}
         for machine in self._swarm.machines:
-            if not machine.gone:
+            if machine.peer_id in draining | self._drained and not machine.gone:
                 await self._swarm.propose(SetDraining(machine.peer_id, False), SECONDS)
 
     async def _transfer(self, to: Machine) -> None:

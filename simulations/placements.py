@@ -314,7 +314,7 @@ async def _node(
         provider = ToyFacts(mesh.peer_id, f"n{number}", assets)
 
         async def facts(model: Digest) -> dict[PeerId, NodeFacts]:
-            swarm = await survey(mesh, rpc, provider, model)
+            swarm = await survey(mesh, rpc, provider, model, distances=False)
             return {node.peer_id: node for node in swarm.nodes}
 
         healer = Healer(
@@ -335,7 +335,7 @@ async def _node(
         async def answer_facts(
             asker: PeerId, ask: AskFacts, tail: bytes
         ) -> tuple[FactsReply, bytes]:
-            return await facts_reply(mesh, provider, ask.model), b""
+            return await facts_reply(mesh, provider, ask), b""
 
         rpc.register(AskPlacements, answer)
         rpc.register(AskFacts, answer_facts)
