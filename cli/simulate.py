@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -169,9 +170,13 @@ def simulate_command(
         _list(app)
         return 0
     chosen = _seeds(seed, seeds, fresh)
+    if limit is not None and math.isnan(limit):
+        raise _usage("--limit is not a number.", "Write seconds: --limit 300.")
     plan = _plan(nodes, duration, faults)
     if trace is not None and len(chosen) > 1:
         raise _usage("--trace takes one seed.", "Give it with --seed.")
+    for path in (trace, output if shrink else None):
+        _check_writable(path)
     from pyagent_node.simulations.jobs import Job  # noqa: PLC0415
 
     work = [Job(each, plan.schedule(each), trace is not None) for each in chosen]
@@ -215,12 +220,25 @@ def _seeds(seed: int | None, seeds: str | None, fresh: int | None) -> list[int]:
     return list(range(low, high + 1))
 
 
+def _check_writable(path: str | None) -> None:
+    """Refuse a file that cannot be written before any time is spent on what goes into it."""
+    if path is None:
+        return
+    parent = Path(path).absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise _usage(
+            f"{path[:200]} cannot be written.", f"See whether {parent} is there and yours."
+        )
+
+
 def _plan(nodes: int | None, duration: float | None, faults: str) -> Plan:
     from pyagent_node.simulations.faults import MIXES, decode_schedule  # noqa: PLC0415
 
     if faults in MIXES:
         return Plan(nodes or NODES, duration or DURATION, faults, None)
     path = Path(faults)
+    if path.is_dir():
+        raise _usage(f"{faults[:200]} is a directory.", "Name a file, or a mix of faults.")
     if not path.exists() and not path.suffix and len(path.parts) == 1:
         raise InvalidRequest(
             f"There is no mix of faults, and no file, called {faults[:80]!r}.",

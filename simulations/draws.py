@@ -173,6 +173,9 @@ def _evil(rng: random.Random, at: float, nodes: int) -> Fault:
     return Evil(at, _length(rng), rng.randrange(nodes), rng.choice(MALICE))
 
 
+BETWEEN_TWO: Final[tuple[Draw, ...]] = (_one_way, _flap, _slow_link)
+"""Kinds that a node alone cannot have."""
+
 _NETWORK: Final = (_partition, _one_way, _flap, _slow_link, _jitter)
 _NODES: Final = (_crash, _crash, _pause, _slow_runner, _kill_runner, _low_memory)
 _CLOCKS: Final = (_clock_jump, _clock_drift)

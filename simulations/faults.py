@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.simulations.draws import MIXES, N_LAYERS
+from pyagent_node.simulations.draws import BETWEEN_TWO, MIXES, N_LAYERS
 from pyagent_node.simulations.fault_kinds import (
     MALICE,
     Blackout,
@@ -126,7 +126,8 @@ def draw_schedule(seed: int, *, nodes: int, duration: float, mix: str = "standar
             remedy=f"Choose one of {', '.join(MIXES)}, or name a file.",
         )
     rng = random.Random(seed)  # noqa: S311 - must repeat itself
-    kinds, faults = MIXES[mix], []
+    kinds = [kind for kind in MIXES[mix] if nodes > 1 or kind not in BETWEEN_TWO]
+    faults: list[Fault] = []
     at = 0.0
     while kinds:
         at += rng.expovariate(1 / MEAN_SECONDS_BETWEEN)

@@ -28,7 +28,7 @@ from pyagent_node.simulations.faults import (
 from pyagent_node.simulations.shrink import ddmin
 
 
-@given(st.integers(0, 1 << 63), st.integers(2, 40), st.sampled_from(sorted(MIXES)))
+@given(st.integers(0, 1 << 63), st.integers(1, 40), st.sampled_from(sorted(MIXES)))
 def test_every_drawn_schedule_is_valid_and_survives_its_file(
     seed: int, nodes: int, mix: str
 ) -> None:
