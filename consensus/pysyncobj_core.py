@@ -185,8 +185,8 @@ class PySyncCore:
         self._raft.stand()
         self._look()
 
-    def step(self, sender: int, message: bytes) -> None:
-        """Take a message of node ``sender``.
+    def step(self, sender: int, message: bytes, trust: int = 2) -> None:
+        """Take a message of node ``sender``; see :class:`pyagent_node.native.RaftCore`.
 
         Raises ``RaftRefused`` for a malformed or impossible one; nothing has changed then.
         """
@@ -196,6 +196,7 @@ class PySyncCore:
                 raise RaftRefused(f"node {sender:x} names a term far ahead")
             if sender == self.node_id:
                 raise RaftRefused("a message of this node to itself")
+            _check_trust(decoded, trust, self.term)
             _guarded(lambda: self._dispatch(sender, decoded))
         except PyAgentError as error:
             raise RaftRefused(str(error)) from None
@@ -373,6 +374,14 @@ class PySyncCore:
     def take_log(self) -> list[tuple[str, str]]:
         """Return nothing: PySyncObj has nothing to say that the shell does not see."""
         return []
+
+
+def _check_trust(message: Message, trust: int, term: int) -> None:
+    """Raise ``RaftRefused`` for what a node without a vote does not say."""
+    if trust < 2 and not isinstance(message, Vote | NextIndex | AskIndex):
+        raise RaftRefused("only a voter says such a thing")
+    if trust < 1 and message.term > term:
+        raise RaftRefused("only a voter ends a term")
 
 
 def _guarded(work: Callable[[], None]) -> None:

@@ -104,6 +104,7 @@ async def open_raft(
                 advanced=engine.advanced,
                 read=engine.read,
                 disk_refused=engine.disk_refused,
+                may_vote=engine.may_vote,
             ),
         )
         await engine.node.start()

@@ -136,8 +136,8 @@ class Core(Protocol):
         """Stand for election now."""
         ...
 
-    def step(self, sender: int, message: bytes) -> None:
-        """Take a message."""
+    def step(self, sender: int, message: bytes, trust: int = 2) -> None:
+        """Take a message, as far as its sender's word counts."""
         ...
 
     def propose(self, data: bytes, context: bytes = b"") -> tuple[int, int]:

@@ -88,8 +88,8 @@ class Node(Protocol):
         """Note what a peer says of itself."""
         ...
 
-    def listens_to(self, hello: Hello) -> bool:
-        """Whether Raft messages of that node count at present."""
+    def obeys(self, peer: PeerId, hello: Hello) -> bool:
+        """Whether everything counts that the node says at present, snapshots included."""
         ...
 
     def take(self, peer: PeerId, hello: Hello, message: Inbound, done: Done) -> None:
@@ -306,7 +306,8 @@ class Links:
                 case Piece():
                     parts.append(bytes(tail))
                     size += len(parts[-1])
-                    self._check_piece(message, len(parts[-1]), size, hello)
+                    obeyed = self._node.obeys(stream.peer, hello)
+                    _check_piece(message, len(parts[-1]), size, obeyed=obeyed)
                     if not message.last:
                         continue
                     whole = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -330,18 +331,6 @@ class Links:
             await room.acquire()
             self._node.take(stream.peer, hello, whole, room.release)
 
-    def _check_piece(self, piece: Piece, size: int, total: int, hello: Hello) -> None:
-        """Refuse what would fill the memory."""
-        if not piece.last and size != PIECE_BYTES:
-            raise CorruptData("A piece of a Raft message is short.", code="protocol_error")
-        limit = MAX_MESSAGE if self._node.listens_to(hello) else PIECE_BYTES
-        if total > limit:
-            raise LimitExceeded(
-                f"A Raft message is over the limit of {limit} bytes.",
-                code="message_too_large",
-                limit=limit,
-            )
-
     async def _first(self, stream: FrameStream) -> Hello | None:
         received = await stream.receive()
         if received is None:
@@ -356,6 +345,19 @@ class Links:
             raise CorruptData("A peer gave a Raft id that is not its own.", code="forged_raft_id")
         self._node.take_hello(stream.peer, hello)
         return hello
+
+
+def _check_piece(piece: Piece, size: int, total: int, *, obeyed: bool) -> None:
+    """Refuse what would fill the memory."""
+    if not piece.last and size != PIECE_BYTES:
+        raise CorruptData("A piece of a Raft message is short.", code="protocol_error")
+    limit = MAX_MESSAGE if obeyed else PIECE_BYTES
+    if total > limit:
+        raise LimitExceeded(
+            f"A Raft message is over the limit of {limit} bytes.",
+            code="message_too_large",
+            limit=limit,
+        )
 
 
 async def _send(stream: FrameStream, message: Frame) -> None:

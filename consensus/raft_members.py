@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from pyagent_node.base.errors import Unavailable
 from pyagent_node.base.types import PeerId
@@ -11,6 +12,12 @@ from pyagent_node.native import RaftConf
 
 MAX_HEARD = 1024
 """Peers whose last word is remembered."""
+ANSWERS: Final = 0
+"""Trust in a node without a vote: its answers and questions count."""
+LATER_ANSWERS: Final = 1
+"""The same, and that there is a later term."""
+ALL: Final = 2
+"""Trust in a voter."""
 
 
 def members_of(conf: RaftConf) -> frozenset[int]:
@@ -100,18 +107,31 @@ class Members:
                 found[node_id] = hello.raft_id
         return found
 
-    def accepts(self, sender: int, hello: Hello, *, leader: int, lonely: bool) -> bool:
-        """Say whether Raft messages of ``sender`` count.
+    def trust(
+        self,
+        peer: PeerId,
+        hello: Hello,
+        *,
+        leader: int,
+        lonely: bool,
+        may_vote: Callable[[PeerId], bool],
+    ) -> int | None:
+        """Say how much Raft messages of ``peer`` count; ``None``: not at all.
 
-        Those of the configuration do, and those of the leader that is followed or that another
-        member names.  A node that is in no configuration, or that has seen no leader for long (its
-        configuration may be an old one), listens to whoever claims to vote.
+        Everything (:data:`ALL`) that the voters of the configuration say, the leader that is
+        followed, and one that a voter names.  Learners only answer (:data:`ANSWERS`): they cannot
+        lead, stand for election or end a term.  A node that is in no configuration, or that has
+        seen no leader for long (its configuration may be an old one), also listens to whoever
+        claims to vote and may, or is named by such a one; ``may_vote`` tells by certificates.
         """
-        members = members_of(self.conf)
-        if sender in members or sender == leader:
-            return True
-        if self.me not in members or lonely:
-            return hello.voter
-        return any(
-            said.leader == sender and said.raft_id in members for said in self.heard.values()
-        )
+        sender, members, voters = hello.raft_id, members_of(self.conf), voters_of(self.conf)
+        if sender in voters or sender == leader:
+            return ALL
+        lost = lonely or self.me not in members
+        if lost and hello.voter and may_vote(peer):
+            return ALL
+        for other, said in self.heard.items():
+            witness = said.raft_id in voters or (lost and said.voter and may_vote(other))
+            if witness and said.leader == sender and other != peer:
+                return ALL
+        return ANSWERS if sender in members else None

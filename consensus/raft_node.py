@@ -28,7 +28,7 @@ from pyagent_node.consensus.log import LogStore
 from pyagent_node.consensus.raft_applier import Applier
 from pyagent_node.consensus.raft_core import Core, NewCore, Ready
 from pyagent_node.consensus.raft_disk import Disk
-from pyagent_node.consensus.raft_members import Members, voters_of
+from pyagent_node.consensus.raft_members import ANSWERS, LATER_ANSWERS, Members, voters_of
 from pyagent_node.consensus.raft_messages import Hello
 from pyagent_node.consensus.raft_storage import (
     Loaded,
@@ -52,6 +52,9 @@ KEPT_BEHIND = 1024
 """Entries that stay in memory behind a snapshot, for followers that are a little late."""
 SAVE_TICKS = 2
 """How often a commit index is written that came with nothing else to write."""
+LATER_TICKS = 300
+"""How long one later term that a node without a vote tells of is enough: it may be one that voted
+before, or one that wants the leader to step down again and again."""
 LONELY_TIMEOUTS = 4
 """Election timeouts without a leader after which strangers are listened to."""
 
@@ -114,6 +117,7 @@ class Hooks(msgspec.Struct):
     advanced: Callable[[], None]
     read: Callable[[int, bytes], None]
     disk_refused: Callable[[PyAgentError], None]
+    may_vote: Callable[[PeerId], bool]
 
 
 class RaftNode:
@@ -153,6 +157,7 @@ class RaftNode:
         self._tick_due = False
         self._leader_seen = 0
         self._leader_heard = 0
+        self._later_at = 0
         self._view = (0, "", 0)
         self.core = self._new_core()
 
@@ -193,10 +198,14 @@ class RaftNode:
         """Whether there has been no leader for so long that the configuration may be an old one."""
         return self.tick - self._leader_seen > LONELY_TIMEOUTS * self.timing.election_ticks
 
-    def listens_to(self, hello: Hello) -> bool:
-        """Whether Raft messages of that node count at present."""
-        return self.members.accepts(
-            hello.raft_id, hello, leader=self.core.leader, lonely=self.lonely
+    def trust(self, peer: PeerId, hello: Hello) -> int | None:
+        """How much Raft messages of a peer count at present; see :meth:`Members.trust`."""
+        return self.members.trust(
+            peer,
+            hello,
+            leader=self.core.leader,
+            lonely=self.lonely,
+            may_vote=self._hooks.may_vote,
         )
 
     def poke(self) -> None:
@@ -268,12 +277,18 @@ class RaftNode:
     def _step(self, message: Inbound) -> None:
         message.done()
         sender = message.hello.raft_id
-        if not self.listens_to(message.hello):
+        trust = self.trust(message.peer, message.hello)
+        if trust is None:
             self.counters.refused_messages += 1
             log.debug("a raft message of %s was refused: it is no member", message.peer)
             return
+        if trust == ANSWERS and self.tick >= self._later_at:
+            trust = LATER_ANSWERS
+        term = self.core.term
         try:
-            self.core.step(sender, message.data)
+            self.core.step(sender, message.data, trust)
+            if trust == LATER_ANSWERS and self.core.term > term:
+                self._later_at = self.tick + LATER_TICKS
             if sender == self.core.leader:
                 self._leader_heard = self.tick
         except RaftRefused as error:

@@ -317,8 +317,11 @@ class RaftCore:
     def campaign(self) -> None:
         """Stand for election now (by PreVote); nothing on a leader or a node without a vote."""
 
-    def step(self, sender: int, message: bytes) -> None:
+    def step(self, sender: int, message: bytes, trust: int = 2) -> None:
         """Take a message that came from node ``sender``.
+
+        ``trust`` says what counts of it: 2 everything, 1 what a node without a vote says (answers
+        and reads), 0 that only unless it is of a later term.
 
         Raises ``RaftRefused`` for a malformed one, one whose sender, addressee, kind, term or
         indices cannot be; nothing has changed then.

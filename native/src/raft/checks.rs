@@ -21,6 +21,50 @@ pub const MAX_READ_CONTEXT: usize = 64;
 /// What the crate puts into the vote requests of a leadership transfer.
 const TRANSFER: &[u8] = b"CampaignTransfer";
 
+/// How much the word of a sender counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// Answers and questions of this term or an earlier one: it follows the log and has no vote.
+    Follower,
+    /// The same, and answers of a later term, which end this one.
+    Later,
+    /// Everything: it has a vote, or leads.
+    Voter,
+}
+
+impl Trust {
+    /// Read the number that callers use.
+    fn new(number: u8) -> Result<Self, String> {
+        match number {
+            0 => Ok(Self::Follower),
+            1 => Ok(Self::Later),
+            2 => Ok(Self::Voter),
+            _ => Err(format!("there is no trust {number}")),
+        }
+    }
+
+    /// Check that a message of `kind` and `term` may come from such a sender.
+    fn check(self, kind: MessageType, term: u64, present: u64) -> Result<(), String> {
+        use MessageType as T;
+        let answers = matches!(
+            kind,
+            T::MsgAppendResponse
+                | T::MsgHeartbeatResponse
+                | T::MsgReadIndex
+                | T::MsgRequestVoteResponse
+                | T::MsgRequestPreVoteResponse
+        );
+        require(
+            self == Self::Voter || answers,
+            "only a voter says such a thing",
+        )?;
+        require(
+            self != Self::Follower || term <= present,
+            "only a voter ends a term",
+        )
+    }
+}
+
 /// What to do with a message that is sound.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -174,14 +218,15 @@ pub fn check_entry(entry: &Entry) -> Result<(), String> {
     }
 }
 
-/// Check a sound message against what this node knows.
-pub fn judge(raft: &Raft<MemoryLog>, m: &Message) -> Result<Verdict, String> {
+/// Check a sound message against what this node knows, its sender included.
+pub fn judge(raft: &Raft<MemoryLog>, m: &Message, trust: u8) -> Result<Verdict, String> {
     use MessageType as T;
     require(
         m.term <= raft.term.saturating_add(MAX_TERM_AHEAD),
         "its term is too far ahead",
     )?;
     let kind = m.get_msg_type();
+    Trust::new(trust)?.check(kind, m.term, raft.term)?;
     let last_index = raft.raft_log.last_index();
     let present = m.term == raft.term;
     let by_leader = present && m.from == raft.leader_id;

@@ -161,8 +161,9 @@ impl RaftCore {
         self.run(Node::campaign)
     }
 
-    fn step(&mut self, sender: u64, message: &[u8]) -> PyResult<()> {
-        self.run(|node| node.step(sender, message))
+    #[pyo3(signature = (sender, message, trust = 2))]
+    fn step(&mut self, sender: u64, message: &[u8], trust: u8) -> PyResult<()> {
+        self.run(|node| node.step(sender, message, trust))
     }
 
     #[pyo3(signature = (data, context = None), text_signature = "($self, data, context=b\"\")")]

@@ -182,14 +182,14 @@ impl Node {
         }
     }
 
-    pub fn step(&mut self, sender: u64, bytes: &[u8]) -> Outcome<()> {
+    pub fn step(&mut self, sender: u64, bytes: &[u8], trust: u8) -> Outcome<()> {
         self.change(|node| {
             let message = checks::decode(node.id(), sender, bytes).map_err(Fault::Refused)?;
             if node.raw.raft.prs().get(sender).is_some() {
                 node.heard.insert(sender, node.ticks);
             }
             let kind = message.get_msg_type();
-            let verdict = checks::judge(&node.raw.raft, &message).map_err(Fault::Refused)?;
+            let verdict = checks::judge(&node.raw.raft, &message, trust).map_err(Fault::Refused)?;
             let full = kind == MessageType::MsgReadIndex
                 && node.raw.raft.pending_read_count() >= MAX_READS;
             let hasty = kind == MessageType::MsgTimeoutNow && node.hasty();
