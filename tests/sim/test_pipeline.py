@@ -439,7 +439,7 @@ async def test_a_head_with_an_old_placement_is_fenced_off(autojump_clock: MockCl
         await drained(world)
 
 
-@pytest.mark.parametrize("begin", [0.0, 65 / 8.1, 73 / 8.1, 86 / 8.1])
+@pytest.mark.parametrize("begin", [0.0, *(n / 8.1 for n in range(64, 80))])
 async def test_a_rank_that_hangs_is_given_up_at_the_deadline(
     begin: float, autojump_clock: MockClock
 ) -> None:
