@@ -14,6 +14,7 @@ from pyagent_node.base.errors import CorruptData, NotFound, PyAgentError, Unavai
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.consensus.commands import Checkpoint, ClaimSession, DropCheckpoints
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.state import is_member
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.identity import verify
 from pyagent_node.node.journal_holding import JournalHolder
@@ -64,7 +65,7 @@ class SessionRecovery:
 
         Its former head, if it lives, stops when it sees the claim.  Raises :class:`NotFound`
         (``session_not_found``) for one that is unknown, ended, expired or lost because every node
-        that kept it was restarted, :class:`Conflict`
+        that kept it was restarted or left the mesh, :class:`Conflict`
         (``session_claimed``) when another node claimed it at the same moment, and
         :class:`Unavailable`: ``no_leader``, ``model_not_placed``, or ``journal_unavailable`` when
         no holder can be reached (it can be tried again until the session expires).
@@ -132,10 +133,11 @@ class SessionRecovery:
         own = self._holder.find(public_id(session))
         if own is not None:
             take(self._peer_id, *own)
-        waiting = set(known.holders) - {self._peer_id}
+        others = {*known.holders, *signers} - {self._peer_id, *self._outsiders()}
+        waiting = set(known.holders) & others
         with trio.CancelScope() as enough:
             look()
-            await _all(ask, waiting | (signers - {self._peer_id}))
+            await _all(ask, others)
         if found:
             return max(found, key=lambda journal: len(journal.tokens))
         if all(error.code == "journal_not_held" for error in failures):
@@ -143,9 +145,14 @@ class SessionRecovery:
             raise session_not_found(session)
         raise _unavailable(failures)
 
+    def _outsiders(self) -> set[PeerId]:
+        """Return who left the mesh or was shut out, and so will never give a copy."""
+        members = self._consensus.state.members.values()
+        return {member.peer_id for member in members if not is_member(member)}
+
     async def _give_up(self, public: SessionId) -> None:
         """Have the mesh forget a session of which no copy is left: holders keep them in memory."""
-        log.warning("every node that kept a session's journal has lost it, by a restart")
+        log.warning("every node that kept a session's journal was restarted, or left the mesh")
         try:
             await self._consensus.propose(DropCheckpoints((public,), self._peer_id))
         except PyAgentError as error:

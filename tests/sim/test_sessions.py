@@ -7,7 +7,13 @@ import trio
 from trio.testing import MockClock
 
 from pyagent_node.base.errors import NotFound, PyAgentError, Unavailable
-from pyagent_node.consensus.commands import ClaimSession, SetMeshSetting
+from pyagent_node.consensus.commands import (
+    AdmitMember,
+    ClaimSession,
+    RemoveMember,
+    RevokeMember,
+    SetMeshSetting,
+)
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.simulations.sessions import session_id, wall
 from tests.sim.session_kit import Client, S, checkpoint, placed, reference
@@ -215,6 +221,30 @@ async def test_a_session_of_which_no_copy_is_left_is_told_to_be_lost(
             await world.nodes[5].resume(S, 30)
         assert caught.value.code == "session_not_found"
         assert checkpoint(world) is None
+
+
+async def test_who_left_the_mesh_is_not_waited_for(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with placed() as world:
+        client = Client(world.nodes[3])
+        nursery.start_soon(client.ask, world, 60)
+        await client.seen(30)
+        holders = world.holders(public_id(S))
+        propose = world.nodes[0].consensus.propose
+        for number in (3, *sorted(holders)):
+            name = f"n{number}"
+            await propose(AdmitMember(world.nodes[number].peer_id, name, "voter", b"certificate"))
+        world.crash(3)
+        world.nodes[0].book.drop(public_id(S))
+        for number in holders - {0}:
+            world.network.isolate(world.nodes[number].peer_id)
+            await propose(RemoveMember(world.nodes[number].peer_id, int(wall())))
+        await propose(RevokeMember(world.nodes[3].peer_id, "stolen"))
+        other = next(n for n in world.nodes[1:] if n.number not in {3, *holders})
+        with pytest.raises(NotFound) as caught:
+            await other.resume(S, 30)
+        assert caught.value.code == "session_not_found"
 
 
 async def test_a_lost_holder_is_replaced(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
