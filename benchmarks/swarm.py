@@ -145,6 +145,26 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Hold Ctrl-C and termination back until the block is done, for what must not be half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def local_swarm(count: int, *, say: Say = lambda _: None) -> Iterator[list[LocalNode]]:
     """Run ``count`` daemons as one private mesh, every one connected to the first.
 
@@ -214,7 +234,7 @@ def start_process(node: LocalNode) -> None:
     """Start a daemon; it prints its state as JSON when it is up."""
     flags = ("--no-mdns", "--listen", node.listen, "--api", "127.0.0.1:0")
     command = _command(node, "up", "--with-parent", "--name", node.name, *flags, *node.flags)
-    with _open_log(node) as log:
+    with _open_log(node) as log, undivided():
         node.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -247,7 +267,7 @@ def await_up(node: LocalNode, deadline: float) -> None:
 def begin_join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
     """Let a node redeem a fresh ticket, given through stdin, where no one else sees it."""
     invitation = first.client.invite(InviteRequest(role="voter", ttl_seconds=TICKET_SECONDS))
-    with _open_log(node) as log:
+    with _open_log(node) as log, undivided():
         process = subprocess.Popen(
             _command(node, "join", "--name", node.name),
             stdin=subprocess.PIPE,
@@ -256,7 +276,7 @@ def begin_join(first: LocalNode, node: LocalNode) -> subprocess.Popen[bytes]:
             env=_environment(node.home),
             start_new_session=True,
         )
-    node.process = process
+        node.process = process
     assert process.stdin is not None
     process.stdin.write(invitation.ticket.encode() + b"\n")
     process.stdin.close()
