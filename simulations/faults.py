@@ -125,6 +125,7 @@ def draw_schedule(seed: int, *, nodes: int, duration: float, mix: str = "standar
             code="bad_schedule",
             remedy=f"Choose one of {', '.join(MIXES)}, or name a file.",
         )
+    check_schedule(Schedule(nodes, duration, ()))
     rng = random.Random(seed)  # noqa: S311 - must repeat itself
     kinds = [kind for kind in MIXES[mix] if nodes > 1 or kind not in BETWEEN_TWO]
     faults: list[Fault] = []

@@ -75,6 +75,12 @@ def test_a_file_that_is_no_schedule_is_refused(data: bytes) -> None:
     assert caught.value.code == "bad_schedule"
 
 
+@pytest.mark.parametrize("duration", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_duration_that_cannot_be_is_refused(duration: float) -> None:
+    with pytest.raises(InvalidRequest, match="duration"):
+        draw_schedule(1, nodes=3, duration=duration)
+
+
 def test_an_unknown_mix_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="sunshine"):
         draw_schedule(1, nodes=3, duration=1.0, mix="sunshine")
