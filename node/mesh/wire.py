@@ -7,7 +7,9 @@ through the scheduler.  Whoever sends much waits in :meth:`Wire.drained`.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
 from typing import Final, Protocol
 
 import trio
@@ -21,6 +23,14 @@ MAX_BACKLOG: Final = 4 * MIB
 STALL_SECONDS: Final = 30.0
 """A peer that takes nothing from a full socket for this long is dropped."""
 RECEIVE_BYTES: Final = 256 * KIB
+RESEND_SECONDS: Final = 1.0
+"""Longest pause before TCP sends again what was not acknowledged, where the system lets us say so.
+
+It doubles its pauses up to two minutes, so that a path which comes back after ten seconds is found
+out up to ten seconds later; a token's frame waits for that.
+"""
+_TCP_RTO_MAX_MS: Final = 44
+"""Linux 6.15 and later; the standard library has no name for it yet."""
 
 
 class WireClosed(Exception):
@@ -49,6 +59,10 @@ class Wire:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if sys.platform == "linux":
+                with contextlib.suppress(OSError):  # an older kernel
+                    limit = int(1000 * RESEND_SECONDS)
+                    sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, limit)
         self._sock = sock
         self._fd = sock.fileno()
         self._cipher = cipher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -139,3 +140,20 @@ async def test_on_the_wire_the_cipher_text_is_seen(
     a.send(b"HAL")
     assert sockets[1].recv(10) == b"NNIBM"
     a.close()
+
+
+def test_tcp_does_not_wait_long_to_send_again() -> None:
+    """On systems that let us say so; elsewhere the wire works all the same."""
+    limit = 44  # TCP_RTO_MAX_MS
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    with near, far:
+        if sys.platform != "linux":
+            pytest.skip("Linux's")
+        try:
+            near.setsockopt(socket.IPPROTO_TCP, limit, 60_000)
+        except OSError:
+            pytest.skip("this kernel has no bound to set")
+        Wire(near)
+        assert near.getsockopt(socket.IPPROTO_TCP, limit) == 1000
