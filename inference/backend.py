@@ -30,6 +30,8 @@ A plain process with the same batch size cuts there too, so its results can be e
 """
 MAX_DECODE_ROWS: Final = 8
 """Up to so many rows count as decoding and may share a batch with other sequences."""
+MAX_DRAFTS: Final = 31
+"""Guesses that one step may carry."""
 
 
 class BackendInfo(msgspec.Struct, frozen=True):
@@ -114,6 +116,11 @@ class StepInput(msgspec.Struct, frozen=True):
     ``tokens`` has shape (n,); ``activations`` has shape (n, n_embd) in float32, or is ``None`` when
     the slice starts at layer 0 *and* holds the whole model (it then looks embeddings up itself).
     ``sample`` asks a slice with the output head for the token after the last one.
+
+    The last ``drafts`` tokens are guesses, at most :data:`MAX_DRAFTS`, with at least one token
+    before them, in a sequence that is not empty.  A slice with the head that is asked to sample
+    does so after the last token that is none, and after each guess that agrees with what it has
+    sampled before; the sequence then ends after the guesses that agreed.  Other slices keep all.
     """
 
     seq: int
@@ -121,17 +128,19 @@ class StepInput(msgspec.Struct, frozen=True):
     tokens: Tokens
     activations: Activations | None
     sample: bool
+    drafts: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True):
     """The outcome for one :class:`StepInput`.
 
     A slice without the output head gives ``activations`` of shape (n, n_embd), float32; a slice
-    with it gives ``sampled`` when that was asked for, else neither.
+    with it gives ``sampled`` when that was asked for, else neither.  ``sampled`` are the guesses
+    that were right and one token more: those that single steps would have given, one by one.
     """
 
     activations: Activations | None = None
-    sampled: Sampled | None = None
+    sampled: tuple[Sampled, ...] = ()
 
 
 class LayerKv(msgspec.Struct, frozen=True):
@@ -179,6 +188,7 @@ class Backend(Protocol):
         """Run the slice over ``steps`` (of distinct sequences) and return their outputs in order.
 
         A step begins where its sequence ends.  When one fails all named sequences are put back.
+        Guesses never change a bit of what comes after them, right or wrong.
         """
         ...
 

@@ -152,7 +152,7 @@ class SliceRunner(Runner):
 
         Raises what the backend raises, and :class:`RunnerFailed`.
         """
-        small = [i for i, step in enumerate(steps) if len(step.tokens) <= MAX_DECODE_ROWS]
+        small = [i for i, s in enumerate(steps) if s.drafts or len(s.tokens) <= MAX_DECODE_ROWS]
         if len(small) == len(steps):
             return await self._decode(steps)
         outputs: list[StepOutput | None] = [None] * len(steps)

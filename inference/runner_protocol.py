@@ -66,6 +66,7 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
     n: int
     activations: bool
     sample: bool
+    drafts: int = 0
 
 
 class Decode(Request, frozen=True, tag="decode"):
@@ -193,7 +194,7 @@ class OutputHeader(msgspec.Struct, frozen=True, array_like=True):
     """An output without its activations; ``rows`` is 0 without any."""
 
     rows: int
-    sampled: Sampled | None
+    sampled: tuple[Sampled, ...]
 
 
 class Decoded(Reply, frozen=True, tag="decoded"):
@@ -290,7 +291,7 @@ def _wrong_length() -> CorruptData:
 def pack_steps(steps: Sequence[StepInput]) -> tuple[tuple[StepHeader, ...], bytes]:
     """Return the headers and the tail of a :class:`Decode`."""
     headers = tuple(
-        StepHeader(s.seq, s.position, len(s.tokens), s.activations is not None, s.sample)
+        StepHeader(s.seq, s.position, len(s.tokens), s.activations is not None, s.sample, s.drafts)
         for s in steps
     )
     pieces = [np.ascontiguousarray(s.tokens, _I32).data for s in steps]
@@ -315,7 +316,9 @@ def unpack_steps(headers: Sequence[StepHeader], tail: Tail, n_embd: int) -> list
         if header.activations:
             raw = cut.take(header.n * n_embd * _F32.itemsize)
             rows = np.frombuffer(raw, _F32).reshape(header.n, n_embd)
-        steps.append(StepInput(header.seq, header.position, ids, rows, header.sample))
+        steps.append(
+            StepInput(header.seq, header.position, ids, rows, header.sample, header.drafts)
+        )
     cut.finish()
     return steps
 

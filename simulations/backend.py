@@ -28,6 +28,7 @@ from pyagent_node.inference.backend import (
     StepInput,
     StepOutput,
     Tokens,
+    TrimSequence,
 )
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.pipeline.head import Vocabulary
@@ -42,6 +43,13 @@ END_TOKEN: Final = 129
 BOS_TOKEN: Final = 128
 
 _Ints = NDArray[np.int64]
+
+_ROLLED: Final[Sequence[_Ints]] = [np.roll(np.arange(N_EMBD), k) for k in range(N_EMBD)]
+"""Indices that turn a row by so many places."""
+_WEIGHTS: Final[_Ints] = np.arange(1, N_VOCAB + 1, dtype=np.int64)[:, None] * np.arange(
+    3, 3 + N_EMBD
+)
+"""Of the output head."""
 
 
 def toy_vocabulary() -> Vocabulary:
@@ -77,13 +85,12 @@ class ToyTokenizer:
 def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _Ints]:
     """Return the row after ``layer``, and the layer's state with this token added."""
     state = (past + row * (position + 1)) % PRIME
-    mixed = row * (layer + 3) + np.roll(state, layer % N_EMBD) + position * 7 + layer
+    mixed = row * (layer + 3) + state[_ROLLED[layer % N_EMBD]] + position * 7 + layer
     return mixed % PRIME, state
 
 
 def _logits(row: _Ints) -> NDArray[np.float32]:
-    weights = np.arange(1, N_VOCAB + 1, dtype=np.int64)[:, None] * np.arange(3, 3 + N_EMBD)
-    mixed = ((weights * row).sum(axis=1) * weights[:, 0]) % PRIME
+    mixed = ((_WEIGHTS * row).sum(axis=1) * _WEIGHTS[:, 0]) % PRIME
     logits: NDArray[np.float32] = (mixed / PRIME * 8).astype(np.float32)
     logits[END_TOKEN] -= 4
     return logits
@@ -145,6 +152,13 @@ class _Slot:
         self.sampling = sampling
         self.history: list[int] = []
         self.states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(layers)]
+        self.before: list[list[_Ints]] = []
+        """The states before each token of the history."""
+
+    def trim(self, start: int) -> None:
+        if start < len(self.history):
+            self.states = self.before[start]
+            del self.history[start:], self.before[start:]
 
 
 class ToyRunner:
@@ -218,6 +232,11 @@ class ToyRunner:
             del self._slots[op.seq]
         elif isinstance(op, ResetSequences):
             self._slots.clear()
+        elif isinstance(op, TrimSequence):
+            slot = self._slots[op.seq]
+            if not 0 < op.start < len(slot.history):
+                raise InvalidRequest(f"trimming {len(slot.history)} tokens to {op.start}")
+            slot.trim(op.start)
 
     async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
         """Compute one batch."""
@@ -231,6 +250,9 @@ class ToyRunner:
 
     async def _drain(self) -> None:
         """Let a decode end that nobody waits for; nobody is told how it went."""
+        if not self._abandoned:
+            self._check_alive()
+            return
         with contextlib.suppress(InvalidRequest):
             await self._finish()
 
@@ -261,19 +283,22 @@ class ToyRunner:
         rows = ToyEmbeddings().rows(step.tokens) if self._whole else step.activations
         assert rows is not None, "checked above"
         out = np.empty((len(step.tokens), N_EMBD), dtype=np.float32)
-        row = np.zeros(N_EMBD, dtype=np.int64)
+        if step.drafts and not (0 < step.drafts < len(step.tokens) and slot.history):
+            raise InvalidRequest(f"{step.drafts} guesses among {len(step.tokens)} tokens")
+        if step.sample and not self._part.head:
+            raise InvalidRequest("a slice without the output head cannot sample")
+        self.tokens_done += len(step.tokens)
+        sampled: list[Sampled] = []
         for i, token in enumerate(step.tokens):
+            if sampled and sampled[-1].token != token:
+                break
             row = rows[i].astype(np.int64)
+            slot.before.append(list(slot.states))
             for index, layer in enumerate(range(self._part.first, self._part.last)):
                 row, slot.states[index] = _layer(layer, len(slot.history), slot.states[index], row)
             slot.history.append(int(token))
             out[i] = row
-        self.tokens_done += len(step.tokens)
-        if not self._part.head:
-            if step.sample:
-                raise InvalidRequest("a slice without the output head cannot sample")
-            return StepOutput(activations=out)
-        if not step.sample:
-            return StepOutput()
-        assert slot.sampling is not None, "a head slot is opened with sampling"
-        return StepOutput(sampled=toy_sample(_logits(row), slot.history, slot.sampling))
+            if step.sample and i >= len(step.tokens) - step.drafts - 1:
+                assert slot.sampling is not None, "a head slot is opened with sampling"
+                sampled.append(toy_sample(_logits(row), slot.history, slot.sampling))
+        return StepOutput(None if self._part.head else out, tuple(sampled))

@@ -104,7 +104,7 @@ def _pipe(kind: str, sight: Sight, rng: random.Random) -> list[Frame]:
             messages = [Step(session, MODEL, max(0, epoch - 1), rank, 0, 0, 1, True)]
         case "false_result":
             messages = [
-                Result(session, MODEL, epoch, rank, step, 0.0, Sampled(65)) for step in range(4)
+                Result(session, MODEL, epoch, rank, step, 0.0, (Sampled(65),)) for step in range(4)
             ]
         case _:
             messages = [

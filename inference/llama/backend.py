@@ -22,6 +22,7 @@ from pyagent_node.base.errors import Conflict, CorruptData, InvalidRequest
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
     MAX_DECODE_ROWS,
+    MAX_DRAFTS,
     Activations,
     BackendInfo,
     CopySequence,
@@ -37,7 +38,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.llama import library
-from pyagent_node.inference.llama.batching import Call, StepShape, plan_calls
+from pyagent_node.inference.llama.batching import Call, Part, StepShape, plan_calls
 from pyagent_node.inference.llama.cells import CellStore
 from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
@@ -222,10 +223,15 @@ class LlamaBackend:
             None if self._part.head else np.empty((len(step.tokens), self._info.n_embd), np.float32)
             for step in steps
         ]
-        sampled: list[Sampled | None] = [None] * len(steps)
-        shapes = [StepShape(step.seq, step.position, len(step.tokens)) for step in steps]
+        sampled: list[tuple[Sampled, ...]] = [()] * len(steps)
+        shapes = [
+            StepShape(step.seq, step.position, len(step.tokens), step.drafts) for step in steps
+        ]
         try:
             for call in plan_calls(shapes, self._widths):
+                index = call[0].step
+                if steps[index].drafts and _refuted(call[0], steps[index], sampled[index]):
+                    continue
                 self._run(call, steps, logs, outs, sampled)
         except BaseException:
             for log, end in zip(logs, ends, strict=True):
@@ -251,6 +257,8 @@ class LlamaBackend:
             raise bad(f"it begins at {step.position}, its sequence ends at {log.end}")
         if step.sample and log.sampling is None:
             raise bad("it asks for a token, but its sequence was opened without sampling")
+        if step.drafts and not (0 < step.drafts <= min(MAX_DRAFTS, n - 1) and log.end > 0):
+            raise bad(f"it cannot have {step.drafts} guesses among {n} tokens from {log.end} on")
         n_vocab = self._info.n_vocab if self._part.head else 2**31
         if int(step.tokens.min()) < 0 or int(step.tokens.max()) >= n_vocab:
             raise bad(f"a token is not one of 0 to {n_vocab - 1}")
@@ -274,7 +282,7 @@ class LlamaBackend:
         steps: Sequence[StepInput],
         logs: Sequence[SequenceLog],
         outs: Sequence[Activations | None],
-        sampled: list[Sampled | None],
+        sampled: list[tuple[Sampled, ...]],
     ) -> None:
         """Compute one call of the plan and note its cells and results."""
         rows = call_rows(call, steps)
@@ -291,6 +299,9 @@ class LlamaBackend:
         at = 0
         for part in call:
             step, log = steps[part.step], logs[part.step]
+            if step.drafts and step.sample:
+                sampled[part.step] += self._verify(step, log, part)
+                continue
             tokens = step.tokens[part.offset : part.offset + part.n]
             log.append(step.position + part.offset, tokens)
             target = outs[part.step]
@@ -298,7 +309,22 @@ class LlamaBackend:
                 target[part.offset : part.offset + part.n] = out[at : at + part.n]
             at += part.n
             if step.sample and part.offset + part.n == len(step.tokens):
-                sampled[part.step] = self._sample(log, self._context.logits(at - 1))
+                sampled[part.step] = (self._sample(log, self._context.logits(at - 1)),)
+
+    def _verify(self, step: StepInput, log: SequenceLog, part: Part) -> tuple[Sampled, ...]:
+        """Note the rows of a part one by one, up to the first guess that is wrong."""
+        got: list[Sampled] = []
+        stop = part.offset + part.n
+        for index in range(part.offset, stop):
+            log.append(step.position + index, step.tokens[index : index + 1])
+            if index < len(step.tokens) - step.drafts - 1:
+                continue
+            got.append(self._sample(log, self._context.logits(index - part.offset)))
+            if index + 1 < len(step.tokens) and got[-1].token != step.tokens[index + 1]:
+                if index + 1 < stop:
+                    self._context.drop(log.seq, log.end)
+                break
+        return tuple(got)
 
     def _compute(self, rows: Rows, out: Activations | None, log: SequenceLog) -> None:
         lone = self._lone
@@ -355,6 +381,14 @@ class LlamaBackend:
         (``kv_malformed``, ``not_finite``).  On any of these the sequence is unchanged.
         """
         self._cells.load(self._log(seq), kv, tokens)
+
+
+def _refuted(part: Part, step: StepInput, sampled: tuple[Sampled, ...]) -> bool:
+    """Return whether a guess before a part, or its first token, turned out to be wrong."""
+    if not sampled:
+        return False
+    known = len(step.tokens) - step.drafts + len(sampled) - 1
+    return known < part.offset or sampled[-1].token != int(step.tokens[part.offset])
 
 
 def _check_numbers(*, n_ctx: int, n_seq: int, threads: int, n_ctx_train: int) -> None:

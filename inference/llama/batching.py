@@ -9,8 +9,9 @@ shapes that were measured to make no difference (see ``selftest``).  The rules:
   tokens, or one that begins a sequence, is *prefill* and is computed alone.  (From 64 rows on
   flash attention works on tiles, whose results differ from those of single rows: which rows share
   a call matters there.)
-* Smaller pieces are *decode rows*.  A piece of several rows is cut into measured widths, largest
-  first; single rows of different sequences are computed together, again in measured widths.
+* Smaller pieces are *decode rows*, and so are all rows of a step with guesses.  A piece of several
+  rows is cut into measured widths, largest first; single rows of different sequences are computed
+  together, again in measured widths.
 * Only neighbouring sequences share a call: each has its own KV stream, and llama.cpp attends over a
   contiguous range of streams.  Whoever hands out sequences should prefer the lowest free one.
 
@@ -35,6 +36,7 @@ class StepShape(NamedTuple):
     seq: int
     position: int
     n: int
+    drafts: int = 0
 
 
 class Part(NamedTuple):
@@ -61,7 +63,8 @@ def plan_calls(steps: Sequence[StepShape], widths: Sequence[int]) -> list[Call]:
             singles.append((step.seq, index))
             continue
         for offset, n in _pieces(step):
-            if n > MAX_DECODE_ROWS or step.position + offset == 0:
+            prefill = n > MAX_DECODE_ROWS and not step.drafts
+            if prefill or step.position + offset == 0:
                 calls.append((Part(index, offset, n),))
                 continue
             at = offset

@@ -19,7 +19,8 @@ def call_rows(call: Call, steps: Sequence[StepInput]) -> Rows:
         span = slice(part.offset, part.offset + part.n)
         start = step.position + part.offset
         wanted = np.zeros(part.n, np.int8)
-        wanted[-1] = step.sample and span.stop == len(step.tokens)
+        if step.sample:
+            wanted[max(0, len(step.tokens) - step.drafts - 1 - part.offset) :] = 1
         return Rows(
             np.full(part.n, step.seq, np.int32),
             np.arange(start, start + part.n, dtype=np.int32),

@@ -182,10 +182,10 @@ class Attempt:
             self._fed = self._ends.popleft()
         if self._done < self._sent or self._position < self._total:
             return None
-        if result.sampled is None:
-            raise bad_result(sender, "it holds no token")
+        if len(result.sampled) != 1:
+            raise bad_result(sender, f"it holds {len(result.sampled)} tokens")
         self._total += 1
-        return result.sampled
+        return result.sampled[0]
 
     def step_seconds(self, now: float) -> float:
         """Return how long ago the last step was sent."""

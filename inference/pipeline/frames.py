@@ -73,7 +73,10 @@ class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
-    """From the last rank to the head: a step is done; ``sampled`` when it asked for a token."""
+    """From the last rank to the head: a step is done.
+
+    ``sampled`` when it asked for tokens: its guesses that were right, and one token more.
+    """
 
     session: SessionId
     model: Digest
@@ -81,7 +84,7 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     rank: int
     step: int
     spent: float
-    sampled: Sampled | None = None
+    sampled: tuple[Sampled, ...] = ()
 
 
 class StageError(msgspec.Struct, frozen=True, tag="stage_error"):

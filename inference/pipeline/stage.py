@@ -289,7 +289,7 @@ class StageCore:
                 session.first_sample = now
             self._queue.finished(session)
             if spec.downstream is None:
-                if message.sample and output.sampled is None:
+                if message.sample and not output.sampled:
                     out += self._give_up(session, _protocol_error("no token"))
                     continue
                 result = Result(
@@ -354,7 +354,7 @@ class StageCore:
             yield StageSession(
                 s.id,
                 self.spec.model,
-                self.spec.epoch,
+                s.epoch,
                 s.head,
                 s.prompt_tokens,
                 s.generated,

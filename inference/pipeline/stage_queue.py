@@ -38,6 +38,7 @@ class ServedSession:
 
     __slots__ = (
         "closed",
+        "epoch",
         "first_sample",
         "generated",
         "head",
@@ -55,6 +56,7 @@ class ServedSession:
 
     def __init__(self, message: OpenSession, now: float) -> None:
         self.id = message.session
+        self.epoch = message.epoch
         self.head = message.head
         self.positions = message.positions
         self.prompt_tokens = message.prompt_tokens

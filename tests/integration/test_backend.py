@@ -170,7 +170,7 @@ class Chain:
                 ]
             )
             rows = [output.activations for output in outputs]
-        return [output.sampled for output in outputs if output.sampled is not None]
+        return [sampled for output in outputs for sampled in output.sampled]
 
     def run(self, work: Sequence[Job], *, together: bool) -> list[list[Sampled]]:
         """Run jobs in sequences 0, 1, ...: all at once, or one token of each in turn."""

@@ -123,7 +123,7 @@ async def test_steps_and_closings_for_anothers_session_change_nothing(
                             peer(rank),
                             (CloseSession(session, MODEL, epoch, rank), b""),
                             (Step(session, MODEL, epoch, rank, 9, 9, 1, True), tail),
-                            (Result(session, MODEL, epoch, 2, 3, 0.0, Sampled(1)), b""),
+                            (Result(session, MODEL, epoch, 2, 3, 0.0, (Sampled(1),)), b""),
                             (
                                 StageError(
                                     session,
@@ -139,6 +139,8 @@ async def test_steps_and_closings_for_anothers_session_change_nothing(
         assert got == toy_generate(10, [1, 2, 3], 30, GREEDY)
         refused = [m for m in mallory.got if isinstance(m, StageError)]
         assert {m.error.code for m in refused} == {"wrong_sender"}
+        assert world.pipelines[0].engine.refused == {"wrong_sender": 2}
+        assert all(view.refused for p in world.pipelines for view in p.stages.views())
 
 
 async def test_a_session_in_anothers_name_is_refused(autojump_clock: MockClock) -> None:

@@ -71,3 +71,13 @@ def test_single_rows_go_together_in_the_widest_safe_calls() -> None:
     calls = plan_calls(shapes, (1, 2))
     assert [[shapes[p.step].seq for p in call] for call in calls] == [[0, 1], [2], [5], [9]]
     assert plan_calls([], (1,)) == []
+
+
+def test_guesses_are_decode_rows_however_many() -> None:
+    step = StepShape(0, 300, 25, drafts=24)
+    assert [part for (part,) in plan_calls([step], (1, 2, 4, 8))] == [
+        (0, 0, 8),
+        (0, 8, 8),
+        (0, 16, 8),
+        (0, 24, 1),
+    ]

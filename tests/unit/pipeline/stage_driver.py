@@ -134,7 +134,7 @@ class Driver:
     def outputs(self, inputs: Sequence[StepInput]) -> list[StepOutput]:
         """Return what a runner would."""
         if self.spec.is_tail:
-            return [StepOutput(sampled=Sampled(5) if s.sample else None) for s in inputs]
+            return [StepOutput(sampled=(Sampled(5),) if s.sample else ()) for s in inputs]
         return [
             StepOutput(activations=np.full((len(s.tokens), N_EMBD), 2, dtype=np.float32))
             for s in inputs

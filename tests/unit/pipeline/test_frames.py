@@ -30,7 +30,7 @@ MESSAGES: list[PipeMessage] = [
     OpenSession(S, M, 3, 1, PeerId("head"), 100, 7, SamplingParams(seed=2**64 - 1)),
     Step(S, M, 3, 1, 5, 512, 17, True, 0.25),
     CloseSession(S, M, 3, 0),
-    Result(S, M, 3, 2, 5, 0.5, Sampled(7, -0.5, ((7, -0.5), (9, -2.0)))),
+    Result(S, M, 3, 2, 5, 0.5, (Sampled(7, -0.5, ((7, -0.5), (9, -2.0))), Sampled(3))),
     Result(S, M, 3, 2, 4, 0.5),
     StageError(S, M, 3, 1, PeerId("x"), ErrorInfo("conflict", "stale_epoch", "old")),
 ]

@@ -92,7 +92,8 @@ def result(
     """Hand in a result."""
     if token is not None:
         sampled = Sampled(token)
-    message = Result(SessionId("s"), Digest("a" * 64), 4, 2, step, 0.25, sampled)
+    got = () if sampled is None else (sampled,)
+    message = Result(SessionId("s"), Digest("a" * 64), 4, 2, step, 0.25, got)
     return core.on_result(sender, message, now)
 
 

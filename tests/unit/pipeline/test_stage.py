@@ -15,7 +15,7 @@ from pyagent_node.inference.pipeline.frames import (
     unpack_tail,
 )
 from pyagent_node.inference.pipeline.stage_types import StageLimits
-from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 from .stage_driver import (
     AFTER,
@@ -67,10 +67,10 @@ def test_the_tail_answers_the_head_and_knows_the_sampling() -> None:
     (out,) = driver.run(batch)
     assert out.peer == HEAD
     (first,) = results([out])
-    assert first.sampled is None
+    assert first.sampled == ()
     (second,) = results(driver.run(driver.batch()))
-    assert second.sampled is not None
-    assert (second.sampled.token, second.step) == (5, 1)
+    assert second.sampled == (Sampled(5),)
+    assert second.step == 1
     (session,) = driver.core.sessions()
     assert session.generated == 1
 

@@ -60,7 +60,7 @@ def test_steps_survive(shapes: list[tuple[int, bool]]) -> None:
 def test_outputs_survive() -> None:
     rows = np.random.default_rng(0).random((2, N_EMBD), np.float32)
     sampled = Sampled(5, -0.25, ((5, -0.25), (6, -2.0)))
-    outputs = [StepOutput(rows), StepOutput(), StepOutput(sampled=sampled)]
+    outputs = [StepOutput(rows), StepOutput(), StepOutput(sampled=(sampled, Sampled(7)))]
     headers, tail = pack_outputs(outputs)
     reply = REPLIES.decode(REPLIES.encode(Decoded(1, headers)))
     assert isinstance(reply, Decoded)
@@ -68,7 +68,7 @@ def test_outputs_survive() -> None:
     assert first.activations is not None
     assert np.array_equal(first.activations, rows)
     assert second == StepOutput()
-    assert third.sampled == sampled
+    assert third.sampled == (sampled, Sampled(7))
 
 
 def test_kv_survives_with_and_without_tokens() -> None:
