@@ -37,6 +37,8 @@ Said = dict[tuple[PeerId, str], list[Frame]]
 
 async def misbehave(swarm: Swarm, machine: Machine, how: Malice) -> None:
     """Harass every other node from ``machine`` until cancelled, or until its node dies."""
+    if machine.number == 0 and how == "false_proposal":
+        how = "garbage"  # it holds the mesh's authority: what it proposes is lawful
     life = machine.lives
     with _prepared(swarm, machine, how) as said:
         while machine.lives == life and machine.parts is not None and not _ranked(swarm, machine):
