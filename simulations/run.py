@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pyagent_node.simulations.invariants.secrets import NoSecrets
 from pyagent_node.simulations.observer import Observer
 from pyagent_node.simulations.swarm import HEAL_SECONDS, Swarm, open_swarm
 from pyagent_node.simulations.trace import Event, Trace
+from pyagent_node.simulations.workload import Clerk, ask_last
 
 LOOK_SECONDS: Final = 0.05
 """Virtual time between two looks at the invariants."""
@@ -177,6 +179,8 @@ class Run:
     async def _form(self, swarm: Swarm) -> None:
         """Bring the swarm to where faults begin."""
         await swarm.form(self.schedule.nodes)
+        clerk = Clerk(swarm, random.Random(swarm.rng.random()))  # noqa: S311 - must repeat itself
+        swarm.nursery.start_soon(clerk.run)
 
     async def _ask(self, swarm: Swarm) -> None:
         while True:
@@ -188,6 +192,7 @@ class Run:
         with trio.move_on_after(HEAL_SECONDS):
             while list(_wrong(self._invariants, swarm)):  # noqa: ASYNC110 - of many nodes
                 await trio.sleep(1.0)
+            await ask_last(swarm)
             await trio.sleep(CALM_SECONDS)
         for name, detail in list(_wrong(self._invariants, swarm)):
             swarm.violation(name, detail)

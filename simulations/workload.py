@@ -7,15 +7,16 @@ node dies goes on reading at another one, or asks again if the session was too y
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pyagent_node.base.errors import PyAgentError
-from pyagent_node.base.types import SessionId
-from pyagent_node.inference.generation import Generated, GenerationRequest
+from pyagent_node.inference.generation import Generated, GenerationEvent, GenerationRequest
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.journal_messages import public_id
 from pyagent_node.node.live_sessions import Reader
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.faults import N_LAYERS
@@ -29,6 +30,18 @@ if TYPE_CHECKING:
 MARK: Final = "TOP-SECRET"
 """Begins every prompt; it must never show in a log line or in the replicated log."""
 PAUSE_SECONDS: Final = 0.5
+SILENCE_SECONDS: Final = 4.0
+"""After so long without another token, every other person tries another node."""
+COMING_BACK_SECONDS: Final = 30.0
+"""How long the node is asked to go on for somebody who left it."""
+READ_SECONDS: Final = 0.5
+"""Pause between two linearizable reads."""
+BARRIER_SECONDS: Final = 3.0
+LAST_TOKENS: Final = 60
+"""Least length of the answer to the last question."""
+LAST_SECONDS: Final = 60.0
+"""How long the last answer may take."""
+LOOK_SECONDS: Final = 0.1
 
 
 class Person:
@@ -50,21 +63,34 @@ class Person:
         )
         self.expected = toy_generate(N_LAYERS, self._prompt, self._n, self._params)
         self.got: list[int] = []
+        self.reading: Machine | None = None
+        """The node whose answer is being read."""
+        self.session = self._ids()
+        self.public = public_id(self.session)
+        """Under what name the log knows the session."""
+        self._patience = rng.choice((math.inf, SILENCE_SECONDS))
+
+    def _anew(self) -> None:
+        """Ask again as if for the first time."""
+        self.got = []
+        self.session = self._ids()
+        self.public = public_id(self.session)
 
     async def ask(self) -> None:
         """Ask until the whole answer is here."""
-        session = self._ids()
         while not self.finished:
             machine = self._choose()
             if machine is not None:
                 try:
-                    await self._read(machine, session)
+                    await self._read(machine)
                 except PyAgentError as error:
                     self._swarm.trace.add(machine.number, "asker", f"{self.number}: {error.code}")
+                    if error.code == "session_not_found":
+                        self._look_for_it(machine)
                     if error.code in ("session_not_found", "beyond_end", "bad_journal"):
-                        self.got = []
+                        self._anew()
                 if not self.got:
-                    session = self._ids()
+                    self._anew()
             if not self.finished:
                 await trio.sleep(PAUSE_SECONDS)
 
@@ -72,7 +98,18 @@ class Person:
         up = [m for m in self._swarm.machines if m.up and not m.gone]
         return self._rng.choice(up) if up else None
 
-    async def _read(self, machine: Machine, session: SessionId) -> None:
+    def _look_for_it(self, machine: Machine) -> None:
+        """A node says that there is no such session: it must not be in its log then."""
+        if machine.parts is None:
+            return
+        known = machine.parts.consensus.state.checkpoints.get(self.public)
+        if known is not None and known.expires > machine.wall() + BARRIER_SECONDS:
+            self._swarm.violation(
+                "sessions stay known",
+                f"node {machine.number} denies the session of request {self.number}",
+            )
+
+    async def _read(self, machine: Machine) -> None:
         """Read from one node until the answer or the node ends; goes on with what has begun."""
         assert machine.parts is not None, "chosen among those that run"
         live = machine.parts.sessions.live
@@ -80,7 +117,7 @@ class Person:
             machine.readers.add(scope)
             try:
                 if self.got:
-                    opened = live.attach(session, len(self.got))
+                    opened = live.attach(self.session, len(self.got))
                 else:
                     opened = live.generate(
                         GenerationRequest(
@@ -88,16 +125,25 @@ class Person:
                             tokens=tuple(self._prompt),
                             max_tokens=self._n,
                             sampling=self._params,
-                            session=session,
-                        )
+                            session=self.session,
+                        ),
+                        resume_seconds=COMING_BACK_SECONDS if self._patience < math.inf else 0.0,
                     )
                 async with opened as reader:
+                    self.reading = machine
                     await self._follow(machine, reader)
             finally:
+                self.reading = None
                 machine.readers.discard(scope)
 
     async def _follow(self, machine: Machine, reader: Reader) -> None:
-        async for event in reader:
+        while True:
+            event: GenerationEvent | None = None
+            with trio.move_on_after(self._patience if self.got else math.inf):
+                event = await anext(reader)
+            if event is None:
+                self._swarm.trace.add(machine.number, "asker", f"{self.number}: leaves")
+                return
             if not isinstance(event, Generated):
                 self._end(machine)
                 return
@@ -119,3 +165,83 @@ class Person:
             self._swarm.violation(
                 "tokens", f"request {self.number} ended after {len(self.got)} tokens"
             )
+
+
+class Clerk:
+    """Reads the log behind a barrier on one node after the other: what is read must be current."""
+
+    def __init__(self, swarm: Swarm, rng: random.Random) -> None:
+        self._swarm = swarm
+        self._rng = rng
+
+    async def run(self) -> None:
+        """Read for ever."""
+        while True:
+            await trio.sleep(self._rng.uniform(0.5, 1.5) * READ_SECONDS)
+            up = self._swarm.up()
+            if up:
+                await self._read(self._rng.choice(up))
+
+    async def _read(self, machine: Machine) -> None:
+        """Whatever any node had applied before a read began, the reader must have applied too."""
+        parts = machine.parts
+        assert parts is not None, "it runs"
+        before = max(
+            each.parts.consensus.state.index for each in self._swarm.up() if each.parts is not None
+        )
+        passed = False
+        with trio.move_on_after(BARRIER_SECONDS):
+            try:
+                await parts.consensus.read_barrier()
+                passed = True
+            except PyAgentError as error:
+                self._swarm.trace.add(machine.number, "clerk", error.code)
+        index = parts.consensus.state.index
+        if passed and machine.parts is parts and index < before:
+            self._swarm.violation(
+                "reads are current",
+                f"node {machine.number} read entry {index} after {before} had been applied",
+            )
+
+
+async def ask_last(swarm: Swarm) -> None:
+    """Ask one more question of a mended swarm, and see that the answer's journal is copied."""
+    rng = random.Random(swarm.rng.random())  # noqa: S311 - must repeat itself
+    person = Person(len(swarm.people), swarm, rng)
+    while len(person.expected) < LAST_TOKENS:
+        person = Person(len(swarm.people), swarm, rng)
+    swarm.people.append(person)
+    swarm.nursery.start_soon(person.ask)
+    copies = wanted = 0
+    with trio.move_on_after(LAST_SECONDS):
+        while not person.finished:
+            await trio.sleep(LOOK_SECONDS)
+            copies, wanted = max(copies, _copies(swarm, person)), _wanted_copies(swarm)
+    if not person.finished:
+        swarm.violation("restored", f"request {person.number}, the last one, was not answered")
+    elif copies < wanted:
+        swarm.violation("restored", f"the last answer's journal had {copies} copies of {wanted}")
+
+
+def _copies(swarm: Swarm, person: Person) -> int:
+    """Return how many of the nodes that should keep a person's journal have it."""
+    leader = swarm.leader()
+    if leader is None or leader.parts is None:
+        return 0
+    known = leader.parts.consensus.state.checkpoints.get(person.public)
+    now = trio.current_time()
+    return sum(
+        machine.parts.journals.holder.book.get(person.public, now) is not None
+        for machine in swarm.up()
+        if machine.parts is not None and known is not None and machine.peer_id in known.holders
+    )
+
+
+def _wanted_copies(swarm: Swarm) -> int:
+    """Return how many copies there should be, besides the head's own journal."""
+    leader = swarm.leader()
+    if leader is None or leader.parts is None:
+        return 0
+    state = leader.parts.consensus.state
+    able = [machine for machine in swarm.up() if not machine.gone]
+    return min(state.settings["journal_copies"], len(able) - 1)

@@ -9,12 +9,18 @@ from __future__ import annotations
 from pyagent_node.simulations.invariants.bounded import Bounded
 from pyagent_node.simulations.invariants.committed import CommittedNeverChanges
 from pyagent_node.simulations.invariants.durable import AppliedStays
-from pyagent_node.simulations.invariants.epochs import OnePlacementAnEpoch, StaleStagesStop
+from pyagent_node.simulations.invariants.epochs import (
+    OnePlacementAnEpoch,
+    SessionsOfTheirEpoch,
+    StaleStagesStop,
+)
 from pyagent_node.simulations.invariants.leaders import OneLeaderATerm
 from pyagent_node.simulations.invariants.monotonic import NothingGoesBack
+from pyagent_node.simulations.invariants.moved import RanksMove
 from pyagent_node.simulations.invariants.port import Invariant
 from pyagent_node.simulations.invariants.restored import Restored
 from pyagent_node.simulations.invariants.secrets import NoSecrets
+from pyagent_node.simulations.invariants.sessions import OneHeadASession, SessionsStayKnown
 
 __all__ = ["Invariant", "all_invariants"]
 
@@ -28,6 +34,10 @@ def all_invariants() -> list[Invariant]:
         AppliedStays(),
         OnePlacementAnEpoch(),
         StaleStagesStop(),
+        SessionsOfTheirEpoch(),
+        OneHeadASession(),
+        SessionsStayKnown(),
+        RanksMove(),
         Bounded(),
         NoSecrets(),
         Restored(),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from pyagent_node.inference.pipeline.stage_types import StageLimits
+
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm
 
 MAX_STREAMS: Final = 256
 """Streams of a node with one peer, in either direction."""
 MAX_JOURNALS: Final = 512
+LIMITS: Final = StageLimits()
 MAX_LOG_BYTES: Final = 4 << 20
-"""A log that is compacted every 200 entries stays far below."""
+"""A log that is compacted every few entries stays far below."""
 
 
 class Bounded:
@@ -28,6 +31,15 @@ class Bounded:
             streams = machine.parts.mesh.most_streams()
             if streams > MAX_STREAMS:
                 yield f"node {machine.number} holds {streams} streams with one peer"
+            for view in machine.parts.pipeline.stages.views():
+                if view.sessions > LIMITS.sessions or view.queued > LIMITS.queued_steps:
+                    yield (
+                        f"rank {view.rank} of node {machine.number} has {view.sessions} sessions"
+                        f" and {view.queued} steps waiting"
+                    )
+            copies = len(machine.parts.journals.holder.book)
+            if copies > MAX_JOURNALS:
+                yield f"node {machine.number} keeps {copies} journals"
             size = sum(machine.disk.size(name) for name in machine.disk.names())
             if size > MAX_LOG_BYTES:
                 yield f"the log of node {machine.number} takes {size} bytes"

@@ -30,7 +30,7 @@ class AppliedStays(Always):
             if machine.parts is None:
                 continue
             engine = machine.parts.consensus
-            life, disk = machine.lives, machine.disk.erasures
+            life, disk = machine.lives, machine.disk.erasures + machine.disk.damages
             before, same_disk, applied = self._applied.get(machine.number, (life, disk, 0))
             if before != life and same_disk == disk:
                 last = engine.node.core.status().last_index

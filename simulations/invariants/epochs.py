@@ -75,3 +75,24 @@ class StaleStagesStop(Always):
                     return
         for key in self._since.keys() - found:
             del self._since[key]
+
+
+class SessionsOfTheirEpoch(Always):
+    """No stage holds a session that was opened under another epoch than its own."""
+
+    name: ClassVar[str] = "sessions of their epoch"
+
+    def check(self, swarm: Swarm) -> Iterator[str]:
+        """Compare the sessions of every node with its stages."""
+        for machine in swarm.machines:
+            if machine.parts is None:
+                continue
+            stages = machine.parts.pipeline.stages
+            sessions = stages.sessions()
+            if not sessions:
+                continue
+            epochs = {(view.model, view.epoch) for view in stages.views()}
+            for session in sessions:
+                if (session.model, session.epoch) not in epochs:
+                    yield f"node {machine.number} computes for the epoch {session.epoch}"
+                    return

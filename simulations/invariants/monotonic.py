@@ -34,7 +34,7 @@ class NothingGoesBack(Always):
             if applied > core.commit:
                 yield f"node {machine.number} applied entry {applied} before it was committed"
             self._indices[life] = (core.commit, applied)
-            erasures = machine.disk.erasures
+            erasures = machine.disk.erasures + machine.disk.damages
             led, before = self._terms.get(machine.number, (0, erasures))
             if erasures == before and core.term < led:
                 yield f"node {machine.number} led term {led} and is in term {core.term}"

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from pyagent_node.simulations.invariants.port import Always
 from pyagent_node.simulations.workload import MARK
 
@@ -33,12 +35,22 @@ class NoSecrets(Always):
 
     def __init__(self) -> None:
         self.listener = _Listener()
+        self._seen: dict[int, object] = {}
 
     def check(self, swarm: Swarm) -> Iterator[str]:
-        """Look at the lines logged since the last look."""
+        """Look at the lines logged since the last look, and at what the log says of sessions."""
         for line in self.listener.caught:
             yield f"a prompt was logged: {line[:80]}"
         self.listener.caught.clear()
+        for machine in swarm.machines:
+            if machine.parts is None:
+                continue
+            checkpoints = machine.parts.consensus.state.checkpoints
+            if self._seen.get(machine.number) is checkpoints:
+                continue
+            self._seen[machine.number] = checkpoints
+            if MARK.encode() in msgspec.msgpack.encode(list(checkpoints.values())):
+                yield f"a prompt is in the state of node {machine.number}"
 
     def check_healed(self, swarm: Swarm) -> Iterator[str]:
         """Look at every disk."""

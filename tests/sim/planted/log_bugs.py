@@ -157,7 +157,7 @@ BUGS = (
         SLOW_DISKS,
         frozenset({"what was applied stays"}),
         compact=2,
-        asks=0.3,
+        asks=0.4,
     ),
     Bug(
         "applied_before_commit",
