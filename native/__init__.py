@@ -1,4 +1,4 @@
-"""The Rust module under Python: hashing, sampling, llama.cpp tap, private-net cipher, Raft."""
+"""The Rust module under Python: hashing, sampling, suffixes, tensor tap, network cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,
@@ -9,6 +9,8 @@ from pyagent_node.native._native import (
     RaftReady,
     RaftRefused,
     RaftStatus,
+    SuffixCorpus,
+    SuffixIndex,
     TensorTap,
     XSalsa20,
     blake3,
@@ -27,6 +29,8 @@ __all__ = [
     "RaftReady",
     "RaftRefused",
     "RaftStatus",
+    "SuffixCorpus",
+    "SuffixIndex",
     "TensorTap",
     "XSalsa20",
     "blake3",

@@ -12,6 +12,7 @@ mod problem;
 mod raft;
 mod sampling;
 mod select;
+mod suffix;
 mod tap;
 mod xsalsa;
 
@@ -29,6 +30,8 @@ mod _native {
     use super::raft::types::{RaftConf, RaftEntry, RaftReady, RaftStatus};
     #[pymodule_export]
     use super::sampling::sample;
+    #[pymodule_export]
+    use super::suffix::{SuffixCorpus, SuffixIndex};
     #[pymodule_export]
     use super::tap::TensorTap;
     #[pymodule_export]
