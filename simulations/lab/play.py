@@ -75,9 +75,9 @@ class Play:
                 self._await_voters(len(nodes))
                 joined = time.monotonic() - began
                 self._say(f"{len(nodes)} nodes are one mesh after {joined:.1f} s.")
+                rtt = self._round_trips()  # now: a transfer fills the queues
                 model, transfer = self._transfer()
                 placement, loading = self._place(model)
-                rtt = self._round_trips()
                 expected = self._undisturbed(placement.name)
                 self._say("Asking again over the links of the scenario ...")
                 timed = self._disturbed(placement.name)
