@@ -101,7 +101,8 @@ async def open_models(
 
     rpc.register(AskFacts, answer_facts)
     rpc.register(AskPlacements, answer_placements)
-    BlobServer(store, epoch_of=epoch_of).attach(mesh)
+    blobs = BlobServer(store, epoch_of=epoch_of)
+    blobs.attach(mesh)
     async with background() as nursery:
         nursery.start_soon(controller.run)
         nursery.start_soon(healer.run)
@@ -112,6 +113,7 @@ async def open_models(
             store=store,
             facts=facts,
             board=board,
+            blobs=blobs,
             defaults=defaults or ModelDefaults(),
             clock=clock,
         )

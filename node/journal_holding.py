@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -58,6 +59,8 @@ class JournalHolder:
 
     def __init__(self, mesh: Mesh, consensus: Consensus, rpc: Rpc, book: JournalBook) -> None:
         self.book = book
+        self.refused: Counter[str] = Counter()
+        """What heads asked to keep and was not, by the error's code."""
         self.own: Find = lambda _session: None
         self._consensus = consensus
         mesh.handle(PROTOCOL, self._serve)
@@ -126,6 +129,7 @@ class JournalHolder:
         except PyAgentError as error:
             level = logging.DEBUG if isinstance(error, LimitExceeded | NotFound) else logging.INFO
             log.log(level, "a journal of %s is not kept: %s", writer.peer, error)
+            self.refused[error.code] += 1
             return Declined(message.session, error.to_info())
 
     async def _check_head(self, peer: PeerId, message: Begin) -> None:

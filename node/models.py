@@ -28,6 +28,7 @@ from pyagent_node.consensus.commands import (
 )
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.models.architectures import model_shape
+from pyagent_node.inference.models.blob_server import BlobServer
 from pyagent_node.inference.models.pull import pull
 from pyagent_node.inference.models.sources import CATALOGUE
 from pyagent_node.inference.models.store import ModelStore
@@ -69,9 +70,11 @@ class NodeModels:
         store: ModelStore,
         facts: FactsProvider,
         board: PlacementBoard,
+        blobs: BlobServer,
         defaults: ModelDefaults,
         clock: Callable[[], float],
     ) -> None:
+        self.blobs = blobs
         self._mesh = mesh
         self._consensus = consensus
         self._store = store

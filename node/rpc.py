@@ -13,6 +13,7 @@ request, a caller that gives up cancels the work at the other end, and an error 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final, Generic, TypeVar
@@ -107,6 +108,8 @@ class RpcServer:
     """The handler table of this node; serves as soon as it is made."""
 
     def __init__(self, mesh: Mesh) -> None:
+        self.refused: Counter[str] = Counter()
+        """Requests of peers that were refused, by the error's code."""
         self._routes: dict[str, _Route[Any]] = {}
         mesh.handle(PROTOCOL, self._serve)
 
@@ -137,6 +140,7 @@ class RpcServer:
                             f"More than {MAX_CALLS} requests at once on one stream.",
                             code="too_many_requests",
                         )
+                        self.refused[error.code] += 1
                         await _answer(stream, _Failure(message.id, error.to_info()))
                         continue
                     calls[message.id] = scope = trio.CancelScope()
@@ -168,9 +172,11 @@ class RpcServer:
             body, out = await self._route(call.body)(peer, call.body, tail)
             return _Reply(call.id, msgspec.Raw(body)), out
         except PyAgentError as error:
+            self.refused[error.code] += 1
             return _Failure(call.id, error.to_info()), b""
         except Exception:
             log.exception("a request of %s failed", peer)
+            self.refused["internal"] += 1
             internal = PyAgentError("The peer failed to serve the request.", code="internal")
             return _Failure(call.id, internal.to_info()), b""
 

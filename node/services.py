@@ -11,7 +11,10 @@ import psutil
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
+from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
+from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
+from pyagent_node.node import journal_messages, rpc
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
@@ -57,6 +60,7 @@ class NodeServices:
         self.telemetry.bridge(self._part_samples)
         self.telemetry.bridge(self._transfer_samples)
         self.telemetry.bridge(self._session_samples)
+        self.telemetry.bridge(self._refusal_samples)
 
     @property
     def engine(self) -> PipelineEngine:
@@ -237,7 +241,6 @@ class NodeServices:
             yield Sample("mesh_connections", "Authorised connections.", count, labels=labels)
         yield Sample("mesh_dial_failures", "Dials that failed.", m.dial_failures)
         yield Sample("mesh_reconnects", "Lost peers connected again.", m.reconnects)
-        yield Sample("mesh_handler_errors", "Streams whose handler failed.", m.handler_errors)
         for code, count in m.refused.items():
             labels = {"code": code}
             yield Sample("mesh_refused", "Refused connections and streams.", count, labels=labels)
@@ -279,6 +282,24 @@ class NodeServices:
         yield Sample("sessions_taken_over", taken, node.live.taken_over)
         bad = "Copies of journals that were refused because they had been changed."
         yield Sample("journals_refused", bad, node.recovery.bad_copies)
+
+    def _refusal_samples(self) -> Iterator[Sample]:
+        """What peers sent under each protocol and was refused; the log counts for itself."""
+        node = self._node
+        refused = dict(node.metrics.streams_failed)
+        for protocol, counted in (
+            (rpc.PROTOCOL, node.rpc.server.refused),
+            (blob_messages.PROTOCOL, node.models.blobs.refused),
+            (journal_messages.PROTOCOL, node.journals.holder.refused),
+            (PIPE_PROTOCOL, node.pipeline.stages.refused),
+            (PIPE_PROTOCOL, node.engine.refused),
+        ):
+            for code, count in counted.items():
+                refused[protocol, code] = refused.get((protocol, code), 0) + count
+        for (protocol, code), count in sorted(refused.items()):
+            if code != "stream_closed":  # a peer that went away
+                labels = {"protocol": protocol, "code": code}
+                yield Sample("refused", "What peers sent and was refused.", count, labels=labels)
 
     def _pipeline_samples(self) -> Iterator[Sample]:
         node = self._node

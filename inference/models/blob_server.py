@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -98,6 +99,8 @@ class BlobServer:
         *,
         epoch_of: Callable[[Digest], int] = lambda _: 0,
     ) -> None:
+        self.refused: Counter[str] = Counter()
+        """Requests of peers that were refused, by the error's code."""
         self._store = store
         self._epoch_of = epoch_of
         self._on_sent = on_sent
@@ -118,6 +121,7 @@ class BlobServer:
                 code="too_many_streams",
                 limit=STREAMS_PER_PEER,
             )
+            self.refused[error.code] += 1
             await self._send(stream, BlobError(error.to_info()))
             return
         self._streams[peer] = self._streams.get(peer, 0) + 1
@@ -169,6 +173,7 @@ class BlobServer:
                     data = await self._read(lambda: self._store.read_chunk(model, index))
                     return ChunkReply(model, index), data
         except PyAgentError as error:
+            self.refused[error.code] += 1
             return BlobError(_public(error)), b""
 
     def _fence(self, request: BlobRequest) -> None:

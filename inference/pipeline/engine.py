@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -72,6 +73,8 @@ class PipelineEngine:
         self._step_seconds = step_seconds
         self._journal = journal
         self._wall = wall
+        self.refused: Counter[str] = Counter()
+        """Messages for sessions of this node that are not by one of their ranks."""
         self._offers = Offers()
         self._sessions: dict[SessionId, Session] = {}
         self._wires: dict[SessionId, Session] = {}
@@ -251,7 +254,7 @@ class PipelineEngine:
     def on_result(self, sender: PeerId, message: Result) -> None:
         """Take a result; the next step leaves before this returns."""
         session = self._wires.get(message.session)
-        if session is None:
+        if session is None or self._strange(session, sender):
             return
         core = session.core
         step = core.on_result(sender, message, trio.current_time())
@@ -269,8 +272,16 @@ class PipelineEngine:
     def on_error(self, sender: PeerId, message: StageError) -> None:
         """Take a rank's error."""
         session = self._wires.get(message.session)
-        if session is not None:
+        if session is not None and not self._strange(session, sender):
             self._settle(session, session.core.on_error(sender, message, trio.current_time()))
+
+    def _strange(self, session: Session, sender: PeerId) -> bool:
+        """Count a message of somebody who has no part in the session."""
+        attempt = session.core.attempt
+        strange = attempt is not None and sender not in attempt.peers
+        if strange:
+            self.refused["wrong_sender"] += 1
+        return strange
 
     def peer_down(self, peer: PeerId) -> None:
         """Interrupt the sessions with a rank on ``peer``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -55,6 +56,8 @@ class StageService:
     """
 
     def __init__(self, peer_id: PeerId, limits: StageLimits | None = None) -> None:
+        self.refused: Counter[str] = Counter()
+        """Frames of peers for stages that are not here, by the answer's code."""
         self._peer_id = peer_id
         self._limits = limits
         self._stages: dict[tuple[Digest, int], _Stage] = {}
@@ -170,6 +173,7 @@ class StageService:
             rank=message.rank,
             peer_id=self._peer_id,
         )
+        self.refused[error.code] += 1
         to = message.head if isinstance(message, OpenSession) else sender
         refusal = StageError(
             message.session,

@@ -296,6 +296,8 @@ class Connection:
     def _failed(
         self, stream: ChannelStream, protocol: str, code: str, why: str, level: int = logging.INFO
     ) -> None:
-        self._host.metrics.handler_errors += 1
+        metrics = self._host.metrics
+        metrics.handler_errors += 1
+        metrics.streams_failed[protocol, code] += 1
         log.log(level, "a %s stream of %s ended with %s: %s", protocol, self.peer, code, why)
         stream.abort()

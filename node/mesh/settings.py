@@ -71,6 +71,8 @@ class MeshMetrics:
     """Times that a peer we had lost was connected again."""
     handler_errors: int = 0
     """Streams that ended because their handler raised."""
+    streams_failed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """The same, by protocol and the error's code."""
     refused: Counter[str] = field(default_factory=Counter)
     """Connections and streams refused, by the error's code."""
 
