@@ -17,6 +17,7 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.identity import verify
+from pyagent_node.node.journal_book import claimed
 from pyagent_node.node.journal_holding import JournalHolder
 from pyagent_node.node.journal_messages import FetchJournal, JournalCopy, public_id, read_copy
 from pyagent_node.node.journals import JournalKeeper
@@ -153,10 +154,10 @@ class SessionRecovery:
     async def _give_up(self, public: SessionId) -> None:
         """Have the mesh forget a session of which no copy is left: holders keep them in memory."""
         log.warning("every node that kept a session's journal was restarted, or left the mesh")
-        try:
-            await self._consensus.propose(DropCheckpoints((public,), self._peer_id))
-        except PyAgentError as error:
-            log.info("a lost session was not dropped, it will expire: %s", error)
+        await self._consensus.propose(DropCheckpoints((public,), self._peer_id))
+        known = self._consensus.state.checkpoints.get(public)
+        if known is not None:
+            raise claimed(known.head)
 
 
 async def _all(ask: Callable[[PeerId], Awaitable[None]], peers: Iterable[PeerId]) -> None:
