@@ -292,7 +292,7 @@ def _play(
                 Progress(step="seeds", text=text, done=len(verdicts), total=len(work), unit="seeds")
             )
 
-        def done(verdict: Verdict) -> None:
+        def done(_: Job, verdict: Verdict) -> None:
             verdicts.append(verdict)
             app.out.line(_line(plan, verdict))
             step()

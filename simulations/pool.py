@@ -48,10 +48,10 @@ def play_all(
     jobs: Sequence[Job],
     *,
     workers: int,
-    done: Callable[[Verdict], None],
+    done: Callable[[Job, Verdict], None],
     limit: float | None = None,
 ) -> None:
-    """Run all ``jobs`` and call ``done`` with each verdict as it comes.
+    """Run all ``jobs`` and call ``done`` with each and its verdict as it comes.
 
     ``limit`` replaces :func:`default_limit`.  Ctrl-C and SIGTERM raise :class:`KeyboardInterrupt`
     when every worker has ended.
@@ -72,7 +72,7 @@ def play_all(
 def play(job: Job, *, limit: float | None = None) -> Verdict:
     """Run one job; see :func:`play_all`."""
     verdicts: list[Verdict] = []
-    play_all([job], workers=1, done=verdicts.append, limit=limit)
+    play_all([job], workers=1, done=lambda _, verdict: verdicts.append(verdict), limit=limit)
     return verdicts[0]
 
 
@@ -85,12 +85,12 @@ def _first(error: BaseException) -> BaseException:
 
 
 async def _play_all(
-    jobs: deque[Job], workers: int, done: Callable[[Verdict], None], limit: float | None
+    jobs: deque[Job], workers: int, done: Callable[[Job, Verdict], None], limit: float | None
 ) -> None:
     async def work() -> None:
         while jobs:
             job = jobs.popleft()
-            done(await _play(job, default_limit(job) if limit is None else limit))
+            done(job, await _play(job, default_limit(job) if limit is None else limit))
 
     async with trio.open_nursery() as outer:
         await outer.start(_end_when_told)

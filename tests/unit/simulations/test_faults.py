@@ -25,7 +25,7 @@ from pyagent_node.simulations.faults import (
     encode_schedule,
     most_departures,
 )
-from pyagent_node.simulations.shrink import ddmin
+from pyagent_node.simulations.shrink import ddmin, shrink_schedule
 
 
 @given(st.integers(0, 1 << 63), st.integers(1, 40), st.sampled_from(sorted(MIXES)))
@@ -125,3 +125,31 @@ def test_a_departure_that_no_swarm_bears_is_refused(fault: Fault) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_schedule(Schedule(4, 10.0, (fault,)))
     assert caught.value.code == "bad_schedule"
+
+
+def test_a_schedule_shrinks_in_faults_time_and_nodes() -> None:
+    told: list[Schedule] = []
+    faults = tuple(Crash(at, node, 1.0) for node, at in enumerate((3.0, 9.0, 20.0, 21.0, 28.0)))
+
+    def fails(schedule: Schedule) -> bool:
+        nodes = {fault.node for fault in schedule.faults if isinstance(fault, Crash)}
+        return {2, 3} <= nodes and schedule.nodes >= 4
+
+    small = shrink_schedule(Schedule(9, 30.0, faults), fails, runs=100, say=told.append)
+    assert fails(small)
+    assert [(fault.at, fault.at + 1.0) for fault in small.faults] == [(1.0, 2.0), (2.0, 3.0)]
+    assert (small.nodes, small.duration) == (4, 3.0)
+    assert told[-1] == small
+    assert check_schedule(small) == small
+
+
+def test_a_schedule_of_which_nothing_can_be_spared_stays_as_it_is() -> None:
+    schedule = Schedule(3, 30.0, (Crash(15.0, 1, 1.0),))
+    asked: list[Schedule] = []
+
+    def fails(other: Schedule) -> bool:
+        asked.append(other)
+        return other == schedule
+
+    assert shrink_schedule(schedule, fails, runs=5) == schedule
+    assert len(asked) <= 5
