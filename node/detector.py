@@ -43,7 +43,11 @@ REFUSALS: Final = 2
 WITNESSES: Final = 3
 """Members that are asked about a suspect."""
 WITNESS_SECONDS: Final = 0.25
-"""How long their answers are waited for."""
+"""How long their answers are waited for, beside the round trips that they take."""
+WITNESS_TRIPS: Final = 4
+"""Round trips that are waited besides: there, from there to the suspect, and as much for losses."""
+MOST_WITNESS_SECONDS: Final = 0.9
+"""Less than the pause before they are asked again."""
 ASK_AGAIN_SECONDS: Final = 1.0
 """Pause between two rounds of questions about the same suspect."""
 GRACE_SECONDS: Final = 20.0
@@ -75,6 +79,11 @@ class AskWitness(NamedTuple):
 
 
 Question = Probe | AskWitness
+
+
+def witness_patience(trip: float) -> float:
+    """Return how long witnesses are waited for where the longest round trip is ``trip`` seconds."""
+    return min(MOST_WITNESS_SECONDS, WITNESS_SECONDS + WITNESS_TRIPS * trip)
 
 
 @dataclass(slots=True)
@@ -116,6 +125,8 @@ class Detector:
         self._watched: frozenset[PeerId] = frozenset()
         self._started = now
         self._ticked = now
+        self.patience = WITNESS_SECONDS
+        """How long witnesses are waited for now."""
 
     # ---- evidence --------------------------------------------------------------------------
 
@@ -169,8 +180,12 @@ class Detector:
         else:
             known.heard_by.pop(witness, None)
 
-    def tick(self, now: float) -> None:
-        """Note that this process runs; after a pause of its own nobody was silent."""
+    def tick(self, now: float, *, trip: float = 0.0) -> None:
+        """Note that this process runs; after a pause of its own nobody was silent.
+
+        ``trip`` is the longest round trip to those that can be asked, in seconds.
+        """
+        self.patience = witness_patience(trip)
         gap = now - self._ticked
         self._ticked = now
         if gap > STALL_SECONDS:
@@ -203,7 +218,7 @@ class Detector:
         if not self._gone(peer, known, now) or self._objected(known, now):
             return "suspect"
         asked = now - known.asked_at
-        known.dead |= math.isfinite(asked) and (not known.waiting or asked >= WITNESS_SECONDS)
+        known.dead |= math.isfinite(asked) and (not known.waiting or asked >= self.patience)
         return "dead" if known.dead else "suspect"
 
     def questions(self, now: float, witnesses: Iterable[PeerId]) -> list[Question]:
@@ -256,7 +271,7 @@ class Detector:
 
     def _objected(self, known: _Peer, now: float) -> bool:
         """Whether a witness heard the peer lately."""
-        fresh = now - ASK_AGAIN_SECONDS - WITNESS_SECONDS
+        fresh = now - ASK_AGAIN_SECONDS - self.patience
         return any(at >= fresh for at in known.heard_by.values())
 
     def _able(self, peer: PeerId, now: float) -> bool:

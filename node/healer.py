@@ -24,7 +24,6 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.detector import (
     BEAT_SECONDS,
-    WITNESS_SECONDS,
     AskWitness,
     Detector,
     Health,
@@ -156,7 +155,7 @@ class Healer:
         if ask.peer == self._mesh.peer_id:
             return Tried(True), b""
         try:
-            await self._rpc.call(ask.peer, AreYouThere(), Here, seconds=0.8 * WITNESS_SECONDS)
+            await self._rpc.call(ask.peer, AreYouThere(), Here, seconds=ask.seconds)
         except PyAgentError:
             return Tried(False), b""
         return Tried(True), b""
@@ -169,11 +168,12 @@ class Healer:
         while self._leads():
             self._wake = trio.Event()
             now = trio.current_time()
-            self._detector.tick(now)
+            able = [p for p in self._mesh.peers() if p.role != "client"]
+            trips = [p.rtt_ms / 1000 for p in able if p.rtt_ms is not None]
+            self._detector.tick(now, trip=max(trips, default=0.0))
             state = self._consensus.state
             self._watch(nursery, now)
-            witnesses = [p.peer_id for p in self._mesh.peers() if p.role != "client"]
-            questions = self._detector.questions(now, witnesses)
+            questions = self._detector.questions(now, [p.peer_id for p in able])
             for question in questions:
                 nursery.start_soon(self._find_out, question)
             for digest, placement in state.placements.items():
@@ -229,9 +229,10 @@ class Healer:
                 await self._probe(peer)
             case AskWitness(peer, witness):
                 hears = False
+                patience = self._detector.patience
                 try:
                     tried, _ = await self._rpc.call(
-                        witness, TryPeer(peer), Tried, seconds=WITNESS_SECONDS
+                        witness, TryPeer(peer, 0.8 * patience), Tried, seconds=patience
                     )
                     hears = tried.hears
                 except PyAgentError as error:

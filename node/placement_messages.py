@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -96,9 +96,10 @@ class Here(msgspec.Struct, frozen=True, tag="here"):
 
 
 class TryPeer(msgspec.Struct, frozen=True, tag="try_peer"):
-    """Ask a node whether it can reach ``peer``."""
+    """Ask a node whether it can reach ``peer`` within so many seconds."""
 
     peer: PeerId
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=2)] = 0.2
 
 
 class Tried(msgspec.Struct, frozen=True, tag="tried"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.detector import (
+    ASK_AGAIN_SECONDS,
     BEAT_SECONDS,
     CONFIRM_SECONDS,
     GRACE_SECONDS,
@@ -103,6 +104,21 @@ def test_witnesses_that_do_not_answer_are_not_waited_for() -> None:
     detector.missed(A, now + CONFIRM_SECONDS, refused=True)
     assert detector.health(A, now + CONFIRM_SECONDS) == "suspect"
     assert detector.health(A, now + WITNESS_SECONDS) == "dead"
+
+
+@pytest.mark.parametrize("trip", [0.0, 0.06, 0.16, 0.4])
+def test_witnesses_far_away_are_given_the_time_that_their_answer_takes(trip: float) -> None:
+    detector, now = watching(A)
+    detector.tick(now, trip=trip)
+    detector.down(A, now)
+    detector.questions(now, [B])
+    detector.missed(A, now, refused=True)
+    detector.missed(A, now + CONFIRM_SECONDS, refused=True)
+    answered = now + min(2 * trip, detector.patience - 0.01)
+    assert detector.health(A, answered) == "suspect"
+    detector.told(A, B, answered, hears=True)
+    assert detector.health(A, now + detector.patience) == "suspect"
+    assert detector.patience < ASK_AGAIN_SECONDS
 
 
 def test_a_witness_that_hears_the_peer_saves_it() -> None:
