@@ -2,14 +2,21 @@
 
 Ordering contract.  A node talks to another over two long-lived streams that it opened itself: the
 *data* lane carries :class:`OpenSession` and :class:`Step`, the *control* lane everything else, so
-that a :class:`CloseSession` overtakes megabytes of prefill.  Each lane is first in, first out, and
-sessions travel from rank to rank over data lanes only; hence every rank sees the sessions of a
-pipeline in the order in which rank 0 saw them.  Between lanes there is no order: a stage may see a
-session closed before it is opened.
+that a :class:`CloseSession` or :class:`CancelSteps` overtakes megabytes of prefill.  Each lane is
+first in, first out, and sessions travel from rank to rank over data lanes only; hence every rank
+sees the sessions of a pipeline in the order in which rank 0 saw them.  Between lanes there is no
+order: a stage may see a session closed before it is opened.
 
 Every message names its stage by (model, epoch, rank).  A :class:`Step`'s tail is ``n`` token ids
 (int32) followed by ``n`` rows of activations (float32), both little-endian; the rows are missing
 when one rank holds the whole model.
+
+Guesses.  The last ``drafts`` tokens of a step are guesses; the last rank keeps those that it would
+have sampled.  A step with a ``parent`` was sent before the parent's result: it holds only if all
+guesses of the parent are right and the token that the parent samples last is its own first token.
+If not it is void, and so is every step that has it for a parent; the last rank drops void steps
+without an answer, the others those that the head cancels.  Whatever follows begins at the first
+position that is not settled, and every rank drops the cells from there on first.
 """
 
 from __future__ import annotations
@@ -45,11 +52,12 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     sampling: SamplingParams
 
 
-class Step(msgspec.Struct, frozen=True, tag="step", gc=False):
+class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
     """``n`` consecutive tokens of a session from ``position`` on, in the tail.
 
-    ``step`` counts from 0 in a session.  ``sample`` asks the last rank for the next token.
-    ``spent`` is the time in seconds that ranks have computed on this step so far.
+    ``step`` counts up from 0 in a session; ranks see gaps where steps were dropped.  ``sample``
+    asks the last rank for the next token.  ``spent`` is the time in seconds that ranks have
+    computed on this step so far.  For ``drafts`` and ``parent`` see the module.
     """
 
     session: SessionId
@@ -61,6 +69,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False):
     n: int
     sample: bool
     spent: float = 0.0
+    drafts: int = 0
+    parent: int | None = None
 
 
 class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
@@ -70,6 +80,20 @@ class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
     model: Digest
     epoch: int
     rank: int
+
+
+class CancelSteps(msgspec.Struct, frozen=True, tag="cancel_steps", gc=False):
+    """From the head: the steps ``[first, stop)`` that have parents are void.
+
+    They are dropped unread, those still to come too.  Only to save work: nothing relies on it.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    first: int
+    stop: int
 
 
 class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
@@ -102,9 +126,11 @@ class StageError(msgspec.Struct, frozen=True, tag="stage_error"):
     error: ErrorInfo
 
 
-PipeMessage = OpenSession | Step | CloseSession | Result | StageError
+PipeMessage = OpenSession | Step | CloseSession | CancelSteps | Result | StageError
 
-PIPE_CODEC: Codec[PipeMessage] = Codec("pipe", OpenSession, Step, CloseSession, Result, StageError)
+PIPE_CODEC: Codec[PipeMessage] = Codec(
+    "pipe", OpenSession, Step, CloseSession, CancelSteps, Result, StageError
+)
 
 Tail = bytes | bytearray | memoryview
 
@@ -142,6 +168,23 @@ def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | 
         return tokens, None
     rows: Activations = np.frombuffer(tail, dtype=_FLOAT32, count=n * n_embd, offset=4 * n)
     return tokens, rows.reshape(n, n_embd)
+
+
+def onward(step: Step, seconds: float) -> Step:
+    """Return a step as it goes on to the next rank, after ``seconds`` on this one."""
+    return Step(
+        step.session,
+        step.model,
+        step.epoch,
+        step.rank + 1,
+        step.step,
+        step.position,
+        step.n,
+        step.sample,
+        step.spent + seconds,
+        step.drafts,
+        step.parent,
+    )
 
 
 def chunk_end(position: int, stop: int) -> int:

@@ -27,7 +27,6 @@ import msgspec
 from pyagent_node.base.errors import (
     Conflict,
     DeadlineExceeded,
-    LimitExceeded,
     NotFound,
     PyAgentError,
     Refused,
@@ -37,6 +36,7 @@ from pyagent_node.base.errors import (
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import StepOutput
 from pyagent_node.inference.pipeline.frames import (
+    CancelSteps,
     CloseSession,
     OpenSession,
     PipeMessage,
@@ -44,9 +44,10 @@ from pyagent_node.inference.pipeline.frames import (
     StageError,
     Step,
     Tail,
+    onward,
     pack_tail,
 )
-from pyagent_node.inference.pipeline.stage_checks import check_opening, check_step
+from pyagent_node.inference.pipeline.stage_checks import check_opening, check_room, check_step
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
     ServedSession,
@@ -92,6 +93,9 @@ class StageCore:
         if isinstance(message, CloseSession):
             self._close(sender, message)
             return []
+        if isinstance(message, CancelSteps):
+            self._cancel(sender, message)
+            return []
         if isinstance(message, StageError):
             return self._relay(sender, message)
         return []
@@ -127,17 +131,7 @@ class StageCore:
                 raise Conflict("The session is open already.", code="session_exists")
             check_opening(spec, message)
             held = sum(1 for s in self._sessions.values() if s.head == message.head)
-            for count, limit, whose in (
-                (held, limits.sessions_per_peer, "that node"),
-                (len(self._sessions), limits.sessions, "all nodes"),
-            ):
-                if count >= limit:
-                    raise LimitExceeded(
-                        f"Rank {spec.rank} serves {count} sessions of {whose}, its limit.",
-                        code="too_many_sessions",
-                        remedy="Wait until another request has ended.",
-                        limit=limit,
-                    )
+            check_room(spec.rank, limits, held=held, sessions=len(self._sessions))
         except PyAgentError as error:
             self._refused += 1
             if not isinstance(error, Refused | Conflict):
@@ -149,8 +143,7 @@ class StageCore:
         self._queue.admit(session)
         if spec.downstream is None:
             return []
-        onward = msgspec.structs.replace(message, rank=spec.rank + 1)
-        return [Outgoing(spec.downstream, onward)]
+        return [Outgoing(spec.downstream, msgspec.structs.replace(message, rank=spec.rank + 1))]
 
     def _step(self, sender: PeerId, message: Step, tail: Tail, now: float) -> list[Outgoing]:
         spec = self.spec
@@ -173,8 +166,7 @@ class StageCore:
             self._refused += 1
             return self._give_up(session, error)
         session.last_seen = now
-        session.next_position += message.n
-        session.next_step += 1
+        session.came(message, keeps=not spec.is_tail)
         self._queue.push(session, queued)
         return []
 
@@ -185,6 +177,13 @@ class StageCore:
         elif session.head == sender:
             self._free(session)
         else:
+            self._refused += 1
+
+    def _cancel(self, sender: PeerId, message: CancelSteps) -> None:
+        session = self._sessions.get(message.session)
+        if session is not None and session.head == sender:
+            self._queue.cancel(session, message.first, message.stop)
+        elif session is not None:
             self._refused += 1
 
     def _relay(self, sender: PeerId, message: StageError) -> list[Outgoing]:
@@ -284,14 +283,15 @@ class StageCore:
             if session.closed:
                 continue
             session.last_seen = now
-            session.generated += message.sample
             if message.sample and session.first_sample is None:
                 session.first_sample = now
-            self._queue.finished(session)
             if spec.downstream is None:
-                if message.sample and not output.sampled:
-                    out += self._give_up(session, _protocol_error("no token"))
+                if not message.sample <= len(output.sampled) <= message.drafts + 1:
+                    wrong = _protocol_error(f"{len(output.sampled)} tokens")
+                    out += self._give_up(session, wrong)
                     continue
+                session.computed(message, output.sampled)
+                self._queue.finished(session)
                 result = Result(
                     message.session,
                     message.model,
@@ -303,22 +303,19 @@ class StageCore:
                 )
                 out.append(Outgoing(session.head, result))
             else:
+                session.computed(message, ())
+                void = session.is_void(message, -1, tail=False)
+                if void:
+                    session.void = message.step
+                self._queue.finished(session)
+                if void:
+                    continue
                 rows = output.activations
                 if rows is None or rows.shape != (message.n, spec.n_embd):
                     out += self._give_up(session, _protocol_error("no activations"))
                     continue
-                onward = Step(
-                    message.session,
-                    message.model,
-                    message.epoch,
-                    message.rank + 1,
-                    message.step,
-                    message.position,
-                    message.n,
-                    message.sample,
-                    message.spent + seconds,
-                )
-                out.append(Outgoing(spec.downstream, onward, pack_tail(queued.tokens, rows)))
+                on = onward(message, seconds)
+                out.append(Outgoing(spec.downstream, on, pack_tail(queued.tokens, rows)))
         return out
 
     def abandoned(self, batch: Batch, error: PyAgentError) -> list[Outgoing]:
@@ -346,6 +343,7 @@ class StageCore:
             tokens=self._tokens,
             busy_seconds=self._busy,
             refused=self._refused,
+            dropped=self._queue.dropped,
         )
 
     def sessions(self) -> Iterable[StageSession]:

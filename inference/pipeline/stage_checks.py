@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
-from pyagent_node.inference.backend import PREFILL_CHUNK
+from pyagent_node.inference.backend import MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
@@ -22,6 +22,24 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
         message.sampling.check(spec.n_vocab)
 
 
+def check_room(rank: int, limits: StageLimits, *, held: int, sessions: int) -> None:
+    """Check that there may be one session more; its head has ``held`` of the ``sessions``.
+
+    Raises :class:`LimitExceeded` (``too_many_sessions``).
+    """
+    for count, limit, whose in (
+        (held, limits.sessions_per_peer, "that node"),
+        (sessions, limits.sessions, "all nodes"),
+    ):
+        if count >= limit:
+            raise LimitExceeded(
+                f"Rank {rank} serves {count} sessions of {whose}, its limit.",
+                code="too_many_sessions",
+                remedy="Wait until another request has ended.",
+                limit=limit,
+            )
+
+
 def check_step(
     message: Step,
     tail: Tail,
@@ -36,11 +54,18 @@ def check_step(
     Raises :class:`CorruptData` (``out_of_order``, ``malformed_step``), :class:`InvalidRequest`
     (``step_too_long``, ``bad_parameter``) and :class:`LimitExceeded` (``too_many_steps``).
     """
-    if message.step != session.next_step or message.position != session.next_position:
+    if not _in_order(message, session):
         raise CorruptData(
             f"Step {message.step} at position {message.position} came where step"
             f" {session.next_step} at {session.next_position} was due.",
             code="out_of_order",
+        )
+    if message.drafts and not _may_guess(message, session):
+        raise InvalidRequest(
+            f"A step of {message.n} tokens cannot have {message.drafts} guesses;"
+            f" at most {MAX_DRAFTS} may follow a token of the answer.",
+            code="bad_parameter",
+            parameter="drafts",
         )
     end = message.position + message.n
     if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
@@ -74,3 +99,25 @@ def check_step(
             queued=queue.steps,
         )
     return QueuedStep(message, tokens, activations, size)
+
+
+def _in_order(message: Step, session: ServedSession) -> bool:
+    """Whether a step will find the cells before it, however the guesses before it turn out.
+
+    The prompt comes without a gap.  A step with a parent follows on it; any other may go back, but
+    not beyond what is sure to be there.
+    """
+    due = message.step == session.next_step
+    if message.parent is not None:
+        follows = due and message.parent == message.step - 1
+        return follows and session.prompt_tokens <= message.position == session.next_position
+    if due and message.position == session.sure == session.next_position:
+        return True
+    ahead = message.step >= session.next_step
+    return ahead and session.prompt_tokens <= message.position <= session.sure
+
+
+def _may_guess(message: Step, session: ServedSession) -> bool:
+    known = message.n - message.drafts
+    within = 0 < message.drafts <= MAX_DRAFTS and known >= 1 and message.n <= MAX_DRAFTS + 1
+    return within and message.sample and message.position >= session.prompt_tokens

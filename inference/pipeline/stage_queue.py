@@ -1,15 +1,19 @@
 """Who gets a slot and what is computed next: the scheduling half of a stage's pure core.
 
 Sessions wait for a slot in order of arrival.  Single tokens of different sessions are computed
-together; a prefill chunk is computed alone, for it takes many times as long.  The two kinds take
-turns, and within a kind the session that has waited longest goes first.  (What a session gets does
-not depend on its company: see the ``Backend`` port, which is also why the lowest slot goes first.)
+together; a prefill chunk is computed alone, for it takes many times as long, and so is a step with
+guesses, for it gains nothing by company.  Prefill and the rest take turns, and within a kind the
+session that has waited longest goes first.  (What a session gets does not depend on its company:
+see the ``Backend`` port, which is also why the lowest slot goes first.)
+
+A step that is void (see ``frames``) is dropped when its turn to become ready comes.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyagent_node.inference.backend import (
@@ -19,9 +23,10 @@ from pyagent_node.inference.backend import (
     SequenceOp,
     StepInput,
     Tokens,
+    TrimSequence,
 )
 from pyagent_node.inference.pipeline.frames import OpenSession, Step
-from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 
 class QueuedStep(NamedTuple):
@@ -34,10 +39,19 @@ class QueuedStep(NamedTuple):
 
 
 class ServedSession:
-    """One session on this stage; ``seq`` is its slot, ``None`` while it waits for one."""
+    """One session on this stage; ``seq`` is its slot, ``None`` while it waits for one.
+
+    ``next_step`` and ``next_position`` follow on the last step that came in.  ``end`` is where the
+    cells end after what was given to the runner, ``sure`` where they will end at least, whatever
+    queued guesses turn out to be.  ``verdict`` is the last step that sampled and its last token, -1
+    if one of its guesses was wrong; ``void`` the last step that was dropped; ``cancelled`` the
+    steps from which to which the head cancelled.
+    """
 
     __slots__ = (
+        "cancelled",
         "closed",
+        "end",
         "epoch",
         "first_sample",
         "generated",
@@ -52,6 +66,11 @@ class ServedSession:
         "queue",
         "sampling",
         "seq",
+        "settled",
+        "sure",
+        "sure_step",
+        "verdict",
+        "void",
     )
 
     def __init__(self, message: OpenSession, now: float) -> None:
@@ -67,9 +86,46 @@ class ServedSession:
         self.closed = False
         self.next_position = 0
         self.next_step = 0
+        self.end = 0
+        self.sure = 0
+        self.sure_step = 0
+        self.settled = 0
+        self.verdict: tuple[int, int] = (-1, -1)
+        self.void = -1
+        self.cancelled: tuple[int, int] = (0, 0)
         self.generated = 0
         self.first_sample: float | None = None
         self.last_seen = now
+
+    def came(self, step: Step, *, keeps: bool) -> None:
+        """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""
+        self.next_step = step.step + 1
+        self.next_position = step.position + step.n
+        if step.parent is None:
+            self.sure = self.next_position - (0 if keeps else step.drafts)
+            self.sure_step = step.step
+
+    def computed(self, step: Step, sampled: Sequence[Sampled]) -> None:
+        """Note what a step has come to; ``sampled`` is empty on every rank but the last."""
+        if sampled:
+            right = len(sampled) - 1
+            self.end = step.position + step.n - step.drafts + right
+            self.verdict = (step.step, sampled[-1].token if right == step.drafts else -1)
+        if step.step >= self.sure_step:
+            self.sure = self.end
+        if step.sample:
+            known = step.position + step.n - step.drafts
+            self.generated = self.generated + known - self.settled if self.generated else 1
+            self.settled = known
+
+    def is_void(self, step: Step, first: int, *, tail: bool) -> bool:
+        """Whether a step with ``first`` for its first token need not be computed any more."""
+        parent = step.parent
+        if parent is None:
+            return False
+        if parent == self.void or self.cancelled[0] <= step.step < self.cancelled[1]:
+            return True
+        return tail and self.verdict != (parent, first)
 
 
 class Batch(NamedTuple):
@@ -90,6 +146,8 @@ class StageQueue:
     def __init__(self, *, slots: int, width: int, sampling: bool) -> None:
         self.steps = 0
         self.bytes = 0
+        self.dropped = 0
+        """Void steps that were not computed."""
         self._width = width
         self._sampling = sampling
         self._slots: list[int] = list(range(slots))
@@ -128,6 +186,15 @@ class StageQueue:
         if session.queue:
             self._make_ready(session)
 
+    def cancel(self, session: ServedSession, first: int, stop: int) -> None:
+        """Drop the steps ``[first, stop)`` that have parents, when their turn comes."""
+        session.cancelled = (first, stop)
+        for ready in (self._tokens, self._chunks):
+            if session in ready:
+                ready.remove(session)
+                self._make_ready(session)
+                return
+
     def remove(self, session: ServedSession) -> None:
         """Drop a session's queued steps and free its slot.
 
@@ -159,17 +226,25 @@ class StageQueue:
             ready = self._chunks if chunks else self._tokens
             width = 1 if chunks else self._width
             while ready and len(work) < width:
-                session = ready.popleft()
+                session = ready[0]
+                alone = session.queue[0].message.n > 1
+                if alone and work:
+                    break
+                ready.popleft()
                 session.in_flight = True
-                step = session.queue.popleft()
-                self.steps -= 1
-                self.bytes -= step.size
-                work.append((session, step))
+                work.append((session, self._next(session)))
+                if alone:
+                    break
             if work:
                 self._chunk_turn = not chunks
                 break
         if not work and not self._ops:
             return None
+        for session, step in work:
+            position = step.message.position
+            if position < session.end:
+                self._ops.append(TrimSequence(_slot(session), position))
+            session.end = position + step.message.n
         ops = tuple(self._ops)
         self._ops.clear()
         inputs = tuple(
@@ -179,6 +254,7 @@ class StageQueue:
                 q.tokens,
                 q.activations,
                 q.message.sample and self._sampling,
+                q.message.drafts,
             )
             for s, q in work
         )
@@ -187,8 +263,21 @@ class StageQueue:
     def _make_ready(self, session: ServedSession) -> None:
         if session.seq is None or session.in_flight:
             return
-        chunk = session.queue[0].message.n > 1
+        queue = session.queue
+        while session.is_void(queue[0].message, int(queue[0].tokens[0]), tail=self._sampling):
+            session.void = self._next(session).message.step
+            self.dropped += 1
+            if not queue:
+                return
+        message = queue[0].message
+        chunk = message.n > 1 and not message.drafts
         (self._chunks if chunk else self._tokens).append(session)
+
+    def _next(self, session: ServedSession) -> QueuedStep:
+        step = session.queue.popleft()
+        self.steps -= 1
+        self.bytes -= step.size
+        return step
 
     def _grant(self) -> None:
         while self._slots and self._waiting:

@@ -93,6 +93,7 @@ class StageView(msgspec.Struct, frozen=True):
     tokens: int
     busy_seconds: float
     refused: int
+    dropped: int = 0
 
 
 class StageSession(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from pyagent_node.base.types import Digest, PeerId, SessionId, Slice
 from pyagent_node.inference.backend import StepInput, StepOutput
 from pyagent_node.inference.pipeline.frames import (
+    CancelSteps,
     CloseSession,
     OpenSession,
     Result,
@@ -96,6 +97,8 @@ class Driver:
         position: int | None = None,
         token: int = 1,
         tail: bytes | None = None,
+        drafts: int = 0,
+        parent: int | None = None,
     ) -> list[Outgoing]:
         """Send the next step of session ``name``."""
         step_at, position_at = self.at.get(name, (0, 0))
@@ -108,8 +111,10 @@ class Driver:
             position_at if position is None else position,
             n,
             sample,
+            drafts=drafts,
+            parent=parent,
         )
-        self.at[name] = (step_at + 1, position_at + n)
+        self.at[name] = (message.step + 1, message.position + n)
         if tail is None:
             tokens = np.full(n, token, dtype=np.int32)
             rows = None if self.spec.is_whole else np.ones((n, N_EMBD), dtype=np.float32)
@@ -121,6 +126,11 @@ class Driver:
         message = CloseSession(SessionId(name), MODEL, EPOCH, self.spec.rank)
         return self.core.receive(sender, message, b"", self.now)
 
+    def cancel(self, name: str, first: int, stop: int, *, sender: PeerId = HEAD) -> list[Outgoing]:
+        """Cancel steps of session ``name``."""
+        message = CancelSteps(SessionId(name), MODEL, EPOCH, self.spec.rank, first, stop)
+        return self.core.receive(sender, message, b"", self.now)
+
     def batch(self) -> Batch:
         """Take the next batch, which must be there."""
         batch = self.core.next_batch()
@@ -130,6 +140,11 @@ class Driver:
     def run(self, batch: Batch, seconds: float = 0.5) -> list[Outgoing]:
         """Report a batch as computed."""
         return self.core.completed(batch, self.outputs(batch.inputs), seconds, self.now)
+
+    def verdict(self, *tokens: int) -> list[Outgoing]:
+        """Report the next batch, of one step, as computed by the last rank."""
+        output = StepOutput(sampled=tuple(Sampled(token) for token in tokens))
+        return self.core.completed(self.batch(), [output], 0.5, self.now)
 
     def outputs(self, inputs: Sequence[StepInput]) -> list[StepOutput]:
         """Return what a runner would."""

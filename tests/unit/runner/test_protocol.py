@@ -96,7 +96,7 @@ def test_lengths_that_do_not_fit_are_refused(change: int) -> None:
     with pytest.raises(CorruptData):
         unpack_steps(headers, bent, N_EMBD)
     with pytest.raises(CorruptData):
-        unpack_outputs([OutputHeader(2, None)], bent, N_EMBD)
+        unpack_outputs([OutputHeader(2, ())], bent, N_EMBD)
     with pytest.raises(CorruptData):
         unpack_pieces(1, b"\xff\xff\xff\xff" + b"x" * (1 + change))
     with pytest.raises(CorruptData):
@@ -108,4 +108,4 @@ def test_negative_and_huge_counts_are_refused() -> None:
         with pytest.raises(CorruptData):
             unpack_steps([StepHeader(0, 0, n, activations=True, sample=False)], b"1234", N_EMBD)
         with pytest.raises(CorruptData):
-            unpack_outputs([OutputHeader(n, None)], b"1234", N_EMBD)
+            unpack_outputs([OutputHeader(n, ())], b"1234", N_EMBD)
