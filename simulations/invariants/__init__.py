@@ -17,6 +17,7 @@ from pyagent_node.simulations.invariants.epochs import (
 from pyagent_node.simulations.invariants.leaders import OneLeaderATerm
 from pyagent_node.simulations.invariants.monotonic import NothingGoesBack
 from pyagent_node.simulations.invariants.moved import RanksMove
+from pyagent_node.simulations.invariants.outsiders import OutsidersStayOut
 from pyagent_node.simulations.invariants.port import Invariant
 from pyagent_node.simulations.invariants.restored import Restored
 from pyagent_node.simulations.invariants.secrets import NoSecrets
@@ -38,6 +39,7 @@ def all_invariants() -> list[Invariant]:
         OneHeadASession(),
         SessionsStayKnown(),
         RanksMove(),
+        OutsidersStayOut(),
         Bounded(),
         NoSecrets(),
         Restored(),
