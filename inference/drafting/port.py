@@ -105,7 +105,9 @@ class Plan(msgspec.Struct, frozen=True):
     """What the controller says of the next step.
 
     ``length`` is the most guesses to ask a drafter for, 0 for none at all; ``depth`` how many steps
-    may be in flight, at least 1.  ``floor`` goes to :meth:`Drafter.propose`.
+    may be in flight, at least 1; one that is sent while others are begins with a guess of the token
+    that the one before it will end with, so ask for one more for it.  ``floor`` goes to
+    :meth:`Drafter.propose`.
     """
 
     length: int = 0

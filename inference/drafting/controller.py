@@ -1,0 +1,282 @@
+"""How many guesses a step carries, and how many steps are in flight: pure.
+
+A step that carries guesses takes longer than a plain one and adds more tokens to the answer.  With
+R the best rate (tokens a second) that can be had, a step of n guesses is worth E(n) - R * S(n + 1)
+tokens, where E is what it adds on average (by the calibrated confidences) and S the time it takes
+(by the cost model): the n that is worth most is sent, be it none.  R is the rate of doing so, found
+as it goes (Dinkelbach's method for the ratio of two sums).  A drafter that takes time is asked only
+while that pays, and stops at guesses whose value is less than their price.
+
+What is not known is found out without paying for it where that is possible (guesses that were not
+sent are judged too), and else within an allowance: what trying out has cost beyond plain decoding,
+stays below a few plain passes and about one percent of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from pyagent_node.inference.drafting.calibration import Calibration, Judge
+from pyagent_node.inference.drafting.costs import NEVER, CostModel
+from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft, Forecast, Pass, Plan
+from pyagent_node.inference.drafting.profile import Profile, best_plan, plan_rate
+
+MAX_LENGTH: Final = 16
+MAX_DEPTH: Final = 4
+EXPLORE: Final = 0.005
+"""The part of the time that may be lost by trying out."""
+EXPLORE_PASSES: Final = 1.5
+FORGIVEN: Final = 0.995
+"""What is left of a loss after a pass, so that nothing is given up for good."""
+MAX_CREDIT: Final = 4.0
+"""Plain passes: what has been won in the past pays for no more than so many later losses."""
+TRUSTED: Final = 2
+"""Guesses of an unknown drafter that are sent; each that is right allows two more."""
+MEMORY: Final = 0.95
+"""What is left of a pass's weight in rates after the next: about 20 count."""
+RECHECK: Final = 24
+"""Passes after which the time of a plain one is measured again, more where guessing pays well."""
+FIRST_PAUSE: Final = 8
+LAST_PAUSE: Final = 128
+PROBE: Final = 4
+"""Guesses that a drafter that did not pay is asked for when it gets another chance."""
+CHEAP: Final = 0.01
+"""A guess that takes less than this part of a token's time is always asked for."""
+LOOK_EVERY: Final = 4
+"""Drafts after which the plan is looked at again."""
+DEPTH_GAIN: Final = 1.05
+"""Several steps in flight must promise that much more than one."""
+
+
+class Controller:
+    """Decides for one session.  ``costs`` may come from, and be shared with, other sessions.
+
+    Before a step call :meth:`plan`; ask the drafter unless it says 0, and tell :meth:`choose` what
+    it gave.  Call :meth:`passed` with each result, then :meth:`accepted` with the new tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: int = 1,
+        max_length: int = MAX_LENGTH,
+        max_depth: int = MAX_DEPTH,
+        costs: CostModel | None = None,
+    ) -> None:
+        self.costs = costs or CostModel()
+        self.calibration = Calibration()
+        self._judge = Judge()
+        self._profile = Profile()
+        self._ranks = max(1, ranks)
+        self._max_length = min(max_length, MAX_DRAFT)
+        self._max_depth = max(1, max_depth)
+        self._plan = Plan()
+        self._best = (0, 1)
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._loss = 0.0
+        self._explored = 0.0
+        self._total = 0.0
+        self._passes = 0
+        self._since_plain = 0
+        self._worth = 0.0
+        self._asked = 0
+        self._pause = FIRST_PAUSE
+        self._paused = 0
+        self._drafted = 0
+        self._right = 0
+        self._gained = 0
+        self._predicted = (0.0, 0.0)
+        self._slowness = 1.0
+
+    # ---- before a step -----------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Say what the next step is to be."""
+        self._plan = self._decide()
+        if not self._plan.length and self.costs.known:
+            self._predict((), 0)
+        return self._plan
+
+    def _decide(self) -> Plan:
+        if self._max_length < 1 or not self.costs.known:
+            return Plan()
+        if self._recheck_due():
+            return Plan()
+        rate = self.rate
+        per_draft = self.costs.draft_seconds
+        floor = min(0.9, rate * (self.costs.token_seconds + per_draft))
+        cheap = per_draft * rate < CHEAP
+        if not self.costs.draft_known:
+            return Plan(min(PROBE, self._max_length), 1, floor)
+        if not cheap:
+            if self._asked >= 3 and self._worth < 0:
+                return self._another_chance(floor)
+            if not self._affordable():
+                return Plan()
+        if self._profile.known and self._asked % LOOK_EVERY == 0:
+            self._best = best_plan(
+                self._profile,
+                self.costs,
+                ranks=self._ranks,
+                max_length=self._max_length,
+                max_depth=self._max_depth,
+                slowness=self._slowness * DEPTH_GAIN,
+            )
+        best, depth = self._best
+        if depth > 1 and self._affordable():
+            return Plan(best, depth, floor)
+        # a draft that goes well may be longer than the average one
+        length = self._max_length if cheap else min(self._max_length, 2 * best + 2)
+        return Plan(length, 1, floor)
+
+    def _another_chance(self, floor: float) -> Plan:
+        """Ask a drafter that did not pay again, after ever longer pauses."""
+        self._paused += 1
+        if self._paused < self._pause or not self._affordable():
+            return Plan()
+        self._paused = 0
+        self._pause = min(LAST_PAUSE, 2 * self._pause)
+        return Plan(min(PROBE, self._max_length), 1, floor)
+
+    def _affordable(self) -> bool:
+        """Tell whether something may be tried that could cost time."""
+        allowed = EXPLORE_PASSES * self.costs.seconds(1) + EXPLORE * self._total
+        return self._loss < allowed
+
+    def choose(self, draft: Draft, ahead: Sequence[int] = ()) -> int:
+        """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
+
+        Call it for every draft: those that are not sent are judged as well.
+        """
+        self._judge.wait_for(draft, ahead)
+        odds = self.calibration.probabilities(draft)
+        rate = self.rate
+        n, worth = self._best_length(odds, rate)
+        drafting = rate * self.costs.draft_seconds * len(odds)
+        advantage = worth - (1.0 - rate * self.costs.seconds(1)) - drafting
+        self._asked += 1
+        share = max(0.15, 1.0 / self._asked)
+        self._worth += (advantage - self._worth) * share
+        if self._worth > 0:
+            self._pause = FIRST_PAUSE
+        self._profile.add(odds)
+        n = self._pick(n, draft)
+        self._predict(odds[:n], len(odds))
+        return n
+
+    def _pick(self, best: int, draft: Draft) -> int:
+        """Return how many guesses to send where ``best`` promise most."""
+        if not self._affordable():
+            return 0
+        if self._plan.depth > 1:
+            best = self._plan.length + 1
+        trusted = TRUSTED + 2 * self.calibration.hits(draft.source)
+        return min(best, trusted, len(draft.tokens), self._max_length + 1)
+
+    def _best_length(self, odds: Sequence[float], rate: float) -> tuple[int, float]:
+        best, best_worth = 0, 1.0 - rate * self.costs.seconds(1)
+        tokens, together = 1.0, 1.0
+        for n, chance in enumerate(odds, 1):
+            together *= chance
+            tokens += together
+            worth = tokens - rate * self.costs.seconds(n + 1)
+            if worth > best_worth:
+                best, best_worth = n, worth
+        return best, best_worth
+
+    def _recheck_due(self) -> bool:
+        """Tell whether the time of a plain pass should be measured again."""
+        gain = max(1.0, self.rate * self.costs.seconds(1))
+        return self._plan.depth == 1 and self._since_plain > RECHECK * gain * gain
+
+    def _predict(self, odds: Sequence[float], drafted: int) -> None:
+        """Note what the step that is sent now is expected to add and to take."""
+        tokens, together = 1.0, 1.0
+        for chance in odds:
+            together *= chance
+            tokens += together
+        plan = self._plan
+        if plan.depth > 1 and self._profile.known:
+            promised = plan_rate(self._profile, self.costs, plan.length, plan.depth, self._ranks)
+            seconds = tokens * self._slowness / max(NEVER, promised)
+        else:
+            seconds = self.costs.seconds(len(odds) + 1) + self.costs.draft_seconds * drafted
+        self._tokens = self._tokens * MEMORY + tokens
+        self._seconds = self._seconds * MEMORY + seconds
+        self._predicted = self._predicted[0] + tokens, self._predicted[1] + seconds
+
+    # ---- after a step ------------------------------------------------------------------------
+
+    def passed(self, done: Pass) -> None:
+        """Take in what a step took."""
+        alone = done.in_flight <= 1
+        if alone:
+            self.costs.add_pass(done.width, done.seconds, done.compute_seconds)
+        self._passes += 1
+        self._since_plain = 0 if done.width == 1 and alone else self._since_plain + 1
+        self._drafted += done.drafts
+        self._right += done.accepted
+        self._gained += done.gained
+        plain = self.costs.seconds(1)
+        # what such a pass usually takes: one that was held up by chance says nothing of guessing
+        took = self.costs.seconds(done.width) + done.draft_seconds if alone else done.elapsed
+        self._total += took
+        self._loss *= FORGIVEN
+        if done.drafts or done.draft_seconds or not alone:
+            self._loss = max(-MAX_CREDIT * plain, self._loss + took - done.gained * plain)
+            self._explored = max(self._explored, self._loss)
+        if not alone and self._profile.known:
+            promised = plan_rate(
+                self._profile, self.costs, self._plan.length, self._plan.depth, self._ranks
+            )
+            actual = took * promised / max(1.0, done.gained) if done.gained else 2.0
+            self._slowness += (min(4.0, max(0.25, actual)) - self._slowness) * 0.1
+        else:
+            self._slowness += (1.0 - self._slowness) * 0.005
+        if done.drafts or done.draft_seconds > 0:
+            self.costs.add_draft(max(1, self._profile.last), done.draft_seconds)
+
+    def accepted(self, tokens: Sequence[int]) -> None:
+        """Take in tokens of the session: the prompt, then what joins the answer."""
+        for outcome in self._judge.accepted(tokens):
+            self.calibration.add(outcome.source, outcome.index, outcome.claim, hit=outcome.hit)
+
+    # ---- what it believes --------------------------------------------------------------------
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second that can be had, as far as is known; never less than plain decoding's."""
+        plain = 1.0 / self.costs.seconds(1)
+        return max(plain, self._tokens / self._seconds) if self._seconds > 0 else plain
+
+    def forecast(self) -> Forecast:
+        """Say what is believed; the rate with guesses is that of the passes so far."""
+        plain = 1.0 / self.costs.seconds(1) if self.costs.known else 0.0
+        tokens, seconds = self._predicted
+        return Forecast(
+            plan=self._plan,
+            pass_seconds=self.costs.pass_seconds,
+            token_seconds=self.costs.token_seconds,
+            draft_seconds=self.costs.draft_seconds,
+            acceptance=self._right / self._drafted if self._drafted else 0.0,
+            tokens_per_pass=self._gained / self._passes if self._passes else 0.0,
+            tokens_per_second=tokens / seconds if seconds > NEVER else plain,
+            plain_tokens_per_second=plain,
+            explored_seconds=max(0.0, self._explored),
+        )
+
+
+class FixedController(Controller):
+    """Always the same plan; it predicts all the same."""
+
+    def __init__(self, plan: Plan, *, ranks: int = 1, costs: CostModel | None = None) -> None:
+        super().__init__(ranks=ranks, max_length=plan.length, max_depth=plan.depth, costs=costs)
+        self._fixed = plan
+
+    def _decide(self) -> Plan:
+        return self._fixed
+
+    def _pick(self, best: int, draft: Draft) -> int:
+        return min(len(draft.tokens), self._fixed.length + (self._fixed.depth > 1))

@@ -1,0 +1,138 @@
+"""What a pass takes, learnt from passes: pure.
+
+The time from sending a step to its result is taken for a straight line over the width of the step,
+a + b * width, fitted as passes come in; where kernels have steps of their own, what was measured at
+a width corrects the line there.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MEAN_MEMORY: Final = 0.93
+"""What is left of an observation's weight in the level after the next: about 14 count."""
+SLOPE_MEMORY: Final = 0.985
+PRIOR_SPREAD: Final = 3.0
+"""The slope that is expected beforehand weighs as much as this much variance of widths."""
+OUTLIER: Final = 3.0
+"""A pass that took longer than this many times the expected counts as so many times."""
+NEVER: Final = 1e-9
+TOKEN_SHARE: Final = 0.3
+"""Expected beforehand: a further token costs this part of a pass's computing (CPUs: 0.15-0.5)."""
+BLIND_SHARE: Final = 0.1
+"""The same, of all the time of a pass, where it is not known what of it was computing."""
+
+
+class LineFit:
+    """A line through (width, seconds), recent points counting for more."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean_width = 1.0
+        self._mean = 0.0
+        self._weight = 0.0
+        self._spread = 0.0
+        self._product = 0.0
+        self._residuals: dict[int, tuple[float, float]] = {}
+        self.expected_slope = 0.0
+
+    @property
+    def slope(self) -> float:
+        """Seconds a token; never negative."""
+        product = self._product + PRIOR_SPREAD * self.expected_slope
+        return max(0.0, product / (self._spread + PRIOR_SPREAD))
+
+    @property
+    def intercept(self) -> float:
+        """Seconds a pass, whatever its width; never negative."""
+        return max(0.0, self._mean - self.slope * self._mean_width)
+
+    def seconds(self, width: int) -> float:
+        """Return what a pass of ``width`` tokens takes."""
+        line = max(self._mean - self.slope * (self._mean_width - width), 0.0)
+        weight, residual = self._residuals.get(width, (0.0, 0.0))
+        return max(NEVER, line + residual * weight / (weight + 2.0))
+
+    def add(self, width: int, seconds: float) -> None:
+        """Take in a pass."""
+        if self.count >= 3:
+            seconds = min(seconds, OUTLIER * self.seconds(width))
+        self.count += 1
+        self._weight = self._weight * MEAN_MEMORY + 1.0
+        off_width, off = width - self._mean_width, seconds - self._mean
+        if self.count == 1:
+            off_width, off = 0.0, 0.0
+            self._mean_width, self._mean = float(width), seconds
+        self._mean_width += off_width / self._weight
+        self._mean += off / self._weight
+        self._spread = self._spread * SLOPE_MEMORY + off_width * (width - self._mean_width)
+        self._product = self._product * SLOPE_MEMORY + off_width * (seconds - self._mean)
+        for other, (weight, residual) in list(self._residuals.items()):
+            self._residuals[other] = weight * SLOPE_MEMORY, residual
+        weight, residual = self._residuals.get(width, (0.0, 0.0))
+        weight = weight + 1.0
+        line = self._mean - self.slope * (self._mean_width - width)
+        self._residuals[width] = weight, residual + (seconds - line - residual) / min(weight, 12.0)
+
+
+class CostModel:
+    """What passes, their computing and guesses take.
+
+    Sessions of one model on one node may share one: it holds no text.
+    """
+
+    def __init__(self) -> None:
+        self._passes = LineFit()
+        self._computing = LineFit()
+        self._drafted = 0.0
+        self._draft_seconds = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether any pass has been seen."""
+        return self._passes.count > 0
+
+    @property
+    def pass_seconds(self) -> float:
+        """What a pass takes, whatever its width (a)."""
+        return self._passes.intercept
+
+    @property
+    def token_seconds(self) -> float:
+        """What each token of a pass adds (b)."""
+        return self._passes.slope
+
+    @property
+    def draft_known(self) -> bool:
+        """Whether any guess has been timed."""
+        return self._drafted > 0
+
+    @property
+    def draft_seconds(self) -> float:
+        """What a guess takes (d)."""
+        return self._draft_seconds / self._drafted if self._drafted > 0 else 0.0
+
+    def seconds(self, width: int) -> float:
+        """Return the time from sending a step of ``width`` tokens to its result."""
+        return self._passes.seconds(width)
+
+    def busy_seconds(self, width: int, ranks: int) -> float:
+        """Return for how long such a step keeps one rank from taking the next; 0 if unknown."""
+        return self._computing.seconds(width) / ranks if self._computing.count else 0.0
+
+    def add_pass(self, width: int, seconds: float, compute_seconds: float) -> None:
+        """Take in a step that was alone in flight."""
+        if compute_seconds > 0:
+            self._computing.add(width, compute_seconds)
+            self._computing.expected_slope = TOKEN_SHARE * self._computing.seconds(1)
+            self._passes.expected_slope = self._computing.slope
+        elif self._passes.count:
+            self._passes.expected_slope = BLIND_SHARE * self._passes.seconds(1)
+        self._passes.add(width, seconds)
+        if self._passes.count == 1 and compute_seconds <= 0:
+            self._passes.expected_slope = BLIND_SHARE * seconds
+
+    def add_draft(self, guesses: int, seconds: float) -> None:
+        """Take in that ``guesses`` were made in ``seconds``."""
+        self._drafted = self._drafted * MEAN_MEMORY + guesses
+        self._draft_seconds = self._draft_seconds * MEAN_MEMORY + seconds
