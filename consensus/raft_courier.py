@@ -13,6 +13,7 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.checks import decode_command, encode_command
 from pyagent_node.consensus.commands import Command
+from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.raft_messages import Propose, Refusal, frame
 from pyagent_node.consensus.raft_proposals import Proposals
 from pyagent_node.consensus.raft_trouble import no_leader
@@ -45,6 +46,10 @@ class Courier:
         if peer == self._mesh.peer_id:
             return self._role
         return next((p.role for p in self._mesh.peers() if p.peer_id == peer), None)
+
+    def may_vote(self, peer: PeerId, member: MemberRecord | None) -> bool:
+        """Say whether a peer's certificate, or its record in the log, lets it vote."""
+        return self.role_of(peer) == "voter" or (member is not None and member.vote == "always")
 
     def place(self, node: RaftNode, links: Links, patience: int) -> None:
         """Send what waits here; what could be sent nowhere for ``patience`` ticks is given up."""

@@ -32,10 +32,9 @@ from pyagent_node.consensus.raft_messages import (
     Propose,
     Refusal,
     Transfer,
-    pieces,
 )
 from pyagent_node.consensus.raft_node import Inbound, RaftNode
-from pyagent_node.consensus.raft_pace import heartbeat_due
+from pyagent_node.consensus.raft_outbox import counted, send
 from pyagent_node.consensus.raft_proposals import Pending
 from pyagent_node.consensus.raft_reads import Reads
 from pyagent_node.consensus.raft_status import status_of, successor
@@ -220,15 +219,7 @@ class RaftEngine:
 
     def counters(self) -> dict[str, int]:
         """See ``Consensus.counters``."""
-        links = msgspec.structs.asdict(self.links.counters)
-        node = msgspec.structs.asdict(self.node.counters)
-        node |= msgspec.structs.asdict(self.node.applier.counters)
-        node["writes"] = self.node.disk.writes
-        return {
-            **links,
-            **node,
-            "refused_messages": sum(each["refused_messages"] for each in (links, node)),
-        }
+        return counted(self.node, self.links)
 
     # -- what the loop calls (never blocks) -----------------------------------------------------
 
@@ -290,25 +281,7 @@ class RaftEngine:
 
     def send(self, to: int, kind: str, data: bytes) -> None:
         """Queue a Raft message for a node; it may get lost."""
-        learners = self.members.conf.learners
-        if kind == "heartbeat" and to in learners:
-            beat = self.node.tick // self.node.timing.heartbeat_ticks
-            if not heartbeat_due(to, len(learners), beat):
-                return
-        peer = self.members.peer_of(to)
-        sent: Callable[[bool], None] | None = None
-        if kind == "snapshot":
-
-            def report(ok: bool) -> None:
-                self.node.snapshots_sent.append((to, ok))
-                self.node.poke()
-
-            sent = report
-        if peer is not None and self.links.put(peer, pieces(to, data), sent):
-            return
-        self.node.lost.add(to)
-        if sent is not None:
-            sent(False)
+        send(self.node, self.links, to, kind, data)
 
     def _ask_reads(self) -> None:
         node = self.node
@@ -358,10 +331,7 @@ class RaftEngine:
 
     def may_vote(self, peer: PeerId) -> bool:
         """Whether a node's certificate, or the log, lets it vote."""
-        member = self.state.members.get(peer)
-        return self._courier.role_of(peer) == "voter" or (
-            member is not None and member.vote == "always"
-        )
+        return self._courier.may_vote(peer, self.state.members.get(peer))
 
     def take(
         self,
