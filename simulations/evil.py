@@ -17,6 +17,7 @@ from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.commands import ClaimSession
+from pyagent_node.inference.pipeline.frames import PIPE_CODEC, PIPE_PROTOCOL, CloseSession
 from pyagent_node.simulations.evil_frames import PROTOCOLS, Sight, compose, mutated
 from pyagent_node.simulations.evil_lies import lying_journals, untruth
 from pyagent_node.simulations.fault_kinds import Malice
@@ -78,6 +79,8 @@ def _prepared(swarm: Swarm, machine: Machine, how: Malice) -> Iterator[Said]:
         machine.lie = None
         parts.journals.holder.own = honest
         network.meddler = None
+        if how == "flood":
+            swarm.nursery.start_soon(_hang_up, swarm, machine)
 
 
 def _recorder(peer: PeerId, said: Said) -> Callable[[PeerId, PeerId, str, Frame], Sequence[Frame]]:
@@ -124,6 +127,13 @@ async def _harass(swarm: Swarm, machine: Machine, victim: Machine, how: Malice, 
     if machine.parts is None or victim.parts is None:
         return
     protocol, frames = _what(swarm, machine, victim, how, said)
+    await _say(swarm, machine, victim, protocol, frames)
+
+
+async def _say(
+    swarm: Swarm, machine: Machine, victim: Machine, protocol: str, frames: Sequence[Frame]
+) -> None:
+    assert machine.parts is not None, "it runs"
     try:
         with trio.move_on_after(1.0):
             stream = await machine.parts.mesh.open(victim.peer_id, protocol)
@@ -131,7 +141,7 @@ async def _harass(swarm: Swarm, machine: Machine, victim: Machine, how: Malice, 
                 await stream.send(frame)
             await stream.aclose()
     except PyAgentError as error:
-        swarm.trace.add(machine.number, "evil", f"{how}: {error.code}")
+        swarm.trace.add(machine.number, "evil", f"{protocol}: {error.code}")
 
 
 def _what(
@@ -151,10 +161,39 @@ def _what(
         again = rng.choices(frames, k=min(len(frames), 8))
         return protocol, [frames[0], *again]
     sight = _look(swarm, machine, victim)
+    if how == "flood":
+        return PIPE_PROTOCOL, [*_endings(machine, victim), *compose(how, sight, rng)[1]]
     if how == "mutation":
         protocol, frames = compose(None, sight, rng)
         return protocol, [mutated(frame, rng) for frame in frames]
     return compose(how, sight, rng)
+
+
+def _endings(machine: Machine, victim: Machine) -> list[Frame]:
+    """Return what ends the sessions that ``machine`` opened on ``victim`` to do harm."""
+    assert machine.parts is not None, "it runs"
+    assert victim.parts is not None, "it runs"
+    stages, engine = victim.parts.pipeline.stages, machine.parts.pipeline.engine
+    return [
+        Frame(PIPE_CODEC.encode(CloseSession(held.session, held.model, held.epoch, view.rank)), b"")
+        for held in stages.sessions()
+        if held.head == machine.peer_id and not engine.heads(held.session)
+        for view in stages.views()
+    ]
+
+
+async def _hang_up(swarm: Swarm, machine: Machine) -> None:
+    """End what is left of such sessions; otherwise they would end when they had idled."""
+    life, left = machine.lives, True
+    while left and machine.lives == life and machine.parts is not None:
+        left = False
+        for victim in swarm.up():
+            if machine.parts is None or victim.parts is None or victim is machine:
+                continue
+            if frames := _endings(machine, victim):
+                left = True
+                await _say(swarm, machine, victim, PIPE_PROTOCOL, frames)
+        await trio.sleep(PAUSE_SECONDS)
 
 
 def _look(swarm: Swarm, machine: Machine, victim: Machine) -> Sight:

@@ -31,21 +31,27 @@ from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     PIPE_PROTOCOL,
     CloseSession,
+    OpenSession,
     PipeMessage,
     Result,
     Step,
 )
-from pyagent_node.inference.sampling import Sampled
+from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.node.journal_messages import PROTOCOL as JOURNAL_PROTOCOL
 from pyagent_node.node.journal_messages import TO_HOLDER, Append, Begin, End, ToHolder, pack
 from pyagent_node.node.rpc import PROTOCOL as RPC_PROTOCOL
+from pyagent_node.simulations.backend import N_EMBD
 from pyagent_node.simulations.fault_kinds import Malice
 from pyagent_node.simulations.pipeline import MODEL
 
 PROTOCOLS: Final = (RAFT_PROTOCOL, PIPE_PROTOCOL, RPC_PROTOCOL, JOURNAL_PROTOCOL)
+FLOOD: Final = 48
+"""Steps of a session that are sent at once, far more than may wait."""
+FLOOD_SESSIONS: Final = 6
 UNKNOWN: Final = SessionId("0" * 32)
 COMPOSED: Final[tuple[Malice, ...]] = (
     "stale_epoch",
+    "flood",
     "false_result",
     "false_close",
     "false_raft",
@@ -101,7 +107,13 @@ def _pipe(kind: str, sight: Sight, rng: random.Random) -> list[Frame]:
     messages: list[PipeMessage]
     match kind:
         case "stale_epoch":
-            messages = [Step(session, MODEL, max(0, epoch - 1), rank, 0, 0, 1, True)]
+            stale = max(0, epoch - 1)
+            messages = [
+                Step(session, MODEL, stale, rank, 0, 0, 1, True),
+                _opening(sight, stale, rng),
+            ]
+        case "flood":
+            return _flood(sight, rng)
         case "false_result":
             messages = [
                 Result(session, MODEL, epoch, rank, step, 0.0, (Sampled(65),)) for step in range(4)
@@ -112,6 +124,25 @@ def _pipe(kind: str, sight: Sight, rng: random.Random) -> list[Frame]:
                 CloseSession(session, MODEL, epoch, rank),
             ]
     return [Frame(PIPE_CODEC.encode(message), bytes(4)) for message in messages]
+
+
+def _opening(sight: Sight, epoch: int, rng: random.Random) -> OpenSession:
+    """Return what opens a session of this member's own at the first rank."""
+    session = SessionId(rng.randbytes(16).hex())
+    return OpenSession(session, MODEL, epoch, 0, sight.me, FLOOD, 1, SamplingParams())
+
+
+def _flood(sight: Sight, rng: random.Random) -> list[Frame]:
+    """Return sessions with more steps than may wait, each one well formed."""
+    frames = []
+    for _ in range(FLOOD_SESSIONS):
+        opening = _opening(sight, sight.epoch, rng)
+        frames.append(Frame(PIPE_CODEC.encode(opening), b""))
+        for at in range(FLOOD):
+            step = Step(opening.session, MODEL, sight.epoch, 0, at, at, 1, False)
+            rows = 0 if sight.ranks == 1 else N_EMBD
+            frames.append(Frame(PIPE_CODEC.encode(step), bytes(4 * (1 + rows))))
+    return frames
 
 
 def _raft(sight: Sight, rng: random.Random) -> list[Frame]:

@@ -22,6 +22,7 @@ Malice = Literal[
     "mutation",
     "replay",
     "stale_epoch",
+    "flood",
     "false_result",
     "false_close",
     "false_raft",
@@ -31,9 +32,10 @@ Malice = Literal[
     "false_facts",
 ]
 """What a malicious member does: noise instead of frames; whole messages with changed bytes; what it
-said before, again; steps of another epoch; results and endings of sessions that are not its own;
-Raft ids and messages of others; changes that it may not propose; taking others' sessions over;
-journals that are not its own, and changed copies; lies about itself when it is asked."""
+said before, again; sessions and steps of another epoch; more steps than may wait; results and
+endings of sessions that are not its own; Raft ids and messages of others; changes that it may not
+propose; taking others' sessions over; journals that are not its own, and changed copies; lies about
+itself when it is asked."""
 MALICE: Final[tuple[Malice, ...]] = get_args(Malice)
 
 

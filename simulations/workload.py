@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pyagent_node.base.errors import PyAgentError
+from pyagent_node.consensus.commands import Checkpoint
 from pyagent_node.inference.generation import Generated, GenerationEvent, GenerationRequest
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
@@ -32,6 +33,8 @@ MARK: Final = "TOP-SECRET"
 PAUSE_SECONDS: Final = 0.5
 SILENCE_SECONDS: Final = 4.0
 """After so long without another token, every other person tries another node."""
+LATELY_SECONDS: Final = 5.0
+"""How long after its last token a session must still be there for its reader."""
 COMING_BACK_SECONDS: Final = 30.0
 """How long the node is asked to go on for somebody who left it."""
 READ_SECONDS: Final = 0.5
@@ -69,10 +72,16 @@ class Person:
         self.public = public_id(self.session)
         """Under what name the log knows the session."""
         self._patience = rng.choice((math.inf, SILENCE_SECONDS))
+        self._checkpoint: Checkpoint | None = None
+        """What the log said last of the session while it was read."""
+        self._holders: list[tuple[Machine, int]] = []
+        """Who held copies then, each in which of its lives."""
+        self._heard = -math.inf
+        """When the last token came."""
 
     def _anew(self) -> None:
         """Ask again as if for the first time."""
-        self.got = []
+        self.got, self._checkpoint, self._holders = [], None, []
         self.session = self._ids()
         self.public = public_id(self.session)
 
@@ -99,15 +108,35 @@ class Person:
         return self._rng.choice(up) if up else None
 
     def _look_for_it(self, machine: Machine) -> None:
-        """A node says that there is no such session: it must not be in its log then."""
+        """A node says that there is no such session: it must not be in its log then.
+
+        And if it was there a moment ago, with holders that have not died since, one has a copy.
+        """
         if machine.parts is None:
             return
         known = machine.parts.consensus.state.checkpoints.get(self.public)
-        if known is not None and known.expires > machine.wall() + BARRIER_SECONDS:
+        lost = (
+            trio.current_time() - self._heard < LATELY_SECONDS
+            and bool(self._holders)
+            and all(holder.up and holder.lives == life for holder, life in self._holders)
+        )
+        if lost or (known is not None and known.expires > machine.wall() + BARRIER_SECONDS):
             self._swarm.violation(
                 "sessions stay known",
                 f"node {machine.number} denies the session of request {self.number}",
             )
+
+    def _note(self, machine: Machine) -> None:
+        """Remember who holds the session's journal."""
+        self._heard = trio.current_time()
+        if machine.parts is None:
+            return
+        known = machine.parts.consensus.state.checkpoints.get(self.public)
+        if known is not None and known is not self._checkpoint:
+            self._checkpoint = known
+            self._holders = [
+                (each, each.lives) for each in self._swarm.up() if each.peer_id in known.holders
+            ]
 
     async def _read(self, machine: Machine) -> None:
         """Read from one node until the answer or the node ends; goes on with what has begun."""
@@ -157,6 +186,7 @@ class Person:
                 self.finished = True
                 return
             self.got.append(event.token)
+            self._note(machine)
 
     def _end(self, machine: Machine) -> None:
         self.finished = True

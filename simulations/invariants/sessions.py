@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EVERY: Final = 10
 """Looks between two that this file takes part in."""
-STOP_SECONDS: Final = 5.0
+STOP_SECONDS: Final = 2.0
 """How long a head may go on after it has applied that another one took its session over."""
 GONE_SECONDS: Final = 2.0
 """How long a session may be missing from the log while its answer is being read."""

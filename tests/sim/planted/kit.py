@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
-from pyagent_node.simulations import machine, run
+from pyagent_node.simulations import machine, run, workload
 from pyagent_node.simulations.faults import Fault, Schedule, check_schedule
 from pyagent_node.simulations.run import Outcome, Run
 
+SILENCE_SECONDS = 1.5
+"""People are less patient here than in a long run."""
 HEAL_SECONDS = 45.0
 """What is not whole again after so long stays broken."""
 
@@ -40,6 +42,7 @@ class Bug:
             enter = stack.enter_context
             enter(mock.patch.object(run, "ASK_SECONDS", self.asks))
             enter(mock.patch.object(run, "HEAL_SECONDS", HEAL_SECONDS))
+            enter(mock.patch.object(workload, "SILENCE_SECONDS", SILENCE_SECONDS))
             enter(mock.patch.object(machine, "COMPACT_ENTRIES", self.compact))
             if planted:
                 enter(self.plant())

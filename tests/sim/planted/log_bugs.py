@@ -6,11 +6,13 @@ from typing import Any
 from unittest import mock
 
 import msgspec
+import trio
 
 from pyagent_node.consensus import raft_disk, replica
 from pyagent_node.consensus.raft_applier import Applier
 from pyagent_node.consensus.raft_core import Core
 from pyagent_node.consensus.raft_disk import Disk, Snapshot
+from pyagent_node.consensus.raft_engine import RaftEngine
 from pyagent_node.consensus.raft_node import RaftNode
 from pyagent_node.consensus.raft_storage import HardState, to_log_entry
 from pyagent_node.consensus.segmented import SegmentedLog
@@ -132,6 +134,13 @@ def _decode_without_draining(data: bytes) -> State:
     return msgspec.structs.replace(state, members=dict(list(state.members.items())[:-1]))
 
 
+# ---- reading ------------------------------------------------------------------------------------
+
+
+async def _read_what_is_here(self: RaftEngine) -> None:
+    await trio.lowlevel.checkpoint()
+
+
 BUGS = (
     Bug(
         "fsync_skipped",
@@ -188,5 +197,12 @@ BUGS = (
         same(3, 6.0, Crash(2.0, 1, 0.5), Join(3.0, 1)),
         frozenset({"committed entries never change"}),
         compact=5,
+    ),
+    Bug(
+        "read_without_barrier",
+        "a node answers from its own state, without asking the leader how far the log is",
+        swap(RaftEngine, "read_barrier", _read_what_is_here),
+        same(3, 6.0, OneWay(1.0, 4.0, 0, 1), OneWay(1.0, 4.0, 0, 2)),
+        frozenset({"reads are current"}),
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from pyagent_node.base.types import Digest, Placement
@@ -12,7 +14,7 @@ from pyagent_node.node import healer
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.replacement import Healing, Outlook, heal
-from pyagent_node.simulations.faults import Replace
+from pyagent_node.simulations.faults import Crash, Drain, Replace
 
 from .kit import Bug, same, swap
 
@@ -49,6 +51,18 @@ def _no_reserves(placement: Placement, outlook: Outlook) -> Healing:
     return healing if isinstance(healing.command, SetPlacement) else Healing(None)
 
 
+def _never_replace(placement: Placement, outlook: Outlook) -> Healing:
+    healing = heal(placement, outlook)
+    return Healing(None) if isinstance(healing.command, SetPlacement) else healing
+
+
+_outlook_of = healer.outlook_of
+
+
+def _nobody_is_drained(*args: Any, **kwargs: Any) -> Outlook:
+    return msgspec.structs.replace(_outlook_of(*args, **kwargs), draining=frozenset())
+
+
 BUGS = (
     Bug(
         "two_placements_in_one_epoch",
@@ -77,5 +91,21 @@ BUGS = (
         swap(healer, "heal", _no_reserves),
         CALM,
         frozenset({"restored"}),
+    ),
+    Bug(
+        "never_replaced",
+        "the leader leaves a rank with a node that is dead",
+        swap(healer, "heal", _never_replace),
+        same(5, 23.0, Crash(0.5, 3, 40.0)),
+        frozenset({"ranks move"}),
+        asks=5.0,
+    ),
+    Bug(
+        "draining_ignored",
+        "a node that is being drained keeps its ranks",
+        swap(healer, "outlook_of", _nobody_is_drained),
+        same(5, 29.0, Drain(0.5, 40.0, 3)),
+        frozenset({"ranks move"}),
+        asks=5.0,
     ),
 )

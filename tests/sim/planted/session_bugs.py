@@ -7,25 +7,33 @@ from typing import Any
 
 import msgspec
 
-from pyagent_node.base.types import PeerId
-from pyagent_node.consensus.commands import Checkpoint
-from pyagent_node.inference.pipeline import engine
+from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.consensus import session_changes
+from pyagent_node.consensus.commands import Checkpoint, ClaimSession
+from pyagent_node.consensus.state import State
+from pyagent_node.inference.pipeline import engine, stage
 from pyagent_node.inference.pipeline.attempt import Attempt
-from pyagent_node.inference.pipeline.frames import Result
+from pyagent_node.inference.pipeline.frames import PipeMessage, Result, Tail
 from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_queue import ServedSession, StageQueue
-from pyagent_node.inference.pipeline.stage_types import Outgoing
+from pyagent_node.inference.pipeline.stage_types import Outgoing, StageLimits
 from pyagent_node.inference.sampling import Sampled
-from pyagent_node.node import session_recovery
+from pyagent_node.node import journals, session_recovery
+from pyagent_node.node.journal_book import JournalBook, Writer
 from pyagent_node.node.journal_manifests import Manifests
 from pyagent_node.node.journal_session import HeadedSession
-from pyagent_node.simulations.faults import Crash, Evil, KillRunner
+from pyagent_node.node.journals import JournalKeeper
+from pyagent_node.simulations.faults import Crash, Evil, KillRunner, Pause, SlowRunner
 
 from .kit import Bug, same, swap
 
 CALM = same(3, 4.0)
 KILLS = same(4, 6.0, *(KillRunner(1.0 + 0.7 * turn, 1 + turn % 3) for turn in range(7)))
-HEADS_DIE = same(5, 8.0, *(Crash(1.5 + turn, turn % 2, 0.5) for turn in range(6)))
+SLOW = SlowRunner(0.5, 12.0, 2, 3.0)
+"""Answers take long enough for something to happen meanwhile."""
+HEADS_DIE = same(5, 7.0, SLOW, *(Crash(3.0 + turn, turn % 2, 0.5) for turn in range(4)))
+HEADS_PAUSE = same(5, 7.0, SLOW, Pause(2.5, 2.5, 0), Pause(2.6, 2.5, 1))
 
 
 # ---- going on elsewhere -------------------------------------------------------------------------
@@ -48,6 +56,36 @@ def _without_seed(*args: Any) -> SessionJournal:
     )
 
 
+def _ignore_the_claim(self: JournalKeeper, session: HeadedSession) -> None:
+    pass
+
+
+_claim = session_changes.claim
+
+
+def _claim_and_forget(state: State, command: ClaimSession) -> State:
+    after = _claim(state, command)
+    rest = {k: each for k, each in after.checkpoints.items() if k != command.session}
+    return msgspec.structs.replace(after, checkpoints=rest)
+
+
+_leave = JournalBook.leave
+
+
+def _forget_with_the_stream(self: JournalBook, writer: Writer, at: float) -> None:
+    _leave(self, writer, at)
+    for session, copy in list(self._copies.items()):
+        if copy.writer is writer:
+            self.drop(session)
+
+
+_choose_holders = journals.choose_holders
+
+
+def _one_holder_fewer(session: SessionId, copies: int, *args: Any, **kwargs: Any) -> Any:
+    return _choose_holders(session, copies - 1, *args, **kwargs)
+
+
 # ---- what comes in ------------------------------------------------------------------------------
 
 _on_result = Attempt.on_result
@@ -57,6 +95,28 @@ def _from_anybody(self: Attempt, sender: PeerId, result: Result, now: float) -> 
     if result.step != self._done or self._done >= self._sent:
         return None
     return _on_result(self, self._tail, result, now)
+
+
+_receive = StageCore.receive
+
+
+def _of_any_epoch(
+    self: StageCore, sender: PeerId, message: PipeMessage, tail: Tail, now: float
+) -> list[Outgoing]:
+    spec = self.spec
+    self.spec = msgspec.structs.replace(spec, epoch=message.epoch)
+    try:
+        return _receive(self, sender, message, tail, now)
+    finally:
+        self.spec = spec
+
+
+_check_step = stage.check_step
+
+
+def _queue_any_number(*args: Any, limits: StageLimits, **kwargs: Any) -> Any:
+    endless = StageLimits(steps_per_session=1 << 30, queued_steps=1 << 30)
+    return _check_step(*args, limits=endless, **kwargs)
 
 
 # ---- what is left -------------------------------------------------------------------------------
@@ -149,5 +209,50 @@ BUGS = (
         swap(Manifests, "_checkpoint", _checkpoint_with_text),
         CALM,
         frozenset({"no secrets"}),
+    ),
+    Bug(
+        "claim_ignored",
+        "a head goes on with a session that another node took over",
+        swap(JournalKeeper, "_check", _ignore_the_claim),
+        HEADS_PAUSE,
+        frozenset({"one head a session"}),
+        asks=0.4,
+    ),
+    Bug(
+        "session_forgotten_on_failover",
+        "whoever takes a session over loses it from the log",
+        swap(session_changes, "claim", _claim_and_forget),
+        HEADS_DIE,
+        frozenset({"sessions stay known"}),
+        asks=0.4,
+    ),
+    Bug(
+        "copies_die_with_the_stream",
+        "a holder drops a head's journals when its connection to the head breaks",
+        swap(JournalBook, "leave", _forget_with_the_stream),
+        HEADS_DIE,
+        frozenset({"sessions stay known"}),
+        asks=0.4,
+    ),
+    Bug(
+        "one_journal_copy_fewer",
+        "a session's journal goes to one node less than the mesh wants",
+        swap(journals, "choose_holders", _one_holder_fewer),
+        same(4, 1.0),
+        frozenset({"restored"}),
+    ),
+    Bug(
+        "stale_epoch_accepted",
+        "a stage takes frames of another epoch than its own",
+        swap(StageCore, "receive", _of_any_epoch),
+        same(5, 4.0, Evil(1.0, 2.0, 0, "stale_epoch")),
+        frozenset({"sessions of their epoch"}),
+    ),
+    Bug(
+        "queue_without_bound",
+        "a stage lets any number of steps wait",
+        swap(stage, "check_step", _queue_any_number),
+        same(5, 3.0, Evil(1.0, 1.0, 0, "flood")),
+        frozenset({"bounded"}),
     ),
 )
