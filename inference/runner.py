@@ -37,7 +37,13 @@ from pyagent_node.inference.backend import (
     Tokens,
 )
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.inference.runner_process import LOAD_SECONDS, RunnerProcess, start_process
+from pyagent_node.inference.runner_health import Pace
+from pyagent_node.inference.runner_process import (
+    CALL_SECONDS,
+    LOAD_SECONDS,
+    RunnerProcess,
+    start_process,
+)
 from pyagent_node.inference.runner_protocol import (
     OPS_ENCODER,
     AnyReply,
@@ -129,9 +135,14 @@ class Runner:
         await self._ask(Ping(self._process.next_id()), Done)
 
     async def _ask(
-        self, request: AnyRequest, expected: type[R], tail: Tail = b""
+        self,
+        request: AnyRequest,
+        expected: type[R],
+        tail: Tail = b"",
+        *,
+        seconds: float = CALL_SECONDS,
     ) -> tuple[R, Tail]:
-        reply, data = await self._process.call(request, tail)
+        reply, data = await self._process.call(request, tail, seconds=seconds)
         return _expect(reply, expected), data
 
 
@@ -141,6 +152,7 @@ class SliceRunner(Runner):
     def __init__(self, process: RunnerProcess, info: BackendInfo) -> None:
         super().__init__(process)
         self._info = info
+        self._pace = Pace()
 
     @property
     def info(self) -> BackendInfo:
@@ -182,7 +194,14 @@ class SliceRunner(Runner):
 
     async def _decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
         headers, tail = pack_steps(steps)
-        reply, data = await self._ask(Decode(self._process.next_id(), headers), Decoded, tail)
+        rows, began = sum(len(step.tokens) for step in steps), trio.current_time()
+        reply, data = await self._ask(
+            Decode(self._process.next_id(), headers),
+            Decoded,
+            tail,
+            seconds=self._pace.patience(rows, CALL_SECONDS),
+        )
+        self._pace.took(rows, trio.current_time() - began)
         return unpack_outputs(reply.outputs, data, self._info.n_embd)
 
     async def apply(self, ops: Sequence[SequenceOp]) -> None:

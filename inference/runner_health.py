@@ -3,7 +3,7 @@
 However slow a machine, a process that computes is given some processor time every second.  One that
 owes an answer and uses none for :data:`STALL_SECONDS` will not come by it: it was stopped by a
 signal, waits for itself, or for a disk that is gone.  (A runner that turns in a circle uses plenty;
-it runs into the deadline of its request.)
+it runs into the deadline of its request, which follows what such requests took: :class:`Pace`.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,32 @@ LOOK_SECONDS: Final = 0.5
 """Time between two looks."""
 STALL_SECONDS: Final = 4.0
 """How long a runner may owe an answer without using the processor."""
+
+LEAST_PATIENCE: Final = 20.0
+"""No deadline of a computation is shorter, in seconds."""
+PATIENCE_FACTOR: Final = 20.0
+"""How much slower than the slowest so far a computation may be."""
+MEASURED: Final = 8
+"""Computations that must have been measured before anything is concluded."""
+
+
+class Pace:
+    """How long the computations of one runner take; pure."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._slowest = 0.0
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Note a computation of so many tokens."""
+        self._count += 1
+        self._slowest = max(self._slowest, seconds / max(1, rows))
+
+    def patience(self, rows: int, most: float) -> float:
+        """Return how many seconds, at ``most``, to wait for one of so many tokens."""
+        if self._count < MEASURED:
+            return most
+        return min(most, max(LEAST_PATIENCE, PATIENCE_FACTOR * self._slowest * rows))
 
 
 class Vigil:

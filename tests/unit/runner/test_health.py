@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 
 from pyagent_node.inference.runner_health import (
+    LEAST_PATIENCE,
     LOOK_SECONDS,
+    MEASURED,
+    PATIENCE_FACTOR,
     STALL_SECONDS,
+    Pace,
     Vigil,
     processor_seconds,
 )
@@ -47,3 +51,16 @@ def test_processor_time_of_processes() -> None:
     assert own is not None
     assert own > 0
     assert processor_seconds(2**22 + 1) is None
+
+
+def test_patience_follows_what_computations_took() -> None:
+    pace = Pace()
+    for _ in range(MEASURED - 1):
+        pace.took(1, 0.5)
+        assert pace.patience(1, 300) == 300
+    pace.took(512, 5.0)
+    assert pace.patience(1, 300) == LEAST_PATIENCE
+    assert pace.patience(10, 300) == PATIENCE_FACTOR * 0.5 * 10
+    assert pace.patience(512, 300) == 300
+    pace.took(0, 2.0)
+    assert pace.patience(1, 300) == PATIENCE_FACTOR * 2.0

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded, RunnerFailed
 from pyagent_node.base.limits import MAX_TAIL
+from pyagent_node.base.types import Slice
 from pyagent_node.inference import runner_health, runner_process
-from pyagent_node.inference.runner import Runner
-from pyagent_node.inference.runner_health import death_reason
+from pyagent_node.inference.backend import BackendInfo, StepInput
+from pyagent_node.inference.runner import Runner, SliceRunner
+from pyagent_node.inference.runner_health import MEASURED, death_reason
 from pyagent_node.inference.runner_process import (
     STDERR_LINE,
     STDERR_LINES,
@@ -171,6 +174,28 @@ async def test_a_child_that_was_stopped_is_killed_long_before_the_deadline(
             error = await failure_of(process)
         assert "hangs" in str(error.facts["reason"])
         assert error.facts["exit_code"] == -signal.SIGKILL
+
+
+async def test_a_child_that_turns_in_a_circle_is_killed_after_many_times_the_usual(
+    child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_health, "LEAST_PATIENCE", 0.5)
+    monkeypatch.setattr(runner_health, "PATIENCE_FACTOR", 1.0)
+    done = "send(Decoded(request.id, (OutputHeader(0, ()),)))"
+    child(
+        "from pyagent_node.inference.runner_protocol import Decoded, OutputHeader\n"
+        + polite(f"while count > {MEASURED}: pass\n        {done}")
+    )
+    info = BackendInfo(
+        "toy", "1", "cpu", Slice(0, 1, False), 4, 8, 64, 1, 1, 0, 0, (1,), kv_portable=True
+    )
+    async with start_process("test") as process:
+        runner = SliceRunner(process, info)
+        steps = [StepInput(0, 0, np.zeros(1, np.int32), None, False)]
+        for _ in range(MEASURED):
+            await runner.decode(steps)
+        with trio.fail_after(20), pytest.raises(RunnerFailed, match="no answer within"):
+            await runner.decode(steps)
 
 
 async def test_a_child_that_is_slow_or_loads_is_left_alone(
