@@ -14,6 +14,7 @@ stays below a few plain passes and about one percent of the time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -41,6 +42,12 @@ FIRST_PAUSE: Final = 8
 LAST_PAUSE: Final = 128
 PROBE: Final = 4
 """Guesses that a drafter that did not pay is asked for when it gets another chance."""
+CERTAIN: Final = 0.995
+DOUBTFUL: Final = 0.002
+MODEST: Final = 0.15
+MAX_MODESTY: Final = 6.0
+"""A drafter stops by its own confidences: for one that makes too little of them (by more than
+``MODEST``) the floor is raised to the power that they are off by."""
 CHEAP: Final = 0.01
 """A guess that takes less than this part of a token's time is always asked for."""
 LOOK_EVERY: Final = 4
@@ -89,6 +96,8 @@ class Controller:
         self._gained = 0
         self._predicted = (0.0, 0.0)
         self._slowness = 1.0
+        self._modesty = 1.0
+        self._means = (0.0, 0.0)
 
     # ---- before a step -----------------------------------------------------------------------
 
@@ -106,7 +115,7 @@ class Controller:
             return Plan()
         rate = self.rate
         per_draft = self.costs.draft_seconds
-        floor = min(0.9, rate * (self.costs.token_seconds + per_draft))
+        floor = min(0.9, rate * (self.costs.token_seconds + per_draft)) ** self._modesty
         cheap = per_draft * rate < CHEAP
         if not self.costs.draft_known:
             return Plan(min(PROBE, self._max_length), 1, floor)
@@ -152,6 +161,7 @@ class Controller:
         """
         self._judge.wait_for(draft, ahead)
         odds = self.calibration.probabilities(draft)
+        self._note_modesty(draft.confidence, odds)
         rate = self.rate
         n, worth = self._best_length(odds, rate)
         drafting = rate * self.costs.draft_seconds * len(odds)
@@ -174,6 +184,20 @@ class Controller:
             best = self._plan.length + 1
         trusted = TRUSTED + 2 * self.calibration.hits(draft.source)
         return min(best, trusted, len(draft.tokens), self._max_length + 1)
+
+    def _note_modesty(self, claims: Sequence[float], odds: Sequence[float]) -> None:
+        """Compare what was claimed with what it is worth."""
+        if not claims:
+            return
+        share = max(0.1, 1.0 / (self._asked + 1))
+        claimed, true = self._means
+        claimed += (sum(claims) / len(claims) - claimed) * share
+        true += (sum(odds) / len(odds) - true) * share
+        self._means = claimed, true
+        self._modesty = 1.0
+        if true - claimed > MODEST:
+            bend = math.log(max(DOUBTFUL, claimed)) / math.log(min(CERTAIN, true))
+            self._modesty = min(MAX_MODESTY, bend)
 
     def _best_length(self, odds: Sequence[float], rate: float) -> tuple[int, float]:
         best, best_worth = 0, 1.0 - rate * self.costs.seconds(1)
