@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from pyagent_node.base.mesh import PeerInfo
 from pyagent_node.base.types import Digest, PeerId, Placement
 from pyagent_node.consensus.port import ClusterState
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
-from pyagent_node.node.detector import Detector
+from pyagent_node.node.detector import PAUSE_SECONDS, Detector
 from pyagent_node.node.placement_messages import PlacementReports, RankReport, ReserveReport
 from pyagent_node.node.replacement import SETTLE_SECONDS, Outlook
 
@@ -128,9 +129,9 @@ def outlook_of(
     # Two that lost each other because one of them was away are given time to find each other.
     cut = {
         (told, other): min(seconds, here(told), here(other))
-        for told in {rank.peer_id for rank in placement.ranks} & sight.told.keys()
+        for told in {rank.peer_id for rank in placement.ranks} & sight.told.keys() - {sight.me}
         for other, seconds in sight.told[told].cut.items()
-    }
+    } | _out_of_my_reach(placement, sight, detector, now)
     return Outlook(
         health={p: "alive" if p == sight.me else detector.health(p, now) for p in everyone},
         good=frozenset(present) - expelled - draining,
@@ -147,3 +148,23 @@ def outlook_of(
         shape=sight.shapes.get(placement.model),
         settled=sight.settled(placement, now),
     )
+
+
+def _out_of_my_reach(
+    placement: Placement, sight: Sight, detector: Detector, now: float
+) -> dict[tuple[PeerId, PeerId], float]:
+    """Return the leader's own neighbours that it does not hear, and for how long.
+
+    Others may hear them, so that they are not dead; but frames do not pass.
+    """
+    own = sight.told.get(sight.me)
+    found: dict[tuple[PeerId, PeerId], float] = {}
+    for pair in itertools.pairwise(rank.peer_id for rank in placement.ranks):
+        if sight.me not in pair or pair[0] == pair[1]:
+            continue
+        other = pair[1] if pair[0] == sight.me else pair[0]
+        lost = own.cut.get(other, 0.0) if own is not None else 0.0
+        silent = detector.silent_for(other, now) - PAUSE_SECONDS
+        if max(lost, silent) > 0:
+            found[sight.me, other] = max(lost, silent)
+    return found

@@ -29,6 +29,9 @@ MAX_STREAK: Final = 3
 NOT_READY_SECONDS: Final = 5.0
 """How long a rank whose runner has died may take to come back while a standby is ready."""
 CUT_SECONDS: Final = 4.0
+"""How long neighbours may not reach each other while a standby of one of them is ready."""
+CUT_OFF_SECONDS: Final = 12.0
+"""How long at all: then a node that must load the slice first takes one's place."""
 """How long two neighbours may fail to reach each other."""
 RESERVE_LOST_SECONDS: Final = 10.0
 """How long the node of a standby may be dead before another one is chosen."""
@@ -116,8 +119,9 @@ def _trouble(placement: Placement, rank: Rank, outlook: Outlook) -> _Trouble | N
     report = outlook.ranks.get(rank.rank)
     if report is not None and report.streak >= MAX_STREAK:
         return _Trouble(f"its runner failed {report.streak} times in a row", patient=False)
-    if peer == _cut_off(placement, rank, outlook):
-        return _Trouble("its node and its neighbour cannot reach each other", patient=True)
+    for seconds, patient in ((CUT_OFF_SECONDS, False), (CUT_SECONDS, True)):
+        if peer == _cut_off(placement, rank, outlook, seconds):
+            return _Trouble("its node and its neighbour cannot reach each other", patient=patient)
     if (
         report is not None
         and report.failures
@@ -129,8 +133,8 @@ def _trouble(placement: Placement, rank: Rank, outlook: Outlook) -> _Trouble | N
     return None
 
 
-def _cut_off(placement: Placement, rank: Rank, outlook: Outlook) -> PeerId | None:
-    """Return whom to replace of two neighbours that do not reach each other, if ``rank`` is one.
+def _cut_off(placement: Placement, rank: Rank, outlook: Outlook, least: float) -> PeerId | None:
+    """Return whom to replace of neighbours out of reach for ``least`` seconds, ``rank`` among them.
 
     It is the one that more nodes of the placement cannot reach, or else the later one.
     """
@@ -138,7 +142,7 @@ def _cut_off(placement: Placement, rank: Rank, outlook: Outlook) -> PeerId | Non
 
     def cut(a: PeerId, b: PeerId) -> bool:
         seconds = max(outlook.cut.get((a, b), 0.0), outlook.cut.get((b, a), 0.0))
-        return a != b and seconds >= CUT_SECONDS
+        return a != b and seconds >= least
 
     def misses(peer: PeerId) -> int:
         return sum(cut(peer, other) for other in set(peers))

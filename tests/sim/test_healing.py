@@ -206,6 +206,20 @@ async def test_neighbours_that_lose_each_other_are_separated(
         assert await world.nodes[0].ask(PROMPT, 10, PARAMS) == EXPECTED
 
 
+@pytest.mark.parametrize("standbys", [0, 1])
+async def test_a_neighbour_that_the_leader_alone_does_not_hear_is_replaced(
+    autojump_clock: MockClock, standbys: int
+) -> None:
+    async with healing_world(4, (0, 2), standbys=standbys) as world:
+        world.network.cut(peer(0), peer(2))  # others hear it, so it is not dead
+        taken = await eventually(lambda: placement(world).epoch == 2)
+        assert 3 < taken < (10 if standbys else 20)
+        assert where(world)[0] == 0
+        assert where(world)[1] != 2
+        await world.nodes[0].board.wait_ready(placement(world), ignore)
+        assert await world.nodes[0].ask(PROMPT, 10, PARAMS) == EXPECTED
+
+
 async def test_a_runner_that_fails_again_and_again_loses_its_rank(
     autojump_clock: MockClock,
 ) -> None:

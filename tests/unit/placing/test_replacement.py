@@ -17,6 +17,7 @@ from pyagent_node.node.detector import Health
 from pyagent_node.node.keeping import HostState
 from pyagent_node.node.placement_messages import RankReport, ReserveReport
 from pyagent_node.node.replacement import (
+    CUT_OFF_SECONDS,
     CUT_SECONDS,
     MAX_STREAK,
     NOT_READY_SECONDS,
@@ -186,6 +187,13 @@ def test_of_two_that_lose_each_other_the_one_with_more_losses_moves() -> None:
     assert moved(placed, outlook(placed, cut=both)) == [A, D, C]
     first = {(A, B): CUT_SECONDS, (A, C): CUT_SECONDS}
     assert moved(placed, outlook(placed, cut=first)) == [D, B, C]
+
+
+def test_neighbours_are_separated_without_a_standby_too_if_later() -> None:
+    placed = placement(A, B, C)
+    early = heal(placed, outlook(placed, cut={(A, B): CUT_OFF_SECONDS - 0.1})).command
+    assert isinstance(early, SetStandbys)
+    assert moved(placed, outlook(placed, cut={(A, B): CUT_OFF_SECONDS})) == [A, D, C]
 
 
 def test_the_expelled_lose_their_ranks_at_once() -> None:
