@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = 250
 MAX_SIZES = 8
+MAX_SEED = (1 << 63) - 1
 FAULT_SECONDS, FULL_FAULT_SECONDS = 10.0, 60.0
 
 
@@ -48,7 +49,7 @@ def _counts(text: str) -> list[int]:
 
 @click.command("simulator")
 @click.option("--nodes", default="10,50,200", show_default=True, metavar="N,M,..")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=1, show_default=True)
 @click.option("--full", is_flag=True, help=f"Faults for {FULL_FAULT_SECONDS:.0f} virtual seconds.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the figures into an SVG file.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Where to store the figures.")
@@ -68,6 +69,13 @@ def simulator(
     from pyagent_node.simulations.scale_plot import plot as draw  # noqa: PLC0415
 
     counts = _counts(nodes)
+    picture = Path(plot).expanduser() if plot is not None else None
+    if picture is not None and not picture.parent.is_dir():
+        raise InvalidRequest(
+            f"{picture} cannot be written: {picture.parent} is no directory.",
+            code="usage",
+            remedy="Make the directory first.",
+        )
     seconds = FULL_FAULT_SECONDS if full else FAULT_SECONDS
     sizes = []
     with interruptible():
@@ -78,11 +86,9 @@ def simulator(
     stored = store(app, output, report)
     app.out.result(report, lambda: _show(app, report))
     app.out.note(f"Stored in {stored}.")
-    if plot is not None:
-        path = Path(plot).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, draw(sizes).encode(), 0o644)
-        app.out.note(f"Drawn into {path}.")
+    if picture is not None:
+        write_atomic(picture, draw(sizes).encode(), 0o644)
+        app.out.note(f"Drawn into {picture}.")
 
 
 def _show(app: App, report: Report) -> None:
