@@ -37,6 +37,7 @@ from pyagent_node.node.placement_messages import (
 )
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.planning import facts_reply, survey
+from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
@@ -230,6 +231,15 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             )
         )
         membership.bind(consensus)
+        if membership.profile.authority_key is not None:
+            registrar = Registrar(
+                membership,
+                consensus,
+                mesh.peer_id,
+                clock=machine.wall,
+                random_bytes=rng.randbytes,
+            )
+            registrar.attach(mesh)
         rpc = await enter(open_rpc(mesh))
         journals = await enter(
             open_journals(mesh, consensus, rpc, machine.key, wall=machine.wall, book=JournalBook())

@@ -15,6 +15,7 @@ from pyagent_node.node.genesis import Genesis, new_genesis
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.membership import Membership
 from pyagent_node.node.profiles import MeshProfile
+from pyagent_node.node.swarm_key import PSK_BYTES
 from pyagent_node.simulations.pipeline import peer
 
 EPOCH: Final = 1_800_000_000.0
@@ -44,8 +45,13 @@ def certificate_of(number: int) -> bytes:
 
 
 def membership_of(number: int, wall: Callable[[], float]) -> Membership:
-    """Return the membership of node ``number``, whose clock is ``wall``."""
+    """Return the membership of node ``number``, whose clock is ``wall``; node 0 admits others."""
     profile = MeshProfile(
-        GENESIS, name=f"n{number}", role="voter", psk=None, certificate=certificate_of(number)
+        GENESIS,
+        name=f"n{number}",
+        role="voter",
+        psk=bytes(PSK_BYTES),
+        certificate=certificate_of(number),
+        authority_key=None if number else AUTHORITY,
     )
     return Membership(profile, clock=wall)

@@ -20,6 +20,7 @@ from pyagent_node.simulations.fault_kinds import (
     Replace,
     Revoke,
 )
+from pyagent_node.simulations.joining import join
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.machine import Machine, Parts
@@ -62,7 +63,7 @@ class Operator:
                 for _ in range(deed.count):
                     machine = swarm.add()
                     await swarm.start(machine)
-                    await swarm.admit(machine)
+                    await join(swarm, machine)
             case Leave():
                 for number in deed.nodes:
                     await self._remove(swarm.machines[number], deed.seconds)

@@ -8,7 +8,8 @@ from unittest import mock
 import msgspec
 import trio
 
-from pyagent_node.consensus import raft_disk, replica
+from pyagent_node.consensus import member_changes, raft_disk, replica
+from pyagent_node.consensus.commands import BurnTicket
 from pyagent_node.consensus.raft_applier import Applier
 from pyagent_node.consensus.raft_core import Core
 from pyagent_node.consensus.raft_disk import Disk, Snapshot
@@ -17,7 +18,7 @@ from pyagent_node.consensus.raft_node import RaftNode
 from pyagent_node.consensus.raft_storage import HardState, to_log_entry
 from pyagent_node.consensus.segmented import SegmentedLog
 from pyagent_node.consensus.snapshots import decode_snapshot
-from pyagent_node.consensus.state import State
+from pyagent_node.consensus.state import Burn, State
 from pyagent_node.native import RaftEntry
 from pyagent_node.simulations.faults import (
     Crash,
@@ -134,6 +135,14 @@ def _decode_without_draining(data: bytes) -> State:
     return msgspec.structs.replace(state, members=dict(list(state.members.items())[:-1]))
 
 
+# ---- members ------------------------------------------------------------------------------------
+
+
+def _burn_again(state: State, command: BurnTicket) -> State:
+    burn = Burn(command.peer_id, command.expires)
+    return msgspec.structs.replace(state, burnt={**state.burnt, command.ticket_id: burn})
+
+
 # ---- reading ------------------------------------------------------------------------------------
 
 
@@ -204,5 +213,12 @@ BUGS = (
         swap(RaftEngine, "read_barrier", _read_what_is_here),
         same(3, 6.0, OneWay(1.0, 4.0, 0, 1), OneWay(1.0, 4.0, 0, 2)),
         frozenset({"reads are current"}),
+    ),
+    Bug(
+        "ticket_used_twice",
+        "a ticket that has admitted one node admits another one",
+        swap(member_changes, "burn", _burn_again),
+        same(3, 4.0, Join(1.0, 1)),
+        frozenset({"a ticket admits one"}),
     ),
 )
