@@ -22,6 +22,18 @@ SMOOTHING: Final = 0.25
 FIRST_PINGS: Final = 3
 """Measurements made in a row at the start; the best of them is the first value."""
 
+PINGS_A_SECOND: Final = 10.0
+"""What a node sends of them at most, however many peers it has."""
+
+
+def pause(every: float, peers: int) -> float:
+    """Return the time between two pings to a peer, ``every`` seconds while peers are few.
+
+    In a large mesh each peer is asked less often, so that a node's load stays the same, as in SWIM
+    (Das, Gupta and Motivala, 2002).
+    """
+    return max(every, peers / PINGS_A_SECOND)
+
 
 def smoothed(old: float | None, new: float) -> float:
     """Return the exponentially weighted mean of round trips, in milliseconds."""
@@ -35,11 +47,16 @@ async def answer_pings(stream: FrameStream) -> None:
 
 
 async def measure(
-    connection: Connection, *, clock: Callable[[], float], every: float, silence: float
+    connection: Connection,
+    *,
+    clock: Callable[[], float],
+    every: Callable[[], float],
+    silence: float,
 ) -> None:
     """Keep ``connection.rtt_ms`` current; end the connection when the peer falls silent.
 
-    Returns when the connection or its ping stream is gone.
+    ``every`` gives the seconds until the next ping.  Returns when the connection or its ping stream
+    is gone.
     """
     try:
         stream = await connection.open(PROTOCOL)
@@ -68,7 +85,7 @@ async def measure(
             else:
                 connection.rtt_ms = smoothed(connection.rtt_ms, taken)
             if number >= FIRST_PINGS:
-                await trio.sleep(every)
+                await trio.sleep(every())
     except (Unavailable, CorruptData):
         return
     finally:

@@ -55,6 +55,9 @@ class Roster:
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._held
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def first(self) -> list[Connection]:
         """Return the connection that counts, for every peer."""
         return [held[0] for held in self._held.values()]

@@ -320,7 +320,7 @@ class Libp2pMesh:
         await ping.measure(
             connection,
             clock=self._config.clock,
-            every=limits.ping_seconds,
+            every=lambda: ping.pause(limits.ping_seconds, len(self._roster)),
             silence=limits.silence_seconds,
         )
 

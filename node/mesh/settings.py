@@ -45,7 +45,7 @@ class MeshLimits:
     join_seconds: float = 30.0
     """Longest life of a connection that is only used to join."""
     ping_seconds: float = 5.0
-    """Time between two measurements of a round trip."""
+    """Time between two measurements of a round trip; longer with many peers (``ping.pause``)."""
     silence_seconds: float = 20.0
     """A peer that answers no ping for this long is taken for gone."""
     backoff_first: float = 0.5

@@ -127,6 +127,12 @@ def test_round_trips_are_smoothed() -> None:
     assert ping.smoothed(8.0, 16.0) == 10.0
 
 
+@pytest.mark.parametrize(("peers", "pause"), [(0, 5.0), (50, 5.0), (100, 10.0), (255, 25.5)])
+def test_pings_to_many_peers_are_spread(peers: int, pause: float) -> None:
+    assert ping.pause(5.0, peers) == pause
+    assert peers / ping.pause(5.0, peers) <= ping.PINGS_A_SECOND
+
+
 async def test_a_background_nursery_keeps_its_users_exception_as_it_is() -> None:
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the block is what is tested
         async with background() as nursery:
