@@ -132,7 +132,7 @@ def draw_schedule(seed: int, *, nodes: int, duration: float, mix: str = "standar
     at = 0.0
     while kinds:
         at += rng.expovariate(1 / MEAN_SECONDS_BETWEEN)
-        if at >= duration:
+        if round(at, 3) >= duration:
             break
         faults.append(rng.choice(kinds)(rng, round(at, 3), nodes))
     return check_schedule(Schedule(nodes, duration, tuple(_bearable(faults, nodes))))
