@@ -14,6 +14,8 @@ from pyagent_node.inference.sampling import SamplingParams
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LABEL_LENGTH = 16384
+NO_SPECULATION = "none"
+AUTO_SPECULATION = "auto"
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -32,6 +34,11 @@ class GenerationRequest(msgspec.Struct, frozen=True):
 
     ``session`` is the stable id of the session (``None``: the engine draws one); ``label`` goes
     unread into the session's journal, and comes back with it.
+
+    ``speculation`` says who guesses tokens ahead: nobody (:data:`NO_SPECULATION`), whoever is best
+    (:data:`AUTO_SPECULATION`), or a drafter by its name.  It changes no token, only how soon they
+    come.  ``draft_length`` fixes how many guesses a step carries and ``draft_depth`` how many
+    steps are in flight; where the first is ``None`` both are decided as it goes.
     """
 
     model: str
@@ -44,6 +51,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     sampling: SamplingParams = SamplingParams()
     session: SessionId | None = None
     label: str = ""
+    speculation: str = NO_SPECULATION
+    draft_length: int | None = None
+    draft_depth: int | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -79,6 +89,9 @@ class Usage(msgspec.Struct, frozen=True):
     ``failovers`` counts how often the generation lost ranks that had computed something of it (or
     its head) and went on without them, ``recomputed_tokens`` what was computed again for that.
     ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
+
+    With speculation: ``passes`` are the steps that continued the answer, ``drafted`` the guesses
+    that they carried, ``accepted`` those that were right; ``cancelled`` are steps sent for nothing.
     """
 
     prompt_tokens: int
@@ -88,6 +101,10 @@ class Usage(msgspec.Struct, frozen=True):
     failovers: int = 0
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    cancelled: int = 0
 
     @property
     def tokens_per_second(self) -> float:

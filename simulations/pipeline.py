@@ -20,6 +20,7 @@ from pyagent_node.inference.generation import Finished, Generated, GenerationReq
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.identity import NodeKey
@@ -207,13 +208,19 @@ async def open_pipeline_world(
     latency: float = 0.0,
     limits: StageLimits | None = None,
     journal: JournalSink | None = None,
+    speculators: Speculators | None = None,
 ) -> AsyncIterator[PipelineWorld]:
-    """Run ``nodes`` connected nodes without a placement; ``journal`` hears of all heads."""
+    """Run ``nodes`` connected nodes without a placement.
+
+    ``journal`` hears of all heads; ``speculators`` guess for all of them.
+    """
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i), name=f"n{i}") for i in range(nodes)]
         pipelines = [
-            await stack.enter_async_context(open_pipeline(mesh, limits=limits, journal=journal))
+            await stack.enter_async_context(
+                open_pipeline(mesh, limits=limits, journal=journal, speculators=speculators)
+            )
             for mesh in meshes
         ]
         await network.connect_all()

@@ -4,13 +4,18 @@ A session that loses a rank goes on with a new attempt, under a wire session of 
 the journal again: the prompt in the very chunks of the first time, then the generated tokens in
 steps of up to ``MAX_DECODE_ROWS``, which a runner computes in shapes that its self-test found
 bit-identical to single tokens.  Hence every cell of the new ranks is that of the old ones.
+
+A step may carry guesses, and steps may be sent on the assumption that all guesses before them are
+right (see ``frames``).  The result of a step says how many were: what was sent on a wrong
+assumption is void, is cancelled where it still can be, and the next step begins where the answer
+ends.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -19,6 +24,7 @@ from pyagent_node.base.errors import CorruptData
 from pyagent_node.base.types import PeerId, Placement, SessionId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
 from pyagent_node.inference.pipeline.frames import (
+    CancelSteps,
     CloseSession,
     OpenSession,
     Result,
@@ -46,6 +52,38 @@ class Chunk(NamedTuple):
 
     start: int
     stop: int
+
+
+class Flight(NamedTuple):
+    """A step under way: ``n`` tokens up to position ``stop``, ``drafts`` of them ``guesses``.
+
+    ``kind``: it feeds the journal, or continues the answer with the token known last, or does so as
+    a child of the step before it, by a guess of that token (the ``first`` of its own).
+    """
+
+    step: int
+    stop: int
+    n: int
+    sample: bool
+    sent_at: float
+    kind: Literal["feed", "token", "child"] = "feed"
+    first: int = -1
+    guesses: tuple[int, ...] = ()
+    draft_seconds: float = 0.0
+    in_flight: int = 1
+
+    @property
+    def drafts(self) -> int:
+        """How many of its tokens are guesses."""
+        return len(self.guesses)
+
+
+class Landed(NamedTuple):
+    """A result with tokens of the answer, and the steps that are void by it."""
+
+    flight: Flight
+    sampled: tuple[Sampled, ...]
+    void: tuple[Flight, ...] = ()
 
 
 class Attempt:
@@ -76,12 +114,14 @@ class Attempt:
         self.peers = frozenset(rank.peer_id for rank in ranks)
         self._window = min(len(ranks) + 1, MAX_STEPS_PER_SESSION)
         self._total = len(prompt) + len(answer)
-        self._position = 0
+        self.position = 0
+        """Where the next step begins."""
+        self.ahead: tuple[int, ...] = ()
+        """The guesses in flight: what follows the answer if all of them are right."""
+        self.computed = 0
+        """The tokens whose steps every rank has computed."""
         self._sent = 0
-        self._done = 0
-        self._sent_at = now
-        self._ends: deque[int] = deque()
-        self._fed = 0
+        self._flights: deque[Flight] = deque()
 
     # ---- what goes out ---------------------------------------------------------------------
 
@@ -118,8 +158,8 @@ class Attempt:
         The window lets every rank work on another chunk of the prompt at the same time; the short
         steps after it may fill every queue on the way.  With ``hold`` the last token stays here.
         """
-        start, n = self._position, len(self._prompt)
-        flying = self._sent - self._done
+        start, n = self.position, len(self._prompt)
+        flying = len(self._flights)
         if start < n:
             return None if flying >= self._window else Chunk(start, chunk_end(start, n))
         stop = self._total - hold
@@ -137,17 +177,51 @@ class Attempt:
 
     def send_chunk(self, chunk: Chunk, rows: Activations | None, now: float) -> Outgoing:
         """Return the step for the chunk that :meth:`next_chunk` gave, with its embeddings."""
-        assert chunk.start == self._position, "chunks are sent in order"
-        self._ends.append(chunk.stop)
-        return self._step(self.tokens(chunk), rows, chunk.stop == self._total, now)
+        assert chunk.start == self.position, "chunks are sent in order"
+        sample = chunk.stop == self._total
+        flight = Flight(self._sent, chunk.stop, chunk.stop - chunk.start, sample, now)
+        return self._step(flight, self.tokens(chunk), rows)
 
     def send_token(self, token: int, now: float) -> Outgoing:
         """Return the step for the last token of the answer."""
         tokens = cast("Tokens", np.array((token,), dtype=np.int32))
         rows = None if self.embed is None else self.embed(tokens)
-        return self._step(tokens, rows, True, now)
+        in_flight = len(self._flights) + 1
+        flight = Flight(
+            self._sent, self.position + 1, 1, True, now, "token", token, in_flight=in_flight
+        )
+        return self._step(flight, tokens, rows)
 
-    def _step(self, tokens: Tokens, rows: Activations | None, sample: bool, now: float) -> Outgoing:
+    def send_guesses(
+        self, tokens: Sequence[int], drafts: int, draft_seconds: float, now: float
+    ) -> Outgoing:
+        """Return a step whose last ``drafts`` tokens are guesses.
+
+        The first is the last token of the answer, or, with guesses in flight, a guess of the token
+        that comes after those: the step is then a child of the last one.
+        """
+        known = len(tokens) - drafts
+        assert known == 1, "one token, then guesses"
+        ids = cast("Tokens", np.array(tokens, dtype=np.int32))
+        rows = None if self.embed is None else self.embed(ids)
+        child = self.guesses_in_flight > 0
+        guesses = tuple(tokens[1:])
+        self.ahead += (tokens[0], *guesses) if child else guesses
+        flight = Flight(
+            self._sent,
+            self.position + len(tokens),
+            len(tokens),
+            True,
+            now,
+            "child" if child else "token",
+            tokens[0],
+            guesses,
+            draft_seconds,
+            len(self._flights) + 1,
+        )
+        return self._step(flight, ids, rows)
+
+    def _step(self, flight: Flight, tokens: Tokens, rows: Activations | None) -> Outgoing:
         route = self.route
         placement = route.placement
         step = Step(
@@ -155,53 +229,96 @@ class Attempt:
             placement.model,
             placement.epoch,
             0,
-            self._sent,
-            self._position,
-            len(tokens),
-            sample,
+            flight.step,
+            self.position,
+            flight.n,
+            flight.sample,
+            0.0,
+            len(flight.guesses),
+            flight.step - 1 if flight.kind == "child" else None,
         )
         self._sent += 1
-        self._position += len(tokens)
-        self._sent_at = now
+        self.position = flight.stop
+        self._flights.append(flight)
         return Outgoing(self._entry, step, pack_tail(tokens, rows))
+
+    def cancel(self, void: Sequence[Flight]) -> list[Outgoing]:
+        """Return what spares the ranks steps that are void; the last one knows by itself."""
+        placement = self.route.placement
+        first, stop = void[0].step, void[-1].step + 1
+        return [
+            Outgoing(
+                rank.peer_id,
+                CancelSteps(
+                    self.route.session, placement.model, placement.epoch, rank.rank, first, stop
+                ),
+            )
+            for rank in placement.ranks[:-1]
+        ]
 
     # ---- what comes back -------------------------------------------------------------------
 
-    def on_result(self, sender: PeerId, result: Result, now: float) -> Sampled | None:
-        """Take a result of the tail; returns the next token of the answer when it is that.
+    def on_result(self, sender: PeerId, result: Result, now: float) -> Landed | None:
+        """Take a result of the tail; returns the next tokens of the answer when it has them.
 
-        The caller adds the token to the answer.  Raises :class:`CorruptData` (``bad_result``).
+        The caller adds the tokens to the answer.  Raises :class:`CorruptData` (``bad_result``).
         """
         if sender != self._tail:
             return None
-        if result.step != self._done or self._done >= self._sent:
+        flights = self._flights
+        if not flights or flights[0].step != result.step:
             raise bad_result(sender, f"step {result.step} was not due")
-        self._done += 1
+        flight = flights.popleft()
         self.last_progress = now
-        if self._ends:
-            self._fed = self._ends.popleft()
-        if self._done < self._sent or self._position < self._total:
+        if not flight.sample:
+            self.computed = flight.stop
             return None
-        if len(result.sampled) != 1:
-            raise bad_result(sender, f"it holds {len(result.sampled)} tokens")
-        self._total += 1
-        return result.sampled[0]
-
-    def step_seconds(self, now: float) -> float:
-        """Return how long ago the last step was sent."""
-        return now - self._sent_at
+        sampled, guesses = result.sampled, flight.guesses
+        right = len(sampled) - 1
+        if not 0 <= right <= len(guesses):
+            raise bad_result(sender, f"it holds {len(sampled)} tokens for {len(guesses)} guesses")
+        self.computed = flight.stop - len(guesses) + right
+        self._total += len(sampled)
+        if not flights and not guesses:
+            return Landed(flight, sampled)
+        if tuple([one.token for one in sampled[:right]]) != guesses[:right]:
+            raise bad_result(sender, "its tokens are not the guesses that it was sent")
+        if flights and right == len(guesses) and flights[0].first == sampled[-1].token:
+            self.ahead = self.ahead[right + 1 :]
+            return Landed(flight, sampled)
+        void = tuple(flights)
+        flights.clear()
+        self.position = self.computed
+        self.ahead = ()
+        return Landed(flight, sampled, void)
 
     @property
     def waiting(self) -> bool:
         """Whether a result is due."""
-        return self._done < self._sent
+        return bool(self._flights)
 
     @property
-    def computed(self) -> int:
-        """The tokens whose steps every rank has computed."""
-        if self._ends:
-            return self._fed
-        return self._position - (self._sent - self._done)
+    def tokens_known(self) -> int:
+        """The tokens of the prompt and of the answer."""
+        return self._total
+
+    @property
+    def room(self) -> int:
+        """How many guesses more the answer has room for, none being in flight."""
+        return self._positions - self._total - 1
+
+    @property
+    def at_last_token(self) -> bool:
+        """Whether all was sent but the last token of the answer."""
+        return self.position == self._total - 1 and self.position >= len(self._prompt)
+
+    @property
+    def guesses_in_flight(self) -> int:
+        """The steps under way that continue the answer; the next one is a child of the last."""
+        flights = self._flights
+        if not flights or flights[-1].kind == "feed":
+            return 0
+        return sum(1 for flight in flights if flight.kind != "feed")
 
 
 def bad_result(sender: PeerId, what: str) -> CorruptData:

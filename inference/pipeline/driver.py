@@ -19,6 +19,7 @@ from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.speculation import Ask, Move, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 
 LOOKUP_ROWS: Final = 64
@@ -80,6 +81,8 @@ class Driver:
                 await self._recover()
                 continue
             await self._feed(attempt)
+            if core.speculation is not None:
+                await self._speculate(core.speculation, attempt)
             if core.attempt is attempt and not core.over:
                 await self._watch(attempt)
         session.wake.set()
@@ -92,6 +95,28 @@ class Driver:
             if core.attempt is not attempt or core.over:
                 return
             self._shell.send(attempt.send_chunk(chunk, rows, trio.current_time()))
+
+    async def _speculate(self, spec: Speculation, attempt: Attempt) -> None:
+        """Send what may be guessed now, asking the drafter where that takes time."""
+        core = self._core
+        await spec.catch_up(core.prompt, core.answer)
+        while core.attempt is attempt and not core.over:
+            move: Move = spec.ask
+            spec.ask = None
+            if move is None:
+                move = core.next_move(trio.current_time())
+            if isinstance(move, Ask):
+                start = trio.current_time()
+                draft = await spec.propose(move)
+                now = trio.current_time()
+                if core.attempt is not attempt:
+                    return
+                move = core.take_draft(move, draft, now - start, now)
+                if move is None:
+                    continue
+            if move is None:
+                return
+            self._shell.send(move)
 
     async def _lookup(self, attempt: Attempt, chunk: Chunk) -> Activations | None:
         embed = attempt.embed

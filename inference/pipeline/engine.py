@@ -36,6 +36,7 @@ from pyagent_node.inference.pipeline.requests import (
     plan_request,
     prompt_tokens,
 )
+from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 
@@ -64,6 +65,7 @@ class PipelineEngine:
         step_seconds: float = STEP_SECONDS,
         journal: JournalSink | None = None,
         wall: Callable[[], float] = time.time,
+        speculators: Speculators | None = None,
     ) -> None:
         """``journal`` is told of every session; ``wall`` gives Unix seconds."""
         self._peer_id = peer_id
@@ -73,6 +75,7 @@ class PipelineEngine:
         self._step_seconds = step_seconds
         self._journal = journal
         self._wall = wall
+        self._speculators = speculators or Speculators()
         self.refused: Counter[str] = Counter()
         """Messages for sessions of this node that are not by one of their ranks."""
         self._offers = Offers()
@@ -180,15 +183,21 @@ class PipelineEngine:
         started = trio.current_time()
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         check_request(request, len(model.vocabulary.pieces))
+        self._speculators.check(request)
         prompt = await prompt_tokens(model.tokenizer, request)
         # Placed anew while the prompt was tokenised: use what holds now.
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         session = request.session or self._session_ids()
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
         journal = new_journal(plan, prompt, created=self._wall(), label=request.label)
-        core = HeadCore(plan, prompt, model.vocabulary, started)
-        async with self._run(core, model, journal) as events:
-            yield events
+        speculation = self._speculators.open(request, model)
+        core = HeadCore(plan, prompt, model.vocabulary, started, speculation)
+        try:
+            async with self._run(core, model, journal) as events:
+                yield events
+        finally:
+            if speculation is not None:
+                await speculation.aclose()
 
     @asynccontextmanager
     async def resume(
@@ -257,10 +266,10 @@ class PipelineEngine:
         if session is None or self._strange(session, sender):
             return
         core = session.core
-        step = core.on_result(sender, message, trio.current_time())
-        if step is not None:
+        steps = core.on_result(sender, message, trio.current_time())
+        for step in steps:
             self._links.send(step.peer, step.message, step.tail)
-        else:
+        if not steps or core.speculation is not None:
             session.work.set()
         if self._journal is not None and len(core.answer) > session.reported:
             self._journal.append(

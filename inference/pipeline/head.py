@@ -26,6 +26,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
+from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.generation import (
     Finished,
     Generated,
@@ -33,11 +34,12 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Route, bad_result
+from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Landed, Route, bad_result
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.frames import Result, StageError
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.recovery import Patience
+from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
@@ -70,8 +72,16 @@ class HeadPlan(msgspec.Struct, frozen=True):
 class HeadCore:
     """State of one session at its head; suspended until :meth:`begin`."""
 
-    def __init__(self, plan: HeadPlan, prompt: Tokens, vocabulary: Vocabulary, now: float) -> None:
+    def __init__(
+        self,
+        plan: HeadPlan,
+        prompt: Tokens,
+        vocabulary: Vocabulary,
+        now: float,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.plan = plan
+        self.speculation = speculation
         self.prompt = prompt
         self.started = now
         self.first_token: float | None = None
@@ -127,6 +137,8 @@ class HeadCore:
             embed,
             now,
         )
+        if self.speculation is not None:
+            self.speculation.begun()
         return self.attempt.open()
 
     def interrupt(self, error: PyAgentError, now: float) -> list[Outgoing]:
@@ -169,54 +181,86 @@ class HeadCore:
 
     def next_chunk(self) -> Chunk | None:
         """Return the chunk of the journal to send now, if there is one."""
-        attempt = self.attempt
-        return None if attempt is None or self.over else attempt.next_chunk(hold=self._held)
+        attempt, spec = self.attempt, self.speculation
+        if attempt is None or self.over:
+            return None
+        guessing = spec is not None and not spec.failed and bool(self.answer)
+        return attempt.next_chunk(hold=self._held or guessing)
+
+    def next_move(self, now: float) -> Outgoing | Ask | None:
+        """Say what to send, or to ask the drafter, when the journal is sent but its last token."""
+        attempt, spec = self.attempt, self.speculation
+        if attempt is None or spec is None or self.over or self._held:
+            return None
+        return spec.next_move(attempt, self.answer, now)
+
+    def take_draft(
+        self, ask: Ask, draft: Draft | None, seconds: float, now: float
+    ) -> Outgoing | None:
+        """Take the drafter's answer; returns the step to send, if it is of use still."""
+        attempt, spec = self.attempt, self.speculation
+        if attempt is None or spec is None or self.over or self._held:
+            return None
+        return spec.take(attempt, self.answer, ask, draft, seconds, now)
 
     # ---- what comes back -------------------------------------------------------------------
 
-    def on_result(self, sender: PeerId, result: Result, now: float) -> Outgoing | None:
-        """Take a result of the tail; returns the next step to send, if one is due."""
+    def on_result(self, sender: PeerId, result: Result, now: float) -> Sequence[Outgoing]:
+        """Take a result of the tail; returns what to send now: the next step, if one is due."""
         attempt = self.attempt
         if attempt is None or self.over:
-            return None
+            return ()
         try:
-            sampled = attempt.on_result(sender, result, now)
-            if sampled is None:
-                return None
-            self._check(sampled, sender)
+            landed = attempt.on_result(sender, result, now)
+            if landed is None:
+                return ()
+            for sampled in landed.sampled:
+                self._check(sampled, sender)
         except PyAgentError as error:
             self.fail(error)
-            return None
-        decoding = self.first_token is not None
-        step_seconds = attempt.step_seconds(now) if decoding else 0.0
-        return self._on_token(sampled, step_seconds, result.spent if decoding else 0.0, now)
+            return ()
+        spec = self.speculation
+        if spec is not None:
+            spec.landed(landed, result.spent, now)
+        if self._on_tokens(landed, result.spent, now):
+            return ()
+        if spec is not None:
+            return self._speculate(spec, attempt, landed, now)
+        return () if self._held else (attempt.send_token(self.answer[-1].token, now),)
 
-    def _on_token(
-        self, sampled: Sampled, step_seconds: float, compute_seconds: float, now: float
-    ) -> Outgoing | None:
-        plan, attempt = self.plan, self.attempt
-        assert attempt is not None, "tokens come from attempts"
+    def _speculate(
+        self, spec: Speculation, attempt: Attempt, landed: Landed, now: float
+    ) -> Sequence[Outgoing]:
+        spec.heard(landed.sampled, attempt.tokens_known)
+        out = attempt.cancel(landed.void) if landed.void else []
+        if not (self._held or spec.busy):
+            out += spec.moves(attempt, self.answer, now)
+        return out
+
+    def _on_tokens(self, landed: Landed, compute_seconds: float, now: float) -> bool:
+        """Add tokens to the answer, up to one that ends it; returns whether it is over."""
+        plan = self.plan
+        step_seconds = now - landed.flight.sent_at
         if self.first_token is None:
+            step_seconds = compute_seconds = 0.0
             self.first_token = now
         elif now - self._paused_from > self._longest_pause:
             self._longest_pause = now - self._paused_from
         self._paused_from = now
         if self.patience.error is not None:
             self.patience.cured()
-        token = sampled.token
-        if token in self._vocabulary.end_tokens and not plan.ignore_eos:
-            self._finish("stop", now)
-            return None
-        self._show(sampled, step_seconds, compute_seconds)
-        if self._ended(now):
-            return None
+        for sampled in landed.sampled:
+            if sampled.token in self._vocabulary.end_tokens and not plan.ignore_eos:
+                self._finish("stop", now)
+                return True
+            self._show(sampled, step_seconds, compute_seconds)
+            if self._ended(now):
+                return True
+            step_seconds = compute_seconds = 0.0
         if len(self.answer) >= self._limit:
             self.fail(self._too_long())
-        elif len(self._events) >= RUN_AHEAD:
-            self._held = True
-        else:
-            return attempt.send_token(token, now)
-        return None
+        self._held = len(self._events) >= RUN_AHEAD
+        return self.over
 
     def _show(self, sampled: Sampled, step_seconds: float, compute_seconds: float) -> None:
         """Add a token to the answer."""
@@ -353,10 +397,22 @@ class HeadCore:
                     failovers=self.failovers,
                     recomputed_tokens=self._recomputed,
                     stall_seconds=self._longest_pause,
+                    **self._guesses(),
                 ),
                 placement=placement,
             )
         )
+
+    def _guesses(self) -> dict[str, int]:
+        spec = self.speculation
+        if spec is None:
+            return {}
+        return {
+            "passes": spec.passes,
+            "drafted": spec.drafted,
+            "accepted": spec.accepted,
+            "cancelled": spec.cancelled,
+        }
 
     def _check(self, sampled: Sampled, sender: PeerId) -> None:
         n, top = len(self._vocabulary.pieces), sampled.top

@@ -16,6 +16,7 @@ from pyagent_node.inference.pipeline.engine import PipelineEngine, new_session_i
 from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.links import PipeLinks
+from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import StageLimits
 
@@ -35,10 +36,12 @@ async def open_pipeline(
     journal: JournalSink | None = None,
     session_ids: Callable[[], SessionId] = new_session_id,
     wall: Callable[[], float] = time.time,
+    speculators: Speculators | None = None,
 ) -> AsyncIterator[Pipeline]:
     """Take part in pipelines over ``mesh`` while the context lasts.
 
-    ``journal`` is told of the sessions that this node heads; ``wall`` gives Unix seconds.
+    ``journal`` is told of the sessions that this node heads; ``wall`` gives Unix seconds;
+    ``speculators`` guess for the requests that ask for it.
     """
     stages = StageService(mesh.peer_id, limits)
 
@@ -57,7 +60,13 @@ async def open_pipeline(
     links = PipeLinks(mesh, deliver, lost)
     stages.attach(links)
     engine = PipelineEngine(
-        mesh.peer_id, links, stages, session_ids=session_ids, journal=journal, wall=wall
+        mesh.peer_id,
+        links,
+        stages,
+        session_ids=session_ids,
+        journal=journal,
+        wall=wall,
+        speculators=speculators,
     )
 
     async def follow_peers() -> None:

@@ -94,7 +94,9 @@ def result(
         sampled = Sampled(token)
     got = () if sampled is None else (sampled,)
     message = Result(SessionId("s"), Digest("a" * 64), 4, 2, step, 0.25, got)
-    return core.on_result(sender, message, now)
+    out = core.on_result(sender, message, now)
+    assert len(out) <= 1
+    return out[0] if out else None
 
 
 def events(core: HeadCore, now: float = 12.0) -> list[GenerationEvent]:

@@ -1,0 +1,304 @@
+"""One session's guesses at its head: what to ask the drafter, what to send, what came of it.
+
+The rules of steps with guesses and parents are in ``frames``.  Everything here is decided between
+two results; a *quick* drafter is asked there and then, any other by the session's driver, which
+comes back with the draft to whatever is true by then.  A drafter that fails, stalls or makes no
+sense costs its session the guesses and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol, runtime_checkable
+
+import trio
+
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.inference.backend import MAX_DRAFTS, Tokens
+from pyagent_node.inference.drafting.controller import Controller
+from pyagent_node.inference.drafting.port import Draft, Drafter, Pass, Plan, usable
+from pyagent_node.inference.pipeline.attempt import Attempt, Landed
+from pyagent_node.inference.pipeline.stage_types import Outgoing
+from pyagent_node.inference.sampling import Sampled
+
+logger = logging.getLogger("pyagent_node.pipeline")
+
+DRAFT_SECONDS: Final = 2.0
+"""A drafter that takes longer over one draft is not asked again."""
+QUICK_SECONDS: Final = 1e-6
+"""A draft takes that long at least, whatever the clock says."""
+MAX_DEPTH: Final = 8
+"""Steps of one session that may be in flight at once."""
+TOLD_AT_ONCE: Final = 4096
+"""Tokens that a drafter takes in before other tasks get a turn."""
+
+
+@runtime_checkable
+class QuickDrafter(Protocol):
+    """A drafter that never waits, and takes microseconds."""
+
+    def look(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Do what ``Drafter.propose`` does."""
+        ...
+
+
+class Ask(NamedTuple):
+    """A question to the drafter, asked when the answer had ``known`` tokens."""
+
+    known: int
+    ahead: tuple[int, ...]
+    limit: int
+    floor: float
+
+
+Move = Outgoing | Ask | None
+"""What comes next: a step to send, a question for the drafter, or nothing before a result."""
+
+
+class Speculation:
+    """The guesses of one session; it lives as long as the session, over all its attempts.
+
+    ``end_tokens`` are never guessed: nothing comes after them.  ``clock`` returns seconds.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        controller: Controller,
+        *,
+        n_vocab: int,
+        end_tokens: frozenset[int] = frozenset(),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.drafter = drafter
+        self.controller = controller
+        self.passes = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.cancelled = 0
+        """Steps that were sent and turned out to be void."""
+        self.failed = False
+        """Whether the drafter is of no more use."""
+        self.ask: Ask | None = None
+        """A question that the driver is to ask."""
+        self.busy = False
+        """Whether the driver is asking one."""
+        self._look = drafter.look if isinstance(drafter, QuickDrafter) else None
+        self._n_vocab = n_vocab
+        self._end_tokens = end_tokens
+        self._clock = clock
+        self._told = 0
+        self._plan = Plan()
+        self._dry: tuple[int, int] | None = None
+        self._last_result: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Which drafter it is."""
+        return self.drafter.name
+
+    # ---- what the drafter knows ------------------------------------------------------------
+
+    async def catch_up(self, prompt: Tokens, answer: Sequence[Sampled]) -> None:
+        """Tell the drafter what it has not seen of the prompt and of the answer."""
+        n = len(prompt)
+        while not self.failed and self._told < n:
+            self._tell(prompt[self._told : self._told + TOLD_AT_ONCE].tolist())
+            await trio.lowlevel.checkpoint()
+        if not self.failed and self._told < n + len(answer):
+            self._tell([sampled.token for sampled in answer[self._told - n :]])
+
+    def _tell(self, tokens: Sequence[int]) -> None:
+        self._told += len(tokens)
+        try:
+            self.drafter.extend(tokens)
+        except Exception as error:  # whatever it is, the answer goes on
+            self._give_up(error)
+            return
+        self.controller.accepted(tokens)
+
+    def ready(self, total: int) -> bool:
+        """Whether the drafter knows all ``total`` tokens of the session and can be asked."""
+        return not self.failed and self._told == total
+
+    def _give_up(self, error: BaseException | str) -> None:
+        self.failed = True
+        logger.warning("drafter %s failed, the session goes on without: %s", self.name, error)
+
+    # ---- what to do next -------------------------------------------------------------------
+
+    def moves(self, attempt: Attempt, answer: Sequence[Sampled], now: float) -> list[Outgoing]:
+        """Return the steps to send now; leaves a question to the driver where it must wait."""
+        out: list[Outgoing] = []
+        self.ask = None
+        while True:
+            move = self.next_move(attempt, answer, now)
+            if isinstance(move, Ask):
+                if self._look is None:
+                    self.ask = move
+                    return out
+                began = self._clock()
+                draft = self._quick(move)
+                took = max(QUICK_SECONDS, self._clock() - began)
+                move = self.take(attempt, answer, move, draft, took, now)
+                if move is None:
+                    continue
+            if move is None:
+                return out
+            out.append(move)
+
+    def next_move(self, attempt: Attempt, answer: Sequence[Sampled], now: float) -> Move:
+        """Say what comes next, when all of the journal was sent but its last token."""
+        flying = attempt.guesses_in_flight
+        if not flying and not attempt.at_last_token:
+            return None
+        known = len(answer)
+        if not self.ready(attempt.tokens_known):
+            return None if flying else attempt.send_token(answer[-1].token, now)
+        if flying and (
+            flying >= min(self._plan.depth, MAX_DEPTH) or self._dry == (known, attempt.position)
+        ):
+            return None
+        self._plan = plan = self.controller.plan()
+        if flying >= min(plan.depth, MAX_DEPTH):
+            return None
+        ahead = attempt.ahead
+        limit = min(plan.length + (flying > 0), MAX_DRAFTS, attempt.room - len(ahead))
+        if plan.length < 1 or limit < 1:
+            return None if flying else attempt.send_token(answer[-1].token, now)
+        return Ask(known, ahead, limit, plan.floor)
+
+    def _quick(self, ask: Ask) -> Draft | None:
+        assert self._look is not None, "only quick drafters are asked between results"
+        try:
+            return self._look(ask.ahead, ask.limit, floor=ask.floor)
+        except Exception as error:  # whatever it is, the answer goes on
+            self._give_up(error)
+            return None
+
+    async def propose(self, ask: Ask) -> Draft | None:
+        """Ask the drafter; ``None`` when it failed or took too long, and is not asked again."""
+        self.busy = True
+        try:
+            with trio.move_on_after(DRAFT_SECONDS):
+                return await self.drafter.propose(ask.ahead, ask.limit, floor=ask.floor)
+            self._give_up(f"no draft within {DRAFT_SECONDS:.0f} s")
+        except Exception as error:  # whatever it is, the answer goes on
+            self._give_up(error)
+        finally:
+            self.busy = False
+        return None
+
+    def take(  # noqa: PLR0917 - private to the head
+        self,
+        attempt: Attempt,
+        answer: Sequence[Sampled],
+        ask: Ask,
+        draft: Draft | None,
+        seconds: float,
+        now: float,
+    ) -> Outgoing | None:
+        """Make a step of a draft that took ``seconds``, if it still belongs to what is true now.
+
+        What was accepted, or sent, since the question is cut off its front.
+        """
+        flying = attempt.guesses_in_flight
+        if not flying and not attempt.at_last_token:
+            return None
+        ahead = attempt.ahead
+        guesses = self._rest(answer, ahead, ask, draft) if draft is not None else None
+        if guesses is None:  # of no use; the next question is another
+            return None
+        count = self.controller.choose(guesses, ahead) if guesses.tokens else 0
+        room = min(MAX_DRAFTS, attempt.room - len(ahead))
+        tokens = guesses.tokens[: max(0, min(count, room))]
+        if not flying:
+            return attempt.send_guesses((answer[-1].token, *tokens), len(tokens), seconds, now)
+        if not tokens:
+            self._dry = len(answer), attempt.position
+            return None
+        return attempt.send_guesses(tokens, len(tokens) - 1, seconds, now)
+
+    def _rest(
+        self, answer: Sequence[Sampled], ahead: tuple[int, ...], ask: Ask, draft: Draft
+    ) -> Draft | None:
+        try:
+            draft = usable(draft, n_vocab=self._n_vocab, limit=MAX_DRAFTS)
+        except Exception as error:  # a draft may be anything
+            self._give_up(error)
+            return None
+        for index, token in enumerate(draft.tokens):
+            if token in self._end_tokens:
+                draft = draft.cut(index)
+                break
+        since = (*(sampled.token for sampled in answer[ask.known :]), *ahead)
+        n = len(ask.ahead)
+        seen = len(since) - n
+        if since[:n] != ask.ahead or draft.tokens[:seen] != since[n:]:
+            return None
+        return Draft(draft.tokens[seen:], draft.confidence[seen:], draft.source) if seen else draft
+
+    # ---- what came of it -------------------------------------------------------------------
+
+    def landed(
+        self,
+        landed: Landed,
+        spent: float,
+        now: float,
+    ) -> None:
+        """Note the result of a step."""
+        flight, sampled = landed.flight, landed.sampled
+        if flight.kind == "feed":
+            return
+        self.passes += 1
+        self.drafted += flight.drafts
+        self.accepted += len(sampled) - 1
+        last = self._last_result
+        self._last_result = now
+        self.controller.passed(
+            Pass(
+                width=flight.n,
+                seconds=now - flight.sent_at,
+                drafts=flight.drafts,
+                accepted=len(sampled) - 1,
+                gained=len(sampled),
+                compute_seconds=spent,
+                draft_seconds=flight.draft_seconds,
+                in_flight=flight.in_flight,
+                elapsed=0.0 if last is None else now - last,
+            )
+        )
+        for lost in landed.void:
+            self.cancelled += 1
+            self.drafted += lost.drafts
+            self.controller.passed(
+                Pass(
+                    width=lost.n,
+                    seconds=now - lost.sent_at,
+                    drafts=lost.drafts,
+                    gained=0,
+                    draft_seconds=lost.draft_seconds,
+                    in_flight=lost.in_flight,
+                )
+            )
+
+    def heard(self, sampled: Sequence[Sampled], total: int) -> None:
+        """Take in new tokens of the answer, by which the session has ``total``."""
+        if self.ready(total - len(sampled)):
+            self._tell([one.token for one in sampled])
+
+    def begun(self) -> None:
+        """Note that a new attempt begins: nothing is in flight."""
+        self.ask = None
+        self._dry = None
+        self._last_result = None
+
+    async def aclose(self) -> None:
+        """Release the drafter."""
+        try:
+            with trio.move_on_after(1, shield=True):
+                await self.drafter.aclose()
+        except PyAgentError as error:
+            logger.warning("drafter %s did not close: %s", self.name, error)

@@ -1,0 +1,108 @@
+"""Who can guess for this node's sessions, and how a request chooses among them."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.types import Digest
+from pyagent_node.inference.backend import MAX_DRAFTS
+from pyagent_node.inference.drafting.controller import Controller, FixedController
+from pyagent_node.inference.drafting.costs import CostModel
+from pyagent_node.inference.drafting.port import DrafterFactory, Plan
+from pyagent_node.inference.generation import (
+    AUTO_SPECULATION,
+    NO_SPECULATION,
+    GenerationRequest,
+)
+from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.speculation import MAX_DEPTH, Speculation
+
+MAX_COSTS: Final = 16
+"""Placements whose costs are remembered from session to session."""
+
+
+class Speculators:
+    """The drafters by name; ``auto`` takes the one that was named first.
+
+    ``clock`` returns seconds, for what a guess takes.
+    """
+
+    def __init__(
+        self,
+        factories: Iterable[DrafterFactory] = (),
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._factories = {factory.name: factory for factory in factories}
+        self._clock = clock
+        self._costs: OrderedDict[tuple[Digest, int], CostModel] = OrderedDict()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may ask for."""
+        return (NO_SPECULATION, AUTO_SPECULATION, *self._factories)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Check what a request asks for; raises :class:`InvalidRequest` (``bad_parameter``)."""
+        if request.speculation not in self.names:
+            raise InvalidRequest(
+                f"There is no drafter {request.speculation[:64]!r};"
+                f" speculation is one of {', '.join(self.names)}.",
+                code="bad_parameter",
+                parameter="speculation",
+            )
+        for name, value, low, high in (
+            ("draft_length", request.draft_length, 0, MAX_DRAFTS),
+            ("draft_depth", request.draft_depth, 1, MAX_DEPTH),
+        ):
+            if value is not None and not low <= value <= high:
+                raise InvalidRequest(
+                    f"{name} is {value}; it must lie between {low} and {high}.",
+                    code="bad_parameter",
+                    parameter=name,
+                )
+
+    def open(self, request: GenerationRequest, model: HeadModel) -> Speculation | None:
+        """Return the guesses of a checked request's session; ``None`` for none.
+
+        Raises what a drafter raises that was asked for by its name; ``auto`` does without.
+        """
+        choice = request.speculation
+        if choice == NO_SPECULATION or not self._factories:
+            return None
+        auto = choice == AUTO_SPECULATION
+        factory = next(iter(self._factories.values())) if auto else self._factories[choice]
+        vocabulary = model.vocabulary
+        try:
+            drafter = factory.for_model(vocabulary.pieces, request.sampling)
+        except PyAgentError:
+            if auto:
+                return None
+            raise
+        return Speculation(
+            drafter,
+            self._controller(request, model),
+            n_vocab=len(vocabulary.pieces),
+            end_tokens=frozenset() if request.ignore_eos else vocabulary.end_tokens,
+            clock=self._clock,
+        )
+
+    def _controller(self, request: GenerationRequest, model: HeadModel) -> Controller:
+        placement = model.placement
+        key = placement.model, placement.epoch
+        costs = self._costs.setdefault(key, CostModel())
+        self._costs.move_to_end(key)
+        while len(self._costs) > MAX_COSTS:
+            self._costs.popitem(last=False)
+        ranks = len(placement.ranks)
+        if request.draft_length is None:
+            depth = request.draft_depth
+            if depth is not None:
+                return Controller(ranks=ranks, max_depth=depth, costs=costs)
+            return Controller(ranks=ranks, costs=costs)
+        plan = Plan(request.draft_length, request.draft_depth or 1)
+        return FixedController(plan, ranks=ranks, costs=costs)
