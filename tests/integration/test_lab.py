@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pyagent_node.simulations.lab import namespaces, tun
@@ -65,7 +66,7 @@ between = ["a", "b"]
 loss = "10%"
 [[event]]
 do = "kill"
-at = "500ms"
+at = "1500ms"
 host = "c"
 [[event]]
 do = "start"
@@ -76,7 +77,7 @@ source = "MODEL"
 ranks = 3
 [answer]
 prompt = "Tell me about three rivers."
-tokens = 32
+tokens = 48
 """
 
 
@@ -91,7 +92,10 @@ def leftovers() -> set[str]:
 def nothing_is_left() -> Iterator[None]:
     before = leftovers()
     yield
-    assert leftovers() == before
+    others = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    running = {words[-1] for words in others if "pyagent_node.simulations.lab.router" in words}
+    left = {name for name in leftovers() - before if name.split("-")[2] not in running}
+    assert not left, "namespaces without a router"
 
 
 class Wire:
@@ -203,8 +207,10 @@ def test_a_swarm_answers_as_ever_over_a_bad_network_while_a_daemon_dies(
     assert process.returncode == 0, err
     result = json.loads(out)
     assert result["identical"] is True
-    assert result["disturbed"]["failovers"] >= 1
-    assert len(result["token_ids"]) == 32
+    assert result["disturbed"]["seconds"] > 1.5, (
+        "the way alone takes longer: the daemon died before"
+    )
+    assert len(result["token_ids"]) == 48
     assert set(result["rtt_ms"]) == {"b", "c"}
     assert min(result["rtt_ms"].values()) >= 26
     assert len(result["links"]) == 6
