@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS: Final = 0.05
 CLAIM_SECONDS: Final = 1.0
+HANG_UP_SECONDS: Final = 60.0
+HANG_UP_LOOK_SECONDS: Final = 0.5
 REMEMBERED: Final = 64
 """Frames of one stream that are said again, at most."""
 
@@ -79,7 +81,7 @@ def _prepared(swarm: Swarm, machine: Machine, how: Malice) -> Iterator[Said]:
         machine.lie = None
         parts.journals.holder.own = honest
         network.meddler = None
-        if how == "flood":
+        if how in ("flood", "replay", "mutation"):
             swarm.nursery.start_soon(_hang_up, swarm, machine)
 
 
@@ -183,17 +185,18 @@ def _endings(machine: Machine, victim: Machine) -> list[Frame]:
 
 
 async def _hang_up(swarm: Swarm, machine: Machine) -> None:
-    """End what is left of such sessions; otherwise they would end when they had idled."""
-    life, left = machine.lives, True
-    while left and machine.lives == life and machine.parts is not None:
-        left = False
+    """End what is left of such sessions; otherwise they would end when they had idled.
+
+    What opens them may still be under way, so it looks for a while.
+    """
+    life, until = machine.lives, trio.current_time() + HANG_UP_SECONDS
+    while machine.lives == life and machine.parts is not None and trio.current_time() < until:
         for victim in swarm.up():
             if machine.parts is None or victim.parts is None or victim is machine:
                 continue
             if frames := _endings(machine, victim):
-                left = True
                 await _say(swarm, machine, victim, PIPE_PROTOCOL, frames)
-        await trio.sleep(PAUSE_SECONDS)
+        await trio.sleep(HANG_UP_LOOK_SECONDS)
 
 
 def _look(swarm: Swarm, machine: Machine, victim: Machine) -> Sight:
