@@ -7,6 +7,7 @@ hands, and the last steps of the nodes that the violation names.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,7 @@ def tell(events: Sequence[Event], *, main: int = MAIN, last: int = LAST) -> list
     ]
     for title, found in groups or [("The last events:", fresh)]:
         if found:
-            lines += [title, *(str(event) for event in found[-last:])]
+            lines += [title, *(str(event) for event in _repeated(found)[-last:])]
     states = [event for event in events if event.kind == "state"]
     involved = [event for event in states if event.node in named(details)]
     if states:
@@ -101,6 +102,16 @@ def _requests(text: str) -> list[int]:
 
 def _is_of(event: Event, request: int) -> bool:
     return event.kind in ("answered", "asker") and event.detail.startswith(f"{request}:")
+
+
+def _repeated(events: Iterable[Event]) -> list[Event]:
+    """Return the events, of those that say the same one after the other the first alone."""
+    told: list[Event] = []
+    for _, group in itertools.groupby(events, key=lambda event: (event.kind, event.detail)):
+        first, more = next(group), sum(1 for _ in group)
+        detail = f"{first.detail} (and {more} times more)" if more else first.detail
+        told.append(first._replace(detail=detail))
+    return told
 
 
 def _merged(events: Iterable[Event]) -> list[Event]:

@@ -23,7 +23,7 @@ def test_many_events_become_few_lines() -> None:
     events += [Event(5100.0, n, "up", "life 1") for n in range(7)]
     events += [
         Event(5200.0, 4, "asker", "31: peer_lost"),
-        Event(5201.0, 4, "asker", "3: no_leader"),
+        *(Event(5201.0 + i, i % 7, "asker", "3: no_leader") for i in range(90)),
         Event(5300.0, None, "VIOLATION", "a: node 3 is odd"),
         Event(5300.0, None, "VIOLATION", "b: requests [3] were not answered"),
         Event(5300.0, 3, "state", "leader of term 9"),
@@ -37,7 +37,7 @@ def test_many_events_become_few_lines() -> None:
     assert "The last of node 3:" in text
     assert "4994..4994" in text
     assert "The last of request 3:" in text
-    assert "3: no_leader" in text
+    assert "3: no_leader (and 89 times more)" in text
     assert "31: peer_lost" not in text
     assert "node 3: leader of term 9" in text
     assert "too late" not in text
