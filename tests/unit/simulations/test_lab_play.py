@@ -52,6 +52,11 @@ def test_an_act_that_fails_ends_the_run() -> None:
 
 def test_an_error_of_the_answer_comes_first() -> None:
     tried = threading.Event()
-    with pytest.raises(KeyboardInterrupt), failing(tried):
-        assert tried.wait(10)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with failing(tried):
+            assert tried.wait(10)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
