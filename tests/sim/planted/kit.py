@@ -60,6 +60,21 @@ def swap(owner: object, name: str, wrong: object) -> Callable[[], AbstractContex
     return planted
 
 
+def both(
+    *plants: Callable[[], AbstractContextManager[None]],
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return what plants several mistakes at once, where one of them alone does no harm."""
+
+    @contextmanager
+    def planted() -> Iterator[None]:
+        with ExitStack() as stack:
+            for plant in plants:
+                stack.enter_context(plant())
+            yield
+
+    return planted
+
+
 def same(nodes: int, duration: float, *faults: Fault) -> Callable[[int], Schedule]:
     """Return the same schedule for every seed; what differs is who asks what, and all timings."""
     schedule = check_schedule(Schedule(nodes, duration, faults))

@@ -26,7 +26,7 @@ from pyagent_node.node.journal_session import HeadedSession
 from pyagent_node.node.journals import JournalKeeper
 from pyagent_node.simulations.faults import Crash, Evil, KillRunner, Pause, SlowRunner
 
-from .kit import Bug, same, swap
+from .kit import Bug, both, same, swap
 
 CALM = same(3, 4.0)
 KILLS = same(4, 6.0, *(KillRunner(1.0 + 0.7 * turn, 1 + turn % 3) for turn in range(7)))
@@ -89,6 +89,10 @@ def _one_holder_fewer(session: SessionId, copies: int, *args: Any, **kwargs: Any
 # ---- what comes in ------------------------------------------------------------------------------
 
 _on_result = Attempt.on_result
+
+
+def _nobody_is_strange(self: engine.PipelineEngine, session: Any, sender: PeerId) -> bool:
+    return False
 
 
 def _from_anybody(self: Attempt, sender: PeerId, result: Result, now: float) -> Any:
@@ -179,7 +183,10 @@ BUGS = (
     Bug(
         "results_from_anybody",
         "a head takes results from nodes that do not hold the last rank",
-        swap(Attempt, "on_result", _from_anybody),
+        both(
+            swap(engine.PipelineEngine, "_strange", _nobody_is_strange),
+            swap(Attempt, "on_result", _from_anybody),
+        ),
         same(5, 5.0, Evil(0.5, 4.0, 0, "false_result")),
         frozenset({"tokens"}),
         asks=0.3,
