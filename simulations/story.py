@@ -69,13 +69,11 @@ def tell(events: Sequence[Event], *, main: int = MAIN, last: int = LAST) -> list
     end = next(i for i, event in enumerate(events) if event is broken[0]) + len(broken)
     upto = list(events[:end])
     telling = [event for event in _merged(upto) if event.kind in TELLING]
-    lines = []
-    if len(telling) > main:
-        left_out, telling = telling[:-main], telling[-main:]
-        lines.append(f"Before: {_counts(left_out)}.")
-    lines += [str(event) for event in telling]
-    shown, details = set(telling), " ".join(event.detail for event in broken)
-    fresh = [event for event in upto if event not in shown and event.kind != "pulse"]
+    details = " ".join(event.detail for event in broken)
+    fresh = [event for event in upto if event.kind not in TELLING and event.kind != "pulse"]
+    waits = [_repeated(e for e in fresh if _is_of(e, request)) for request in _requests(details)]
+    since = min((found[-1].time for found in waits if found), default=None)
+    lines = _main_lines(telling, main, since)
     groups = [
         (f"The last of node {node}:", [event for event in fresh if event.node == node])
         for node in named(details)[:MOST]
@@ -94,6 +92,24 @@ def tell(events: Sequence[Event], *, main: int = MAIN, last: int = LAST) -> list
     return lines
 
 
+def _main_lines(telling: Sequence[Event], main: int, since: float | None) -> list[str]:
+    """Return what happened to the swarm in ``main`` lines or little more.
+
+    The last of it, and what came just before ``since``, when a trouble that lasts began.
+    """
+    if len(telling) <= main:
+        return [str(event) for event in telling]
+    cut = len(telling) - main
+    if since is None or telling[cut].time <= since:
+        return [f"Before: {_counts(telling[:cut])}.", *(str(event) for event in telling[cut:])]
+    began = sum(event.time <= since for event in telling)
+    early = telling[max(0, began - main // 2) : began]
+    before, between = telling[: began - len(early)], telling[began : cut + len(early)]
+    lines = [f"Before: {_counts(before)}."] if before else []
+    lines += [*(str(event) for event in early), f"Then: {_counts(between)}."]
+    return lines + [str(event) for event in telling[cut + len(early) :]]
+
+
 def _requests(text: str) -> list[int]:
     """Return the numbers of the requests that a violation names, each once."""
     found = [int(n) for match in _REQUESTS.finditer(text) for n in match[1].split(",")]
@@ -108,7 +124,8 @@ def _repeated(events: Iterable[Event]) -> list[Event]:
     """Return the events, of those that say the same one after the other the first alone."""
     told: list[Event] = []
     for _, group in itertools.groupby(events, key=lambda event: (event.kind, event.detail)):
-        first, more = next(group), sum(1 for _ in group)
+        first, *again = group
+        more = len(again)
         detail = f"{first.detail} (and {more} times more)" if more else first.detail
         told.append(first._replace(detail=detail))
     return told
