@@ -176,6 +176,7 @@ BUGS = (
         frozenset({"what was applied stays"}),
         compact=2,
         asks=0.4,
+        within=5,
     ),
     Bug(
         "applied_before_commit",

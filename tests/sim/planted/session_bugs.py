@@ -179,6 +179,7 @@ BUGS = (
         swap(session_recovery, "read_copy", _without_seed),
         HEADS_DIE,
         frozenset({"tokens"}),
+        within=5,
     ),
     Bug(
         "results_from_anybody",
@@ -226,6 +227,7 @@ BUGS = (
         HEADS_PAUSE,
         frozenset({"one head a session"}),
         asks=0.4,
+        within=5,
     ),
     Bug(
         "session_forgotten_on_failover",
