@@ -340,8 +340,7 @@ def _shrink(
 
         def say(schedule: Schedule) -> None:
             text = (
-                f"Shrinking: {len(schedule.faults)} faults, {schedule.nodes} nodes,"
-                f" {schedule.duration:g} s"
+                f"Shrinking: {_faults(schedule)}, {schedule.nodes} nodes, {schedule.duration:g} s"
             )
             report(Progress(step="shrink", text=text, done=asked, total=runs, unit="runs"))
 
@@ -361,12 +360,17 @@ def _shrink(
         )
     )
     app.out.text(
-        f"\nAfter {asked} runs, what still fails in the same way: {len(small.faults)} faults,"
+        f"\nAfter {asked} runs, what still fails in the same way: {_faults(small)},"
         f" {small.nodes} nodes, {small.duration:g} s."
     )
     for fault in small.faults:
         app.out.text(f"  {fault!r}")
     app.out.text(f"Written to {path}. Replay it:\n  {replay}")
+
+
+def _faults(schedule: Schedule) -> str:
+    count = len(schedule.faults)
+    return "1 fault" if count == 1 else f"{count} faults"
 
 
 # ---- showing -------------------------------------------------------------------------------------
