@@ -76,6 +76,14 @@ def sampling_options(command: F) -> F:
                 help="Only tokens with P of the likeliest's.",
             ),
             click.option("--repetition-penalty", type=float, help="Above 1 avoids repetition."),
+            click.option(
+                "--speculation",
+                metavar="DRAFTER",
+                help="Who guesses tokens ahead: none, auto, or a drafter such as suffix."
+                "  The answer is the same.",
+            ),
+            click.option("--draft-length", type=int, help="Guesses a step, instead of as it pays."),
+            click.option("--draft-depth", type=int, help="Steps in flight; see --draft-length."),
             click.option("--system", metavar="TEXT", help="The system message."),
         )
     ):
@@ -87,7 +95,18 @@ def sampling_ask(model: str, given: dict[str, object]) -> Ask:
     """Return a request without its prompt, with the options that were given."""
     from pyagent_node.node.client import Ask  # noqa: PLC0415
 
-    names = ("max_tokens", "temperature", "seed", "top_k", "top_p", "min_p", "repetition_penalty")
+    names = (
+        "max_tokens",
+        "temperature",
+        "seed",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "speculation",
+        "draft_length",
+        "draft_depth",
+    )
     fields = {name: given[name] for name in names if given.get(name) is not None}
     stop = cast("tuple[str, ...]", given.get("stop") or ())
     return msgspec.convert({"model": model, "stop": stop or None, **fields}, Ask)

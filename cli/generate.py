@@ -65,3 +65,9 @@ def generate_command(app: App, /, prompt: str, raw: bool, stats: bool, **given: 
             f" first after {answer.ttft_seconds:.2f} s, {len(answer.placement.ranks)} ranks,"
             f" seed {answer.seed}"
         )
+        guesses = answer.speculation
+        if guesses is not None:
+            app.out.note(
+                f"{guesses.drafter}: {guesses.accepted} of {guesses.drafted} guesses were right,"
+                f" {guesses.tokens_per_pass:.2f} tokens a pass"
+            )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pyagent_node.base.mesh import PeerInfo
 from pyagent_node.cli.output import duration, short, size
-from pyagent_node.inference.generation import SessionView
+from pyagent_node.inference.generation import SessionView, SpeculationUsage
 from pyagent_node.node.api.schema import PlacementView, RankView, StatusView
 
 RESERVE_STYLE = {
@@ -138,7 +138,7 @@ def _count(value: int | None) -> str:
 
 def _sessions(sessions: tuple[SessionView, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("session", "model", "asked on", "prompt", "answer", "tok/s"):
+    for column in ("session", "model", "asked on", "prompt", "answer", "tok/s", "guessing"):
         left = column in ("session", "model", "asked on")
         table.add_column(column, justify="left" if left else "right")
     for session in sessions:
@@ -149,5 +149,12 @@ def _sessions(sessions: tuple[SessionView, ...]) -> Table:
             str(session.prompt_tokens),
             str(session.completion_tokens),
             f"{session.tokens_per_second:.1f}",
+            _guessing(session.speculation),
         )
     return table
+
+
+def _guessing(usage: SpeculationUsage | None) -> str:
+    if usage is None:
+        return "-"
+    return f"{usage.drafter} {usage.acceptance:.0%}, {usage.tokens_per_pass:.1f} tok/pass"

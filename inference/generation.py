@@ -83,15 +83,45 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
     compute_seconds: float = 0.0
 
 
+class SpeculationUsage(msgspec.Struct, frozen=True):
+    """What guessing came to in one generation, by its head.
+
+    ``passes`` are the steps that continued the answer, ``drafted`` the guesses that were sent,
+    ``accepted`` those that were right; ``cancelled`` are steps sent for nothing.  ``failed`` says
+    that the drafter was given up on the way.  ``length`` and ``depth`` are what the controller
+    chose last: guesses a step and steps in flight; it expected ``predicted_tokens_per_second`` of
+    the passes so far, and ``predicted_plain_tokens_per_second`` without guesses.
+    """
+
+    drafter: str
+    passes: int
+    drafted: int
+    accepted: int
+    cancelled: int
+    failed: bool
+    length: int
+    depth: int
+    predicted_tokens_per_second: float
+    predicted_plain_tokens_per_second: float
+
+    @property
+    def acceptance(self) -> float:
+        """The share of guesses that were right; 0 when there were none."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """What a step added to the answer; 0 when there was none."""
+        return (self.passes + self.accepted) / self.passes if self.passes else 0.0
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Token counts and times of one generation (seconds on the monotonic clock).
 
     ``failovers`` counts how often the generation lost ranks that had computed something of it (or
     its head) and went on without them, ``recomputed_tokens`` what was computed again for that.
     ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
-
-    With speculation: ``passes`` are the steps that continued the answer, ``drafted`` the guesses
-    that they carried, ``accepted`` those that were right; ``cancelled`` are steps sent for nothing.
+    ``speculation`` is ``None`` for an answer without.
     """
 
     prompt_tokens: int
@@ -101,10 +131,7 @@ class Usage(msgspec.Struct, frozen=True):
     failovers: int = 0
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    cancelled: int = 0
+    speculation: SpeculationUsage | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -128,7 +155,8 @@ GenerationEvent = Generated | Finished
 class SessionView(msgspec.Struct, frozen=True):
     """A session as ``status`` shows it.
 
-    Its head knows how often it changed ranks, and whether it is ``suspended``: waiting for some.
+    Its head knows how often it changed ranks, whether it is ``suspended``: waiting for some, and
+    what guessing has come to so far.
     """
 
     session: SessionId
@@ -140,6 +168,7 @@ class SessionView(msgspec.Struct, frozen=True):
     tokens_per_second: float
     failovers: int = 0
     suspended: bool = False
+    speculation: SpeculationUsage | None = None
 
 
 class LoadedModel(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ import msgspec
 
 from pyagent_node.base.errors import error_from_info
 from pyagent_node.base.types import Placement
-from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.inference.generation import ChatMessage, SpeculationUsage
 from pyagent_node.node.api.placement_schema import (
     DrainReply,
     DrainRequest,
@@ -85,6 +85,9 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     presence_penalty: float | None = None
     stop: tuple[str, ...] | None = None
     ignore_eos: bool | None = None
+    speculation: str | None = None
+    draft_length: int | None = None
+    draft_depth: int | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -105,7 +108,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     ``finish_reason`` is ``"stop"`` or ``"length"``; ``tokens_per_second`` counts the tokens after
     the first over the time after the first, measured in the daemon.  ``failovers`` counts how often
     the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
-    ``stall_seconds`` is the longest pause between two tokens.
+    ``stall_seconds`` is the longest pause between two tokens.  ``speculation`` says what guessing
+    came to, if anybody guessed.
     """
 
     text: str
@@ -121,6 +125,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     failovers: int = 0
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
+    speculation: SpeculationUsage | None = None
 
 
 class LoadedCard(msgspec.Struct, frozen=True):
@@ -159,6 +164,7 @@ class _Details(msgspec.Struct, frozen=True):
     failovers: int = 0
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
+    speculation: SpeculationUsage | None = None
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -347,6 +353,7 @@ def _read_answer(lines: Iterator[str]) -> Iterator[Piece | Answer]:
         failovers=details.failovers,
         recomputed_tokens=details.recomputed_tokens,
         stall_seconds=details.stall_seconds,
+        speculation=details.speculation,
     )
 
 

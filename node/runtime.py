@@ -19,11 +19,13 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.inference.drafting.suffix import SuffixDrafters
 from pyagent_node.inference.llama.memory import available_memory
 from pyagent_node.inference.models.fetching import TransferStats
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
+from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
 from pyagent_node.node.engines import open_consensus
@@ -116,12 +118,13 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     store = await trio.to_thread.run_sync(ModelStore, settings.models_dir(home))
     transfers = TransferStats()
     threads = settings.threads or None
+    speculators = Speculators([SuffixDrafters()])
     async with (
         open_mesh(config) as mesh,
         open_consensus(mesh, home, membership) as consensus,
         open_rpc(mesh) as rpc,
         open_journals(mesh, consensus, rpc, key) as journals,
-        open_pipeline(mesh, journal=journals) as pipeline,
+        open_pipeline(mesh, journal=journals, speculators=speculators) as pipeline,
         open_models(
             mesh=mesh,
             consensus=consensus,

@@ -318,6 +318,7 @@ class NodeServices:
                 ("stage_batches", "Batches computed by a stage.", float(view.batches)),
                 ("stage_busy_seconds", "Time a stage's runner computed.", view.busy_seconds),
                 ("stage_refused", "Frames refused by a stage.", float(view.refused)),
+                ("stage_dropped", "Void steps dropped by a stage.", float(view.dropped)),
             )
             for name, text, number in counters:
                 yield Sample(name, text, number, labels=labels)

@@ -90,6 +90,10 @@ class GenerationMetrics:
     * ``pyagent_prompt_tokens_total{model}``, ``pyagent_completion_tokens_total{model}``.
     * ``pyagent_ttft_seconds{model}``: time to the first token.
     * ``pyagent_token_seconds{model}``: time a token after the first, mean of a generation.
+    * ``pyagent_speculation_tokens_total{model, drafter, verdict}``: guesses that were sent, by
+      ``verdict`` (``accepted``, ``rejected``); ``pyagent_speculation_passes_total{model, drafter}``
+      steps of such answers, ``pyagent_speculation_cancelled_total{model, drafter}`` steps of them
+      that were sent for nothing.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -104,6 +108,19 @@ class GenerationMetrics:
         )
         self.completion_tokens = Counter(
             PREFIX + "completion_tokens", "Tokens generated.", ("model",), registry=registry
+        )
+        drafted = ("model", "drafter")
+        self.guesses = Counter(
+            PREFIX + "speculation_tokens",
+            "Guesses sent.",
+            (*drafted, "verdict"),
+            registry=registry,
+        )
+        self.passes = Counter(
+            PREFIX + "speculation_passes", "Steps of guessed answers.", drafted, registry=registry
+        )
+        self.cancelled = Counter(
+            PREFIX + "speculation_cancelled", "Steps sent for nothing.", drafted, registry=registry
         )
         self.ttft = Histogram(
             PREFIX + "ttft_seconds",

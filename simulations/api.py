@@ -17,12 +17,14 @@ import trio
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded, NotFound, PyAgentError
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.generation import (
+    NO_SPECULATION,
     Finished,
     Generated,
     GenerationEvent,
     GenerationRequest,
     LoadedModel,
     SessionView,
+    SpeculationUsage,
     TopLogprob,
     Usage,
 )
@@ -59,6 +61,13 @@ TOKEN = "test-token-of-32-characters-0000"  # noqa: S105 (of simulated nodes onl
 DIGEST = Digest("ab" * 32)
 PEER = PeerId("12D3KooWTest")
 N_CTX = 64
+
+
+def _guesses(request: GenerationRequest) -> SpeculationUsage | None:
+    """Return made-up counts for a request with a drafter."""
+    if request.speculation == NO_SPECULATION:
+        return None
+    return SpeculationUsage(request.speculation, 4, 10, 6, 1, False, 3, 2, 20.0, 10.0)
 
 
 class WordEngine:
@@ -182,7 +191,7 @@ class WordEngine:
             yield Finished(
                 "stop" if reason == "stop" else "length",
                 "",
-                Usage(prompt, count, now, now),
+                Usage(prompt, count, now, now, speculation=_guesses(request)),
                 self.placement(),
             )
 

@@ -19,6 +19,7 @@ from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.proposals import catch_up, propose
 from pyagent_node.inference.pipeline.speculation import Ask, Move, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 
@@ -99,7 +100,7 @@ class Driver:
     async def _speculate(self, spec: Speculation, attempt: Attempt) -> None:
         """Send what may be guessed now, asking the drafter where that takes time."""
         core = self._core
-        await spec.catch_up(core.prompt, core.answer)
+        await catch_up(spec, core.prompt, core.answer)
         while core.attempt is attempt and not core.over:
             move: Move = spec.ask
             spec.ask = None
@@ -107,7 +108,7 @@ class Driver:
                 move = core.next_move(trio.current_time())
             if isinstance(move, Ask):
                 start = trio.current_time()
-                draft = await spec.propose(move)
+                draft = await propose(spec, move)
                 now = trio.current_time()
                 if core.attempt is not attempt:
                     return

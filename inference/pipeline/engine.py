@@ -27,6 +27,7 @@ from pyagent_node.inference.pipeline.journal import JournalSink, SessionJournal
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.proposals import release
 from pyagent_node.inference.pipeline.recovery import READY_SECONDS
 from pyagent_node.inference.pipeline.requests import (
     check_request,
@@ -142,6 +143,7 @@ class PipelineEngine:
                 _rate(core.generated, core.first_token, now),
                 core.failovers,
                 core.attempt is None,
+                core.guesses,
             )
         for served in self._stages.sessions():
             if served.session not in views and served.session not in self._wires:
@@ -196,8 +198,7 @@ class PipelineEngine:
             async with self._run(core, model, journal) as events:
                 yield events
         finally:
-            if speculation is not None:
-                await speculation.aclose()
+            await release(speculation)
 
     @asynccontextmanager
     async def resume(

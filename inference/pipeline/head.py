@@ -31,6 +31,7 @@ from pyagent_node.inference.generation import (
     Finished,
     Generated,
     GenerationEvent,
+    SpeculationUsage,
     TopLogprob,
     Usage,
 )
@@ -343,6 +344,11 @@ class HeadCore:
         return len(self.answer)
 
     @property
+    def guesses(self) -> SpeculationUsage | None:
+        """What guessing has come to; ``None`` without."""
+        return None if self.speculation is None else self.speculation.usage
+
+    @property
     def outcome(self) -> Outcome:
         """How the session ended."""
         if self._error is not None:
@@ -397,22 +403,11 @@ class HeadCore:
                     failovers=self.failovers,
                     recomputed_tokens=self._recomputed,
                     stall_seconds=self._longest_pause,
-                    **self._guesses(),
+                    speculation=self.guesses,
                 ),
                 placement=placement,
             )
         )
-
-    def _guesses(self) -> dict[str, int]:
-        spec = self.speculation
-        if spec is None:
-            return {}
-        return {
-            "passes": spec.passes,
-            "drafted": spec.drafted,
-            "accepted": spec.accepted,
-            "cancelled": spec.cancelled,
-        }
 
     def _check(self, sampled: Sampled, sender: PeerId) -> None:
         n, top = len(self._vocabulary.pieces), sampled.top

@@ -1,38 +1,31 @@
 """One session's guesses at its head: what to ask the drafter, what to send, what came of it.
 
 The rules of steps with guesses and parents are in ``frames``.  Everything here is decided between
-two results; a *quick* drafter is asked there and then, any other by the session's driver, which
-comes back with the draft to whatever is true by then.  A drafter that fails, stalls or makes no
-sense costs its session the guesses and nothing else.
+two results; a *quick* drafter is asked there and then, any other by the session's driver (see
+``proposals``), which comes back with the draft to whatever is true by then.  A drafter that fails,
+stalls or makes no sense costs its session the guesses and nothing else.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-import trio
-
-from pyagent_node.base.errors import PyAgentError
-from pyagent_node.inference.backend import MAX_DRAFTS, Tokens
+from pyagent_node.inference.backend import MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller
 from pyagent_node.inference.drafting.port import Draft, Drafter, Pass, Plan, usable
+from pyagent_node.inference.generation import SpeculationUsage
 from pyagent_node.inference.pipeline.attempt import Attempt, Landed
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import Sampled
 
 logger = logging.getLogger("pyagent_node.pipeline")
 
-DRAFT_SECONDS: Final = 2.0
-"""A drafter that takes longer over one draft is not asked again."""
 QUICK_SECONDS: Final = 1e-6
 """A draft takes that long at least, whatever the clock says."""
 MAX_DEPTH: Final = 8
 """Steps of one session that may be in flight at once."""
-TOLD_AT_ONCE: Final = 4096
-"""Tokens that a drafter takes in before other tasks get a turn."""
 
 
 @runtime_checkable
@@ -70,15 +63,10 @@ class Speculation:
         *,
         n_vocab: int,
         end_tokens: frozenset[int] = frozenset(),
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float],
     ) -> None:
         self.drafter = drafter
         self.controller = controller
-        self.passes = 0
-        self.drafted = 0
-        self.accepted = 0
-        self.cancelled = 0
-        """Steps that were sent and turned out to be void."""
         self.failed = False
         """Whether the drafter is of no more use."""
         self.ask: Ask | None = None
@@ -89,43 +77,55 @@ class Speculation:
         self._n_vocab = n_vocab
         self._end_tokens = end_tokens
         self._clock = clock
-        self._told = 0
+        self._passes = 0
+        self._drafted = 0
+        self._accepted = 0
+        self._cancelled = 0
+        self.told = 0
+        """The tokens of the session that the drafter has been told."""
         self._plan = Plan()
         self._dry: tuple[int, int] | None = None
         self._last_result: float | None = None
 
     @property
-    def name(self) -> str:
-        """Which drafter it is."""
-        return self.drafter.name
+    def usage(self) -> SpeculationUsage:
+        """What it has come to so far."""
+        forecast = self.controller.forecast()
+        return SpeculationUsage(
+            drafter=self.drafter.name,
+            passes=self._passes,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            cancelled=self._cancelled,
+            failed=self.failed,
+            length=forecast.plan.length,
+            depth=forecast.plan.depth,
+            predicted_tokens_per_second=forecast.tokens_per_second,
+            predicted_plain_tokens_per_second=forecast.plain_tokens_per_second,
+        )
 
     # ---- what the drafter knows ------------------------------------------------------------
 
-    async def catch_up(self, prompt: Tokens, answer: Sequence[Sampled]) -> None:
-        """Tell the drafter what it has not seen of the prompt and of the answer."""
-        n = len(prompt)
-        while not self.failed and self._told < n:
-            self._tell(prompt[self._told : self._told + TOLD_AT_ONCE].tolist())
-            await trio.lowlevel.checkpoint()
-        if not self.failed and self._told < n + len(answer):
-            self._tell([sampled.token for sampled in answer[self._told - n :]])
-
-    def _tell(self, tokens: Sequence[int]) -> None:
-        self._told += len(tokens)
+    def tell(self, tokens: Sequence[int]) -> None:
+        """Tell the drafter tokens that it has not seen, the prompt first."""
+        self.told += len(tokens)
         try:
             self.drafter.extend(tokens)
         except Exception as error:  # whatever it is, the answer goes on
-            self._give_up(error)
+            self.give_up(error)
             return
         self.controller.accepted(tokens)
 
     def ready(self, total: int) -> bool:
         """Whether the drafter knows all ``total`` tokens of the session and can be asked."""
-        return not self.failed and self._told == total
+        return not self.failed and self.told == total
 
-    def _give_up(self, error: BaseException | str) -> None:
+    def give_up(self, error: BaseException | str) -> None:
+        """Ask the drafter no more."""
         self.failed = True
-        logger.warning("drafter %s failed, the session goes on without: %s", self.name, error)
+        logger.warning(
+            "drafter %s failed, the session goes on without: %s", self.drafter.name, error
+        )
 
     # ---- what to do next -------------------------------------------------------------------
 
@@ -175,21 +175,8 @@ class Speculation:
         try:
             return self._look(ask.ahead, ask.limit, floor=ask.floor)
         except Exception as error:  # whatever it is, the answer goes on
-            self._give_up(error)
+            self.give_up(error)
             return None
-
-    async def propose(self, ask: Ask) -> Draft | None:
-        """Ask the drafter; ``None`` when it failed or took too long, and is not asked again."""
-        self.busy = True
-        try:
-            with trio.move_on_after(DRAFT_SECONDS):
-                return await self.drafter.propose(ask.ahead, ask.limit, floor=ask.floor)
-            self._give_up(f"no draft within {DRAFT_SECONDS:.0f} s")
-        except Exception as error:  # whatever it is, the answer goes on
-            self._give_up(error)
-        finally:
-            self.busy = False
-        return None
 
     def take(  # noqa: PLR0917 - private to the head
         self,
@@ -227,7 +214,7 @@ class Speculation:
         try:
             draft = usable(draft, n_vocab=self._n_vocab, limit=MAX_DRAFTS)
         except Exception as error:  # a draft may be anything
-            self._give_up(error)
+            self.give_up(error)
             return None
         for index, token in enumerate(draft.tokens):
             if token in self._end_tokens:
@@ -252,9 +239,9 @@ class Speculation:
         flight, sampled = landed.flight, landed.sampled
         if flight.kind == "feed":
             return
-        self.passes += 1
-        self.drafted += flight.drafts
-        self.accepted += len(sampled) - 1
+        self._passes += 1
+        self._drafted += flight.drafts
+        self._accepted += len(sampled) - 1
         last = self._last_result
         self._last_result = now
         self.controller.passed(
@@ -271,8 +258,8 @@ class Speculation:
             )
         )
         for lost in landed.void:
-            self.cancelled += 1
-            self.drafted += lost.drafts
+            self._cancelled += 1
+            self._drafted += lost.drafts
             self.controller.passed(
                 Pass(
                     width=lost.n,
@@ -287,18 +274,10 @@ class Speculation:
     def heard(self, sampled: Sequence[Sampled], total: int) -> None:
         """Take in new tokens of the answer, by which the session has ``total``."""
         if self.ready(total - len(sampled)):
-            self._tell([one.token for one in sampled])
+            self.tell([one.token for one in sampled])
 
     def begun(self) -> None:
         """Note that a new attempt begins: nothing is in flight."""
         self.ask = None
         self._dry = None
         self._last_result = None
-
-    async def aclose(self) -> None:
-        """Release the drafter."""
-        try:
-            with trio.move_on_after(1, shield=True):
-                await self.drafter.aclose()
-        except PyAgentError as error:
-            logger.warning("drafter %s did not close: %s", self.name, error)

@@ -331,6 +331,13 @@ def _count(metrics: GenerationMetrics, model: str, event: Finished) -> None:
     metrics.ttft.labels(model).observe(usage.ttft_seconds)
     if usage.tokens_per_second > 0:
         metrics.token.labels(model).observe(1 / usage.tokens_per_second)
+    guesses = usage.speculation
+    if guesses is not None:
+        accepted, drafter = guesses.accepted, guesses.drafter
+        metrics.guesses.labels(model, drafter, "accepted").inc(accepted)
+        metrics.guesses.labels(model, drafter, "rejected").inc(guesses.drafted - accepted)
+        metrics.passes.labels(model, drafter).inc(guesses.passes)
+        metrics.cancelled.labels(model, drafter).inc(guesses.cancelled)
 
 
 def _for_client(error: PyAgentError, plan: Plan | None) -> PyAgentError:

@@ -261,11 +261,19 @@ class Writer:
         each = len(self._choices) // self._shape.prompts
         prompt = sum(usage.prompt_tokens for usage in ended[::each])
         completion = sum(usage.completion_tokens for usage in ended)
-        return {
+        body: Json = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
+        guesses = [usage.speculation for usage in ended if usage.speculation is not None]
+        if guesses:
+            accepted = sum(each.accepted for each in guesses)
+            body["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": sum(each.drafted for each in guesses) - accepted,
+            }
+        return body
 
     def _chunk(
         self, choices: list[Json], usage: Json | None = None, finished: Finished | None = None
@@ -298,4 +306,5 @@ class Writer:
             "failovers": usage.failovers,
             "recomputed_tokens": usage.recomputed_tokens,
             "stall_seconds": usage.stall_seconds,
+            "speculation": usage.speculation,
         }

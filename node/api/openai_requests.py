@@ -7,7 +7,9 @@ Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repeti
 ``ignore_eos``, ``max_tokens: -1`` (up to the context), ``return_token_ids`` (adds
 ``token_ids``, with ``step_seconds`` and ``compute_seconds`` of each, to every choice and a
 ``pyagent`` object with the placement and the times of the first choice to the end of the answer),
-and ``resume_seconds`` (how long the answer goes on without its client, who may come back for it).
+``resume_seconds`` (how long the answer goes on without its client, who may come back for it), and
+``speculation`` with ``draft_length`` and ``draft_depth`` (who guesses tokens ahead, and how many;
+see ``GenerationRequest``).
 """
 
 from __future__ import annotations
@@ -84,6 +86,9 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     resume_seconds: float | None = None
+    speculation: str | None = None
+    draft_length: int | None = None
+    draft_depth: int | None = None
 
 
 class ChatBody(_Common, frozen=True, kw_only=True):
@@ -249,6 +254,9 @@ def _plan(
         msgspec.structs.replace(
             request,
             sampling=msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, index)),
+            speculation=request.speculation if body.speculation is None else body.speculation,
+            draft_length=body.draft_length,
+            draft_depth=body.draft_depth,
         )
         for request in requests
         for index in range(n)
