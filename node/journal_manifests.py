@@ -22,7 +22,7 @@ BATCH: Final = 64
 GATHER_SECONDS: Final = 0.02
 """What comes within this time goes with the same command."""
 RETRY_SECONDS: Final = (1.0, 2.0, 4.0, 8.0)
-"""Pauses after attempts that the log did not take."""
+"""Longest pauses after attempts that the log did not take; whatever comes anew ends them."""
 MAX_DROPS: Final = 4096
 """Ended sessions to tell of; the manifests of more expire by themselves."""
 
@@ -72,7 +72,9 @@ class Manifests:
             good = await self._propose_puts() and await self._propose_drops()
             failures = 0 if good else failures + 1
             if failures:
-                await trio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1])
+                self._wake = trio.Event()
+                with trio.move_on_after(RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1]):
+                    await self._wake.wait()
 
     async def _propose_puts(self) -> bool:
         batch = dict(list(self._puts.items())[:BATCH])

@@ -160,6 +160,22 @@ async def test_a_log_without_a_leader_is_asked_again(autojump_clock, nursery):
     assert log.tries == 5
 
 
+async def test_a_new_session_does_not_wait_for_what_failed_before_it(autojump_clock, nursery):
+    """Or a session that begins when a full disk has room again would be unsafe for seconds."""
+    log = Log()
+    log.faults = [Unavailable("full", code="disk_full")] * 4
+    made = manifests(log, nursery)
+    made.put(held(1))
+    await trio.sleep(12)
+    assert log.tries == 4
+    assert not log.taken
+    made.put(held(2))
+    await trio.sleep(0.1)
+    [put] = log.taken
+    assert isinstance(put, PutCheckpoints)
+    assert len(put.checkpoints) == 2
+
+
 @pytest.mark.parametrize(
     "fault", [Refused("no", code="role_not_allowed"), LimitExceeded("full", code="state_full")]
 )
