@@ -83,7 +83,7 @@ class _Life:
     def __init__(self, number: int) -> None:
         self.number = number
         self.index = 0
-        self.role = (False, 0, 0)
+        self.role: tuple[bool, int, int | None] = (False, 0, None)
         self.placements: object = None
         self.stages: dict[tuple[Digest, int, int], StageView] = {}
         self.sessions: dict[SessionId, tuple[int, int, bool]] = {}
