@@ -27,7 +27,9 @@ MAX_LENGTH: Final = 16
 MAX_DEPTH: Final = 4
 EXPLORE: Final = 0.005
 """The part of the time that may be lost by trying out."""
-EXPLORE_PASSES: Final = 1.5
+EXPLORE_PASSES: Final = 1.25
+FOUNDED_PASSES: Final = 2.5
+ENOUGH_JUDGED: Final = 12
 FORGIVEN: Final = 0.995
 """What is left of a loss after a pass, so that nothing is given up for good."""
 MAX_CREDIT: Final = 4.0
@@ -40,6 +42,8 @@ RECHECK: Final = 24
 """Passes after which the time of a plain one is measured again, more where guessing pays well."""
 FIRST_PAUSE: Final = 8
 LAST_PAUSE: Final = 128
+CHANCES: Final = 2
+"""Drafts in a row that one gets that did not pay, when it is asked again."""
 PROBE: Final = 4
 """Guesses that a drafter that did not pay is asked for when it gets another chance."""
 CERTAIN: Final = 0.995
@@ -88,9 +92,11 @@ class Controller:
         self._passes = 0
         self._since_plain = 0
         self._worth = 0.0
+        self._judged = 0
         self._asked = 0
         self._pause = FIRST_PAUSE
         self._paused = 0
+        self._chances = 0
         self._drafted = 0
         self._right = 0
         self._gained = 0
@@ -143,16 +149,23 @@ class Controller:
     def _another_chance(self, floor: float) -> Plan:
         """Ask a drafter that did not pay again, after ever longer pauses."""
         self._paused += 1
-        if self._paused < self._pause or not self._affordable():
+        if not self._affordable():
             return Plan()
-        self._paused = 0
-        self._pause = min(LAST_PAUSE, 2 * self._pause)
+        if self._paused >= self._pause:
+            self._paused = 0
+            self._pause = min(LAST_PAUSE, 2 * self._pause)
+            self._chances = CHANCES
+        if not self._chances:
+            return Plan()
+        self._chances -= 1
         return Plan(min(PROBE, self._max_length), 1, floor)
 
     def _affordable(self) -> bool:
         """Tell whether something may be tried that could cost time."""
-        allowed = EXPLORE_PASSES * self.costs.seconds(1) + EXPLORE * self._total
-        return self._loss < allowed
+        # where guesses were judged and promise a gain all the same, a loss is likely bad luck
+        founded = self._worth > 0 and self._judged >= ENOUGH_JUDGED
+        passes = FOUNDED_PASSES if founded else EXPLORE_PASSES
+        return self._loss < passes * self.costs.seconds(1) + EXPLORE * self._total
 
     def choose(self, draft: Draft, ahead: Sequence[int] = ()) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
@@ -162,15 +175,8 @@ class Controller:
         self._judge.wait_for(draft, ahead)
         odds = self.calibration.probabilities(draft)
         self._note_modesty(draft.confidence, odds)
-        rate = self.rate
-        n, worth = self._best_length(odds, rate)
-        drafting = rate * self.costs.draft_seconds * len(odds)
-        advantage = worth - (1.0 - rate * self.costs.seconds(1)) - drafting
-        self._asked += 1
-        share = max(0.15, 1.0 / self._asked)
-        self._worth += (advantage - self._worth) * share
-        if self._worth > 0:
-            self._pause = FIRST_PAUSE
+        n = self._best_length(odds, self.rate)
+        self._note_worth(n, odds)
         self._profile.add(odds)
         n = self._pick(n, draft)
         self._predict(odds[:n], len(odds))
@@ -199,7 +205,17 @@ class Controller:
             bend = math.log(max(DOUBTFUL, claimed)) / math.log(min(CERTAIN, true))
             self._modesty = min(MAX_MODESTY, bend)
 
-    def _best_length(self, odds: Sequence[float], rate: float) -> tuple[int, float]:
+    def _note_worth(self, n: int, odds: Sequence[float]) -> None:
+        """Note what such a draft gains over plain decoding, in tokens."""
+        plain = self.costs.seconds(1)
+        took = self.costs.seconds(n + 1) + self.costs.draft_seconds * len(odds)
+        self._asked += 1
+        share = max(0.15, 1.0 / self._asked)
+        self._worth += (_tokens(odds[:n]) - took / plain - self._worth) * share
+        if self._worth > 0:
+            self._pause = FIRST_PAUSE
+
+    def _best_length(self, odds: Sequence[float], rate: float) -> int:
         best, best_worth = 0, 1.0 - rate * self.costs.seconds(1)
         tokens, together = 1.0, 1.0
         for n, chance in enumerate(odds, 1):
@@ -208,7 +224,7 @@ class Controller:
             worth = tokens - rate * self.costs.seconds(n + 1)
             if worth > best_worth:
                 best, best_worth = n, worth
-        return best, best_worth
+        return best
 
     def _recheck_due(self) -> bool:
         """Tell whether the time of a plain pass should be measured again."""
@@ -217,10 +233,7 @@ class Controller:
 
     def _predict(self, odds: Sequence[float], drafted: int) -> None:
         """Note what the step that is sent now is expected to add and to take."""
-        tokens, together = 1.0, 1.0
-        for chance in odds:
-            together *= chance
-            tokens += together
+        tokens = _tokens(odds)
         plan = self._plan
         if plan.depth > 1 and self._profile.known:
             promised = plan_rate(self._profile, self.costs, plan.length, plan.depth, self._ranks)
@@ -265,6 +278,7 @@ class Controller:
     def accepted(self, tokens: Sequence[int]) -> None:
         """Take in tokens of the session: the prompt, then what joins the answer."""
         for outcome in self._judge.accepted(tokens):
+            self._judged += 1
             self.calibration.add(outcome.source, outcome.index, outcome.claim, hit=outcome.hit)
 
     # ---- what it believes --------------------------------------------------------------------
@@ -290,6 +304,15 @@ class Controller:
             plain_tokens_per_second=plain,
             explored_seconds=max(0.0, self._explored),
         )
+
+
+def _tokens(odds: Sequence[float]) -> float:
+    """Return how many tokens a step with such guesses adds on average."""
+    tokens, together = 1.0, 1.0
+    for chance in odds:
+        together *= chance
+        tokens += together
+    return tokens
 
 
 class FixedController(Controller):

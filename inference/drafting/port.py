@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
@@ -77,6 +77,19 @@ class Drafter(Protocol):
 
     async def aclose(self) -> None:
         """Release what it holds; idempotent."""
+        ...
+
+
+@runtime_checkable
+class PreparedDrafter(Protocol):
+    """A drafter that has to read a prompt before it can guess, as a model does."""
+
+    async def prepare(self) -> None:
+        """Read the tokens so far; takes as long as it takes, and may be cancelled.
+
+        Meant for the time in which the session's own ranks read the prompt; a first draft without
+        it takes that much longer.  Raises :class:`PyAgentError` as ``propose`` does.
+        """
         ...
 
 
