@@ -46,6 +46,9 @@ CHANCES: Final = 2
 """Drafts in a row that one gets that did not pay, when it is asked again."""
 PROBE: Final = 4
 """Guesses that a drafter that did not pay is asked for when it gets another chance."""
+PIPED_MEMORY: Final = 0.97
+PRIOR_STEPS: Final = 10.0
+MAX_SLOWNESS: Final = 4.0
 CERTAIN: Final = 0.995
 DOUBTFUL: Final = 0.002
 MODEST: Final = 0.15
@@ -102,6 +105,7 @@ class Controller:
         self._gained = 0
         self._predicted = (0.0, 0.0)
         self._slowness = 1.0
+        self._piped = (0.0, 0.0)
         self._modesty = 1.0
         self._means = (0.0, 0.0)
 
@@ -141,7 +145,7 @@ class Controller:
             )
         best, depth = self._best
         if depth > 1 and self._affordable():
-            return Plan(best, depth, floor)
+            return Plan(best, depth)
         # a draft that goes well may be longer than the average one
         length = self._max_length if cheap else min(self._max_length, 2 * best + 2)
         return Plan(length, 1, floor)
@@ -264,16 +268,24 @@ class Controller:
         if done.drafts or done.draft_seconds or not alone:
             self._loss = max(-MAX_CREDIT * plain, self._loss + took - done.gained * plain)
             self._explored = max(self._explored, self._loss)
-        if not alone and self._profile.known:
-            promised = plan_rate(
-                self._profile, self.costs, self._plan.length, self._plan.depth, self._ranks
-            )
-            actual = took * promised / max(1.0, done.gained) if done.gained else 2.0
-            self._slowness += (min(4.0, max(0.25, actual)) - self._slowness) * 0.1
-        else:
-            self._slowness += (1.0 - self._slowness) * 0.005
+        self._compare_depth(done)
         if done.drafts or done.draft_seconds > 0:
             self.costs.add_draft(max(1, self._profile.last), done.draft_seconds)
+
+    def _compare_depth(self, done: Pass) -> None:
+        """Learn how much slower several steps in flight are than they promise."""
+        plan = self._plan
+        if plan.depth > 1 and self._profile.known:
+            promised = plan_rate(self._profile, self.costs, plan.length, plan.depth, self._ranks)
+            actual, hoped = self._piped
+            actual = actual * PIPED_MEMORY + done.elapsed
+            hoped = hoped * PIPED_MEMORY + done.gained / max(NEVER, promised)
+            self._piped = actual, hoped
+            prior = PRIOR_STEPS * self.costs.seconds(1)
+            slowness = (actual + prior) / (hoped + prior)
+            self._slowness = min(MAX_SLOWNESS, max(1 / MAX_SLOWNESS, slowness))
+        else:
+            self._slowness += (1.0 - self._slowness) * 0.01
 
     def accepted(self, tokens: Sequence[int]) -> None:
         """Take in tokens of the session: the prompt, then what joins the answer."""

@@ -84,7 +84,7 @@ def best_plan(
         if length:
             together *= profile.chance(length - 1)
             tokens += together
-        for depth in range(1, max_depth + 1):
+        for depth in range(1, (max_depth if length else 1) + 1):
             holds = together * profile.chance(length)
             rate = _rate(costs, length, depth, ranks, tokens=tokens, holds=holds)
             if depth > 1:

@@ -10,6 +10,7 @@ from pyagent_node.inference.drafting.controller import Controller, FixedControll
 from pyagent_node.inference.drafting.costs import CostModel
 from pyagent_node.inference.drafting.port import Draft, Pass, Plan
 
+from .piped_world import PipedWorld
 from .world import LENGTHS, World
 
 # a and b of small and large models on processors, d of the suffix drafter and of models
@@ -128,15 +129,22 @@ def test_a_fixed_length_is_kept_and_predicted(length: int) -> None:
     assert controller.plan() == Plan(length)
 
 
-def test_steps_in_flight_pay_where_trips_are_long() -> None:
-    def depth(rtt: float, likely: float, d: float) -> int:
-        controller = Controller(ranks=3, max_length=8)
-        World(0.01, 0.002, d, rtt, lambda t: likely, tokens=200).run(controller)
-        return controller.plan().depth
+@pytest.mark.parametrize("d", [0.0, 0.003])
+@pytest.mark.parametrize("rtt", [0.0, 0.1])
+def test_steps_in_flight_are_used_where_they_pay(rtt: float, d: float) -> None:
+    good = PipedWorld(0.02, 0.004, d, rtt, 0.95)
+    alone = good.run(Controller(ranks=3, max_depth=1))
+    assert good.run(Controller(ranks=3)) > 1.2 * alone
+    assert alone > 1.5 * good.run(FixedController(Plan(0), ranks=3))
+    bad = PipedWorld(0.02, 0.004, d, rtt, 0.1)
+    assert bad.run(Controller(ranks=3)) > 0.96 * bad.run(FixedController(Plan(0), ranks=3))
 
-    assert depth(0.2, 0.97, 0.002) > 1
-    assert depth(0.0, 0.3, 0.002) == 1
-    assert depth(0.2, 0.2, 0.002) == 1
+
+def test_a_fixed_depth_is_kept() -> None:
+    controller = FixedController(Plan(3, 4), ranks=3)
+    world = PipedWorld(0.02, 0.004, 0.0, 0.1, 0.9)
+    assert world.run(controller) > 2 * world.run(FixedController(Plan(0), ranks=3))
+    assert controller.plan() == Plan(3, 4)
 
 
 def test_what_was_learnt_of_costs_can_be_handed_on() -> None:
