@@ -48,6 +48,11 @@ class SuffixDrafter:
         """The name it was chosen by."""
         return NAME
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the session's text takes, in bytes."""
+        return self._index.nbytes
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in accepted tokens, the prompt first."""
         self._index.extend(tokens, 1.0 if self._began else PROMPT_WEIGHT)
