@@ -57,8 +57,9 @@ MAX_MODESTY: Final = 6.0
 ``MODEST``) the floor is raised to the power that they are off by."""
 CHEAP: Final = 0.01
 """A guess that takes less than this part of a token's time is always asked for."""
-LOOK_EVERY: Final = 4
-"""Drafts after which the plan is looked at again."""
+EARLY: Final = 12
+LOOK_EVERY: Final = 6
+"""Drafts after which the plan is looked at again; after each of the first ``EARLY``."""
 DEPTH_GAIN: Final = 1.05
 """Several steps in flight must promise that much more than one."""
 
@@ -134,7 +135,7 @@ class Controller:
                 return self._another_chance(floor)
             if not self._affordable():
                 return Plan()
-        if self._profile.known and self._asked % LOOK_EVERY == 0:
+        if self._profile.known and (self._asked <= EARLY or self._asked % LOOK_EVERY == 0):
             self._best = best_plan(
                 self._profile,
                 self.costs,

@@ -28,19 +28,24 @@ class LineFit:
 
     def __init__(self) -> None:
         self.count = 0
+        self.slope = 0.0
+        """Seconds a token; never negative."""
         self._mean_width = 1.0
         self._mean = 0.0
         self._weight = 0.0
         self._spread = 0.0
         self._product = 0.0
         self._residuals: dict[int, tuple[float, float]] = {}
-        self.expected_slope = 0.0
+        self._expected_slope = 0.0
 
-    @property
-    def slope(self) -> float:
-        """Seconds a token; never negative."""
-        product = self._product + PRIOR_SPREAD * self.expected_slope
-        return max(0.0, product / (self._spread + PRIOR_SPREAD))
+    def expect(self, slope: float) -> None:
+        """Take in what the slope should be, where widths have not told it yet."""
+        self._expected_slope = slope
+        self._refit()
+
+    def _refit(self) -> None:
+        product = self._product + PRIOR_SPREAD * self._expected_slope
+        self.slope = max(0.0, product / (self._spread + PRIOR_SPREAD))
 
     @property
     def intercept(self) -> float:
@@ -67,6 +72,7 @@ class LineFit:
         self._mean += off / self._weight
         self._spread = self._spread * SLOPE_MEMORY + off_width * (width - self._mean_width)
         self._product = self._product * SLOPE_MEMORY + off_width * (seconds - self._mean)
+        self._refit()
         for other, (weight, residual) in list(self._residuals.items()):
             self._residuals[other] = weight * SLOPE_MEMORY, residual
         weight, residual = self._residuals.get(width, (0.0, 0.0))
@@ -124,13 +130,13 @@ class CostModel:
         """Take in a step that was alone in flight."""
         if compute_seconds > 0:
             self._computing.add(width, compute_seconds)
-            self._computing.expected_slope = TOKEN_SHARE * self._computing.seconds(1)
-            self._passes.expected_slope = self._computing.slope
+            self._computing.expect(TOKEN_SHARE * self._computing.seconds(1))
+            self._passes.expect(self._computing.slope)
         elif self._passes.count:
-            self._passes.expected_slope = BLIND_SHARE * self._passes.seconds(1)
+            self._passes.expect(BLIND_SHARE * self._passes.seconds(1))
         self._passes.add(width, seconds)
         if self._passes.count == 1 and compute_seconds <= 0:
-            self._passes.expected_slope = BLIND_SHARE * seconds
+            self._passes.expect(BLIND_SHARE * seconds)
 
     def add_draft(self, guesses: int, seconds: float) -> None:
         """Take in that ``guesses`` were made in ``seconds``."""

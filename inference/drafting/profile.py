@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyagent_node.inference.drafting.costs import NEVER, CostModel
 
@@ -49,6 +49,22 @@ class Profile:
         return min(CERTAIN, self._odds[min(index, len(self._odds) - 1)])
 
 
+class _Times(NamedTuple):
+    """What a step takes that is alone in flight, one rank for it, and the guessing."""
+
+    alone: float
+    busy: float
+    drafting: float
+
+
+def _times(costs: CostModel, length: int, ranks: int) -> _Times:
+    return _Times(
+        costs.draft_seconds * length + costs.seconds(length + 1),
+        costs.busy_seconds(length + 1, ranks),
+        costs.draft_seconds * (length + 1),
+    )
+
+
 def plan_rate(profile: Profile, costs: CostModel, length: int, depth: int, ranks: int) -> float:
     """Return the tokens a second that a plan promises.
 
@@ -61,8 +77,8 @@ def plan_rate(profile: Profile, costs: CostModel, length: int, depth: int, ranks
     for index in range(length):
         together *= profile.chance(index)
         tokens += together
-    holds = together * profile.chance(length)
-    return _rate(costs, length, depth, ranks, tokens=tokens, holds=holds)
+    times = _times(costs, length, ranks)
+    return _rate(times, depth, tokens, together * profile.chance(length))
 
 
 def best_plan(
@@ -84,9 +100,10 @@ def best_plan(
         if length:
             together *= profile.chance(length - 1)
             tokens += together
+        times = _times(costs, length, ranks)
+        holds = together * profile.chance(length)
         for depth in range(1, (max_depth if length else 1) + 1):
-            holds = together * profile.chance(length)
-            rate = _rate(costs, length, depth, ranks, tokens=tokens, holds=holds)
+            rate = _rate(times, depth, tokens, holds)
             if depth > 1:
                 rate /= slowness
             if rate > best_rate:
@@ -94,17 +111,10 @@ def best_plan(
     return best
 
 
-def _rate(
-    costs: CostModel, length: int, depth: int, ranks: int, *, tokens: float, holds: float
-) -> float:
+def _rate(times: _Times, depth: int, tokens: float, holds: float) -> float:
     """Return the rate where a step adds ``tokens`` and the next holds that often."""
-    first = costs.draft_seconds * length + costs.seconds(length + 1)
     if depth <= 1:
-        return tokens / max(NEVER, first)
-    pace = max(
-        first / depth,
-        costs.busy_seconds(length + 1, ranks),
-        costs.draft_seconds * (length + 1),
-    )
+        return tokens / max(NEVER, times.alone)
+    pace = max(times.alone / depth, times.busy, times.drafting)
     steps = 1.0 / (1.0 - holds)
-    return tokens * steps / max(NEVER, first + pace * (steps - 1.0))
+    return tokens * steps / max(NEVER, times.alone + pace * (steps - 1.0))
