@@ -15,6 +15,7 @@ from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_types import StageSpec
 from pyagent_node.inference.runner import (
     RunnerSpec,
@@ -40,7 +41,14 @@ class RealPipeline(NamedTuple):
 
 @asynccontextmanager
 async def open_real_pipeline(
-    store: ModelStore, digest: Digest, boundaries: Sequence[int], *, n_ctx: int, n_seq: int
+    store: ModelStore,
+    digest: Digest,
+    boundaries: Sequence[int],
+    *,
+    n_ctx: int,
+    n_seq: int,
+    latency: float = 0.0,
+    speculators: Speculators | None = None,
 ) -> AsyncIterator[RealPipeline]:
     """Run the model cut at ``boundaries``, each rank on a node of its own."""
     file = store.model_file(digest)
@@ -52,9 +60,12 @@ async def open_real_pipeline(
     )
     placement = Placement(digest, 1, ranks, n_ctx, n_seq)
     async with AsyncExitStack() as stack:
-        network = await stack.enter_async_context(open_network())
+        network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i)) for i in range(count + 1)]
-        pipelines = [await stack.enter_async_context(open_pipeline(mesh)) for mesh in meshes]
+        pipelines = [
+            await stack.enter_async_context(open_pipeline(mesh, speculators=speculators))
+            for mesh in meshes
+        ]
         await network.connect_all()
         runners = []
         for rank in ranks:
