@@ -196,9 +196,11 @@ class Speculation:
             return None
         ahead = attempt.ahead
         guesses = self._rest(answer, ahead, ask, draft) if draft is not None else None
-        if guesses is None:  # of no use; the next question is another
+        if draft is None or guesses is None:  # of no use; the next question is another
             return None
-        count = self.controller.choose(guesses, ahead) if guesses.tokens else 0
+        late = bool(draft.tokens) and not guesses.tokens
+        # that a drafter has nothing to say is told, that it was overtaken is not
+        count = 0 if late else self.controller.choose(guesses, ahead)
         room = min(MAX_DRAFTS, attempt.room - len(ahead))
         tokens = guesses.tokens[: max(0, min(count, room))]
         if not flying:
