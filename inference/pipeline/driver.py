@@ -19,7 +19,7 @@ from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel
-from pyagent_node.inference.pipeline.proposals import catch_up, propose
+from pyagent_node.inference.pipeline.proposals import catch_up, prepare, propose
 from pyagent_node.inference.pipeline.speculation import Ask, Move, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 
@@ -73,6 +73,11 @@ class Driver:
         self._offers = offers
         self._step_seconds = step_seconds
 
+    async def prepare(self, spec: Speculation) -> None:
+        """Let the drafter read the prompt, next to :meth:`run`."""
+        await prepare(spec, self._core.prompt, self._core.answer)
+        self._session.work.set()
+
     async def run(self) -> None:
         """Keep the session going until it is over."""
         core, session = self._core, self._session
@@ -100,7 +105,8 @@ class Driver:
     async def _speculate(self, spec: Speculation, attempt: Attempt) -> None:
         """Send what may be guessed now, asking the drafter where that takes time."""
         core = self._core
-        await catch_up(spec, core.prompt, core.answer)
+        if spec.asked:
+            await catch_up(spec, core.prompt, core.answer)
         while core.attempt is attempt and not core.over:
             move: Move = spec.ask
             spec.ask = None

@@ -249,6 +249,8 @@ class PipelineEngine:
             driver = Driver(self, session, self._offers, step_seconds=self._step_seconds)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(driver.run)
+                if core.speculation is not None:
+                    nursery.start_soon(driver.prepare, core.speculation)
                 try:
                     yield _Events(self, session)
                 except BaseException as error:  # raised again below, not in a group

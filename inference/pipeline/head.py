@@ -185,7 +185,7 @@ class HeadCore:
         attempt, spec = self.attempt, self.speculation
         if attempt is None or self.over:
             return None
-        guessing = spec is not None and not spec.failed and bool(self.answer)
+        guessing = spec is not None and spec.asked and bool(self.answer)
         return attempt.next_chunk(hold=self._held or guessing)
 
     def next_move(self, now: float) -> Outgoing | Ask | None:

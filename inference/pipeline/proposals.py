@@ -10,7 +10,7 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.inference.backend import Tokens
-from pyagent_node.inference.drafting.port import Draft
+from pyagent_node.inference.drafting.port import Draft, PreparedDrafter
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.sampling import Sampled
 
@@ -18,9 +18,26 @@ logger = logging.getLogger("pyagent_node.pipeline")
 
 DRAFT_SECONDS: Final = 2.0
 """A drafter that takes longer over one draft is not asked again."""
+PREPARE_SECONDS: Final = 300.0
+"""How long a drafter may take over the prompt; the answer goes on meanwhile, without guesses."""
 CLOSE_SECONDS: Final = 1.0
 TOLD_AT_ONCE: Final = 4096
 """Tokens that a drafter takes in before other tasks get a turn."""
+
+
+async def prepare(spec: Speculation, prompt: Tokens, answer: Sequence[Sampled]) -> None:
+    """Let the drafter read the prompt, next to the ranks that do."""
+    await catch_up(spec, prompt, answer)
+    drafter = spec.drafter
+    if isinstance(drafter, PreparedDrafter) and not spec.failed:
+        try:
+            with trio.move_on_after(PREPARE_SECONDS) as scope:
+                await drafter.prepare()
+            if scope.cancelled_caught:
+                spec.give_up(f"the prompt was not read within {PREPARE_SECONDS:.0f} s")
+        except Exception as error:  # whatever it is, the answer goes on
+            spec.give_up(error)
+    spec.prepared = True
 
 
 async def catch_up(spec: Speculation, prompt: Tokens, answer: Sequence[Sampled]) -> None:

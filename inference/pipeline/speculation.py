@@ -71,6 +71,8 @@ class Speculation:
         """Whether the drafter is of no more use."""
         self.ask: Ask | None = None
         """A question that the driver is to ask."""
+        self.prepared = False
+        """Whether the drafter has read the prompt and may be asked."""
         self.busy = False
         """Whether the driver is asking one."""
         self._look = drafter.look if isinstance(drafter, QuickDrafter) else None
@@ -116,9 +118,14 @@ class Speculation:
             return
         self.controller.accepted(tokens)
 
+    @property
+    def asked(self) -> bool:
+        """Whether the drafter is asked for what comes after the last token."""
+        return self.prepared and not self.failed
+
     def ready(self, total: int) -> bool:
         """Whether the drafter knows all ``total`` tokens of the session and can be asked."""
-        return not self.failed and self.told == total
+        return self.asked and self.told == total
 
     def give_up(self, error: BaseException | str) -> None:
         """Ask the drafter no more."""
@@ -275,7 +282,7 @@ class Speculation:
 
     def heard(self, sampled: Sequence[Sampled], total: int) -> None:
         """Take in new tokens of the answer, by which the session has ``total``."""
-        if self.ready(total - len(sampled)):
+        if not self.failed and self.told == total - len(sampled):
             self.tell([one.token for one in sampled])
 
     def begun(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
@@ -12,7 +14,7 @@ from pyagent_node.base.types import Digest
 from pyagent_node.inference.backend import MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller, FixedController
 from pyagent_node.inference.drafting.costs import CostModel
-from pyagent_node.inference.drafting.port import DrafterFactory, Plan
+from pyagent_node.inference.drafting.port import Drafter, DrafterFactory, Plan
 from pyagent_node.inference.generation import (
     AUTO_SPECULATION,
     NO_SPECULATION,
@@ -26,7 +28,7 @@ MAX_COSTS: Final = 16
 
 
 class Speculators:
-    """The drafters by name; ``auto`` takes the one that was named first.
+    """The drafters by name; ``auto`` takes the first one that can guess for the model.
 
     ``clock`` returns seconds, for what a guess takes.
     """
@@ -40,6 +42,16 @@ class Speculators:
         self._factories = {factory.name: factory for factory in factories}
         self._clock = clock
         self._costs: OrderedDict[tuple[Digest, int], CostModel] = OrderedDict()
+
+    @contextmanager
+    def offering(self, *factories: DrafterFactory) -> Iterator[None]:
+        """Have more drafters, which ``auto`` likes better, while the context lasts."""
+        self._factories = {f.name: f for f in factories} | self._factories
+        try:
+            yield
+        finally:
+            for factory in factories:
+                del self._factories[factory.name]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,18 +83,10 @@ class Speculators:
 
         Raises what a drafter raises that was asked for by its name; ``auto`` does without.
         """
-        choice = request.speculation
-        if choice == NO_SPECULATION or not self._factories:
+        drafter = self._drafter(request, model)
+        if drafter is None:
             return None
-        auto = choice == AUTO_SPECULATION
-        factory = next(iter(self._factories.values())) if auto else self._factories[choice]
         vocabulary = model.vocabulary
-        try:
-            drafter = factory.for_model(vocabulary.pieces, request.sampling)
-        except PyAgentError:
-            if auto:
-                return None
-            raise
         return Speculation(
             drafter,
             self._controller(request, model),
@@ -90,6 +94,18 @@ class Speculators:
             end_tokens=frozenset() if request.ignore_eos else vocabulary.end_tokens,
             clock=self._clock,
         )
+
+    def _drafter(self, request: GenerationRequest, model: HeadModel) -> Drafter | None:
+        choice, pieces = request.speculation, model.vocabulary.pieces
+        if choice == NO_SPECULATION:
+            return None
+        if choice != AUTO_SPECULATION:
+            self.check(request)  # a drafter may have gone while the prompt was read
+            return self._factories[choice].for_model(pieces, request.sampling)
+        for factory in self._factories.values():
+            with contextlib.suppress(PyAgentError):
+                return factory.for_model(pieces, request.sampling)
+        return None
 
     def _controller(self, request: GenerationRequest, model: HeadModel) -> Controller:
         placement = model.placement

@@ -81,6 +81,31 @@ class SlowOracle(Oracle):
         return draft
 
 
+class Reading(SlowOracle):
+    """Reads the prompt for a while first."""
+
+    read = False
+
+    async def prepare(self) -> None:
+        """Take half a second."""
+        await trio.sleep(0.5)
+        self.read = True
+
+    async def propose(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Guess after a while."""
+        assert self.read
+        return await super().propose(ahead, limit)
+
+
+class Illiterate(QuickOracle):
+    """Fails over the prompt."""
+
+    async def prepare(self) -> None:
+        """Fail."""
+        await trio.sleep(0.5)
+        raise Unavailable("What does it say?", code="drafter_gone")
+
+
 class Stalling(Oracle):
     """Answers twice and then never again."""
 
@@ -144,6 +169,8 @@ KINDS: dict[str, type[Oracle]] = {
     "quick": QuickOracle,
     "slow": SlowOracle,
     "prompt": Oracle,
+    "reading": Reading,
+    "illiterate": Illiterate,
     "stalling": Stalling,
     "dying": Dying,
     "buggy": Buggy,

@@ -187,6 +187,7 @@ class World:
             clock=lambda: 0.0,
         )
         spec.tell(prompt.tolist())
+        spec.prepared = True
         core = HeadCore(plan, prompt, VOCABULARY, 0.0, spec)
         self.heads[session] = core
         self.shown[session] = []
