@@ -43,6 +43,10 @@ class LineFit:
         self._expected_slope = slope
         self._refit()
 
+    def likely_slope(self, share: float) -> float:
+        """Return the slope if a token takes ``share`` of what a pass of width 1 takes."""
+        return share * self._mean / (1.0 + share * (self._mean_width - 1.0))
+
     def _refit(self) -> None:
         product = self._product + PRIOR_SPREAD * self._expected_slope
         self.slope = max(0.0, product / (self._spread + PRIOR_SPREAD))
@@ -78,7 +82,7 @@ class LineFit:
         weight, residual = self._residuals.get(width, (0.0, 0.0))
         weight = weight + 1.0
         line = self._mean - self.slope * (self._mean_width - width)
-        self._residuals[width] = weight, residual + (seconds - line - residual) / min(weight, 12.0)
+        self._residuals[width] = weight, residual + (seconds - line - residual) / min(weight, 6.0)
 
 
 class CostModel:
@@ -128,15 +132,13 @@ class CostModel:
 
     def add_pass(self, width: int, seconds: float, compute_seconds: float) -> None:
         """Take in a step that was alone in flight."""
+        self._passes.add(width, seconds)
         if compute_seconds > 0:
             self._computing.add(width, compute_seconds)
-            self._computing.expect(TOKEN_SHARE * self._computing.seconds(1))
+            self._computing.expect(self._computing.likely_slope(TOKEN_SHARE))
             self._passes.expect(self._computing.slope)
-        elif self._passes.count:
-            self._passes.expect(BLIND_SHARE * self._passes.seconds(1))
-        self._passes.add(width, seconds)
-        if self._passes.count == 1 and compute_seconds <= 0:
-            self._passes.expect(BLIND_SHARE * seconds)
+        elif not self._computing.count:
+            self._passes.expect(self._passes.likely_slope(BLIND_SHARE))
 
     def add_draft(self, guesses: int, seconds: float) -> None:
         """Take in that ``guesses`` were made in ``seconds``."""
