@@ -256,6 +256,12 @@ OPTIONS: tuple[Option, ...] = (
         high=MAX_SESSIONS,
     ),
     Option(
+        "drafter",
+        "text",
+        "",
+        "A model of this node that guesses tokens for larger ones of its family; empty: none.",
+    ),
+    Option(
         "ticket_hours",
         "number",
         24.0,

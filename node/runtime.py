@@ -28,6 +28,7 @@ from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
+from pyagent_node.node.draft_model import DraftModel, keep_drafting
 from pyagent_node.node.engines import open_consensus
 from pyagent_node.node.governance import Governance
 from pyagent_node.node.home import Home
@@ -118,7 +119,8 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     store = await trio.to_thread.run_sync(ModelStore, settings.models_dir(home))
     transfers = TransferStats()
     threads = settings.threads or None
-    speculators = Speculators([SuffixDrafters()])
+    suffix = SuffixDrafters()
+    speculators = Speculators([suffix])
     async with (
         open_mesh(config) as mesh,
         open_consensus(mesh, home, membership) as consensus,
@@ -152,6 +154,9 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         }
         if registrar is not None:
             tasks["registrar"] = registrar.admit_self
+        if settings.drafter:
+            draft_model = DraftModel(settings.drafter, settings.n_ctx, settings.n_seq, threads)
+            tasks["drafter"] = lambda: keep_drafting(draft_model, store, speculators, suffix)
         for name, task in tasks.items():
             nursery.start_soon(_guard, name, task)
         yield Node(
