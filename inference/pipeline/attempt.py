@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
     stop: int
 
 
-class Flight(NamedTuple):
+class Flight(msgspec.Struct, frozen=True, gc=False):
     """A step under way: ``n`` tokens up to position ``stop``, ``drafts`` of them ``guesses``.
 
     ``kind``: it feeds the journal, or continues the answer with the token known last, or does so as
@@ -78,7 +78,7 @@ class Flight(NamedTuple):
         return len(self.guesses)
 
 
-class Landed(NamedTuple):
+class Landed(msgspec.Struct, frozen=True, gc=False):
     """A result with tokens of the answer, and the steps that are void by it."""
 
     flight: Flight
@@ -186,9 +186,9 @@ class Attempt:
         """Return the step for the last token of the answer."""
         tokens = cast("Tokens", np.array((token,), dtype=np.int32))
         rows = None if self.embed is None else self.embed(tokens)
-        in_flight = len(self._flights) + 1
+        flights = len(self._flights)
         flight = Flight(
-            self._sent, self.position + 1, 1, True, now, "token", token, in_flight=in_flight
+            self._sent, self.position + 1, 1, True, now, "token", token, (), 0.0, flights + 1
         )
         return self._step(flight, tokens, rows)
 

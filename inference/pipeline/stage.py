@@ -304,7 +304,7 @@ class StageCore:
                 out.append(Outgoing(session.head, result))
             else:
                 session.computed(message, ())
-                void = session.is_void(message, -1, tail=False)
+                void = message.parent is not None and session.is_void(message, -1, tail=False)
                 if void:
                     session.void = message.step
                 self._queue.finished(session)

@@ -54,7 +54,11 @@ def check_step(
     Raises :class:`CorruptData` (``out_of_order``, ``malformed_step``), :class:`InvalidRequest`
     (``step_too_long``, ``bad_parameter``) and :class:`LimitExceeded` (``too_many_steps``).
     """
-    if not _in_order(message, session):
+    position = message.position
+    plain = message.parent is None and message.step == session.next_step
+    if not (plain and position == session.sure == session.next_position) and not _in_order(
+        message, session
+    ):
         raise CorruptData(
             f"Step {message.step} at position {message.position} came where step"
             f" {session.next_step} at {session.next_position} was due.",
@@ -67,7 +71,7 @@ def check_step(
             code="bad_parameter",
             parameter="drafts",
         )
-    end = message.position + message.n
+    end = position + message.n
     if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
         raise InvalidRequest(
             f"A step of {message.n} tokens up to position {end} is outside the bounds of"
@@ -107,12 +111,9 @@ def _in_order(message: Step, session: ServedSession) -> bool:
     The prompt comes without a gap.  A step with a parent follows on it; any other may go back, but
     not beyond what is sure to be there.
     """
-    due = message.step == session.next_step
     if message.parent is not None:
-        follows = due and message.parent == message.step - 1
+        follows = message.step == session.next_step and message.parent == message.step - 1
         return follows and session.prompt_tokens <= message.position == session.next_position
-    if due and message.position == session.sure == session.next_position:
-        return True
     ahead = message.step >= session.next_step
     return ahead and session.prompt_tokens <= message.position <= session.sure
 

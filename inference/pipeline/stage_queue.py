@@ -222,6 +222,7 @@ class StageQueue:
     def take(self) -> Batch | None:
         """Take the work that is due now."""
         work: list[tuple[ServedSession, QueuedStep]] = []
+        trims: list[SequenceOp] = []
         for chunks in (self._chunk_turn, not self._chunk_turn):
             ready = self._chunks if chunks else self._tokens
             width = 1 if chunks else self._width
@@ -232,7 +233,12 @@ class StageQueue:
                     break
                 ready.popleft()
                 session.in_flight = True
-                work.append((session, self._next(session)))
+                step = self._next(session)
+                position = step.message.position
+                if position < session.end:
+                    trims.append(TrimSequence(_slot(session), position))
+                session.end = position + step.message.n
+                work.append((session, step))
                 if alone:
                     break
             if work:
@@ -240,12 +246,7 @@ class StageQueue:
                 break
         if not work and not self._ops:
             return None
-        for session, step in work:
-            position = step.message.position
-            if position < session.end:
-                self._ops.append(TrimSequence(_slot(session), position))
-            session.end = position + step.message.n
-        ops = tuple(self._ops)
+        ops = (*self._ops, *trims)
         self._ops.clear()
         inputs = tuple(
             StepInput(
@@ -264,12 +265,15 @@ class StageQueue:
         if session.seq is None or session.in_flight:
             return
         queue = session.queue
-        while session.is_void(queue[0].message, int(queue[0].tokens[0]), tail=self._sampling):
+        message = queue[0].message
+        while message.parent is not None and session.is_void(
+            message, int(queue[0].tokens[0]), tail=self._sampling
+        ):
             session.void = self._next(session).message.step
             self.dropped += 1
             if not queue:
                 return
-        message = queue[0].message
+            message = queue[0].message
         chunk = message.n > 1 and not message.drafts
         (self._chunks if chunk else self._tokens).append(session)
 
