@@ -114,6 +114,10 @@ class StageService:
                 del self._stages[key]
             self._send(stage.core.stop(failure or _ended(spec)))
 
+    def uses(self, runner: StageRunner) -> bool:
+        """Whether a stage is served with ``runner``; else it may hold what an ended one left."""
+        return any(stage.runner is runner for stage in self._stages.values())
+
     def _supersede(self, stage: _Stage) -> None:
         """End a stage before anything else can use its runner.
 

@@ -49,10 +49,13 @@ class Bounded:
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
-            left = machine.parts.pipeline.stages.sessions()
+            stages = machine.parts.pipeline.stages
+            left = stages.sessions()
             if left:
                 yield f"node {machine.number} still serves {len(left)} sessions"
             if machine.assets is not None:
-                slots = sum(runner.open_slots for runner in machine.assets.runners)
+                # A standby may hold what it computed last: it is wiped before it serves again.
+                serving = filter(stages.uses, machine.assets.runners)
+                slots = sum(runner.open_slots for runner in serving)
                 if slots:
                     yield f"runners of node {machine.number} still hold {slots} slots"
