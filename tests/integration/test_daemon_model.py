@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 import psutil
 import pytest
@@ -93,6 +94,30 @@ def test_every_node_gives_the_same_answer(swarm: Swarm) -> None:
         answers.append(answer.token_ids)
     assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) == 16
+
+
+def test_guesses_are_asked_for_over_the_api_and_change_no_token(swarm: Swarm) -> None:
+    asked = Ask(
+        model=swarm.model,
+        prompt="a b c d e f g h\n" * 6 + "a b c",
+        max_tokens=24,
+        seed=7,
+        temperature=0.0,
+        ignore_eos=True,
+    )
+    *_, plain = swarm.nodes[1].client.generate(asked)
+    assert isinstance(plain, Answer)
+    assert plain.speculation is None
+    guessed = msgspec.structs.replace(asked, speculation="suffix", draft_length=6)
+    *_, answer = swarm.nodes[1].client.generate(guessed)
+    assert isinstance(answer, Answer)
+    assert answer.token_ids == plain.token_ids
+    usage = answer.speculation
+    assert usage is not None
+    assert usage.drafter == "suffix"
+    assert 0 < usage.accepted <= usage.drafted
+    with swarm.openai(1) as client, pytest.raises(openai.BadRequestError, match="suffix"):
+        ask(client, swarm.model, extra_body={"speculation": "crystal ball"})
 
 
 def test_the_openai_client(swarm: Swarm) -> None:
