@@ -18,6 +18,7 @@ from pyagent_node.inference.generation import Generated, GenerationRequest
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     PIPE_PROTOCOL,
+    CancelSteps,
     CloseSession,
     OpenSession,
     PipeMessage,
@@ -122,6 +123,7 @@ async def test_steps_and_closings_for_anothers_session_change_nothing(
                         await mallory.send(
                             peer(rank),
                             (CloseSession(session, MODEL, epoch, rank), b""),
+                            (CancelSteps(session, MODEL, epoch, rank, 0, 2**40), b""),
                             (Step(session, MODEL, epoch, rank, 9, 9, 1, True), tail),
                             (Result(session, MODEL, epoch, 2, 3, 0.0, (Sampled(1),)), b""),
                             (
@@ -151,6 +153,43 @@ async def test_a_session_in_anothers_name_is_refused(autojump_clock: MockClock) 
         assert world.sessions == 0
         codes = [m.error.code for m in mallory.got if isinstance(m, StageError)]
         assert codes == ["wrong_sender"] * 3
+
+
+async def test_guesses_that_make_no_sense_end_their_own_session(
+    autojump_clock: MockClock,
+) -> None:
+    async with attacked() as (_, placement, mallory):
+        epoch = placement.epoch
+        rows = np.zeros((40, 6), np.float32)
+        for number, (position, n, drafts, parent, code) in enumerate(
+            [
+                (2, 3, 3, None, "bad_parameter"),
+                (2, 3, -1, None, "bad_parameter"),
+                (2, 40, 39, None, "bad_parameter"),
+                (2, 3, 2**40, None, "bad_parameter"),
+                (1, 3, 2, None, "out_of_order"),
+                (3, 3, 2, None, "out_of_order"),
+                (2, 3, 2, 7, "out_of_order"),
+                (2**40, 3, 2, None, "out_of_order"),
+            ]
+        ):
+            session = SessionId(f"{number:032x}")
+            opening = OpenSession(session, MODEL, epoch, 0, peer(MALLORY), 64, 2, GREEDY)
+            start = Step(session, MODEL, epoch, 0, 0, 0, 2, True)
+            step = Step(
+                session, MODEL, epoch, 0, 1, position, n, True, drafts=drafts, parent=parent
+            )
+            mallory.got.clear()
+            await mallory.send(
+                peer(0),
+                (opening, b""),
+                (start, pack_tail(np.ones(2, np.int32), rows[:2])),
+                (step, pack_tail(np.ones(n, np.int32), rows[:n])),
+            )
+            codes = [m.error.code for m in mallory.got if isinstance(m, StageError)]
+            assert codes == [code]
+            for rank in range(3):
+                await mallory.send(peer(rank), (CloseSession(session, MODEL, epoch, rank), b""))
 
 
 async def test_a_flood_is_bounded_and_answered(autojump_clock: MockClock) -> None:
