@@ -191,14 +191,11 @@ class PipelineEngine:
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         session = request.session or self._session_ids()
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
-        journal = new_journal(plan, prompt, created=self._wall(), label=request.label)
+        journal = new_journal(plan, prompt, request, created=self._wall())
         speculation = self._speculators.open(request, model)
         core = HeadCore(plan, prompt, model.vocabulary, started, speculation)
-        try:
-            async with self._run(core, model, journal) as events:
-                yield events
-        finally:
-            await release(speculation)
+        async with self._run(core, model, journal) as events:
+            yield events
 
     @asynccontextmanager
     async def resume(
@@ -220,6 +217,7 @@ class PipelineEngine:
         prompt = np.array(journal.prompt, dtype=np.int32)
         core = HeadCore(plan, prompt, model.vocabulary, started)
         core.recall(journal.tokens, after, started)
+        core.speculation = self._speculators.reopen(journal, model)
         async with self._run(core, model, journal) as events:
             yield events
 
@@ -227,7 +225,17 @@ class PipelineEngine:
     async def _run(
         self, core: HeadCore, model: HeadModel, journal: SessionJournal
     ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
-        """Run a session while the context lasts, beginning over ``model``."""
+        """Run a session while the context lasts, beginning over ``model``; releases its drafter."""
+        try:
+            async with self._running(core, model, journal) as events:
+                yield events
+        finally:
+            await release(core.speculation)
+
+    @asynccontextmanager
+    async def _running(
+        self, core: HeadCore, model: HeadModel, journal: SessionJournal
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
         stable = core.plan.session
         if stable in self._sessions:
             raise Conflict(f"This node heads session {stable} already.", code="session_exists")

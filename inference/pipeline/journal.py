@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from pyagent_node.base.types import Digest, SessionId
+from pyagent_node.inference.generation import NO_SPECULATION
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 Outcome = Literal["finished", "failed", "left"]
@@ -30,7 +31,8 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     number of tokens to generate, ``tokens`` among them.  ``tokens`` never hold an end token that
     ended the answer, and carry the log-probabilities that the request asked for.  ``created`` are
     Unix seconds of the request.  ``label`` belongs to the caller of the engine, who gets it back
-    unread (in what shape the answer is shown, say).
+    unread (in what shape the answer is shown, say).  ``speculation``, ``draft_length`` and
+    ``draft_depth`` are the request's; a head that has no such drafter goes on without.
     """
 
     session: SessionId
@@ -43,6 +45,9 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     created: float
     label: str = ""
     tokens: tuple[Sampled, ...] = ()
+    speculation: str = NO_SPECULATION
+    draft_length: int | None = None
+    draft_depth: int | None = None
 
 
 class JournalSink(Protocol):

@@ -105,7 +105,9 @@ def plan_request(
     )
 
 
-def new_journal(plan: HeadPlan, prompt: Tokens, *, created: float, label: str) -> SessionJournal:
+def new_journal(
+    plan: HeadPlan, prompt: Tokens, request: GenerationRequest, *, created: float
+) -> SessionJournal:
     """Return the journal of a session that begins."""
     return SessionJournal(
         session=plan.session,
@@ -116,7 +118,10 @@ def new_journal(plan: HeadPlan, prompt: Tokens, *, created: float, label: str) -
         ignore_eos=plan.ignore_eos,
         prompt=tuple(prompt.tolist()),
         created=created,
-        label=label,
+        label=request.label,
+        speculation=request.speculation,
+        draft_length=request.draft_length,
+        draft_depth=request.draft_depth,
     )
 
 

@@ -20,6 +20,7 @@ from pyagent_node.inference.generation import (
     NO_SPECULATION,
     GenerationRequest,
 )
+from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.speculation import MAX_DEPTH, Speculation
 
@@ -94,6 +95,21 @@ class Speculators:
             end_tokens=frozenset() if request.ignore_eos else vocabulary.end_tokens,
             clock=self._clock,
         )
+
+    def reopen(self, journal: SessionJournal, model: HeadModel) -> Speculation | None:
+        """Return the guesses of a session that another head began, if it can have them here."""
+        request = GenerationRequest(
+            journal.model,
+            ignore_eos=journal.ignore_eos,
+            sampling=journal.sampling,
+            speculation=journal.speculation,
+            draft_length=journal.draft_length,
+            draft_depth=journal.draft_depth,
+        )
+        with contextlib.suppress(PyAgentError):
+            self.check(request)
+            return self.open(request, model)
+        return None
 
     def _drafter(self, request: GenerationRequest, model: HeadModel) -> Drafter | None:
         choice, pieces = request.speculation, model.vocabulary.pieces

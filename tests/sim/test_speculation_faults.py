@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.inference.generation import GenerationEvent
+from pyagent_node.inference.generation import Finished, GenerationEvent
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.pipeline import PipelineWorld, open_pipeline_world
 
@@ -48,6 +48,37 @@ async def test_one_fault_at_any_moment_changes_no_token(
             assert outcome == "finished"
             await trio.sleep(1.5)
             await drained(world)
+
+
+@pytest.mark.parametrize("name", ["quick", "slow", "gone"])
+async def test_another_head_goes_on_guessing_if_it_can(
+    name: str, autojump_clock: MockClock
+) -> None:
+    speculators, factories = oracles(0.2)
+    journals = Journals()
+    async with open_pipeline_world(
+        4, latency=0.01, speculators=speculators, journal=journals
+    ) as world:
+        world.place((3, 7), (1, 2, 3), seconds=0.005)
+        plain = request(prompt(30), 60)
+        real = "quick" if name == "gone" else name
+        await stream(world, msgspec.structs.replace(plain, speculation=real, draft_length=4))
+        ((whole, _),) = journals.ended.values()
+        assert (whole.speculation, whole.draft_length, whole.draft_depth) == (real, 4, None)
+        half = msgspec.structs.replace(whole, tokens=whole.tokens[:20], speculation=name)
+        async with world.pipelines[2].engine.resume(half, 10) as events:
+            got = [event async for event in events]
+        assert tokens_of(got) == expected(plain)[10:]
+        last = got[-1]
+        assert isinstance(last, Finished)
+        usage = last.usage.speculation
+        assert (usage is not None and usage.accepted > 5) == (name != "gone")
+        for changes in ({"draft_length": 99}, {"speculation": "x" * 10_000}, {"draft_depth": -1}):
+            bad = msgspec.structs.replace(half, **changes)
+            async with world.pipelines[2].engine.resume(bad, 10) as events:
+                assert tokens_of([event async for event in events]) == expected(plain)[10:]
+        await drained(world)
+        assert all(d.closed == 1 for d in factories[real].made)
 
 
 class Storm:
