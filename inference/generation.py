@@ -36,9 +36,10 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     unread into the session's journal, and comes back with it.
 
     ``speculation`` says who guesses tokens ahead: nobody (:data:`NO_SPECULATION`), whoever is best
-    (:data:`AUTO_SPECULATION`), or a drafter by its name.  It changes no token, only how soon they
-    come.  ``draft_length`` fixes how many guesses a step carries and ``draft_depth`` how many
-    steps are in flight; where the first is ``None`` both are decided as it goes.
+    (:data:`AUTO_SPECULATION`), or a drafter by its name; ``None``: as the node is set.  It changes
+    no token, only how soon they come.  ``draft_length`` fixes how many guesses a step carries and
+    ``draft_depth`` how many steps are in flight; where the first is ``None`` both are decided as
+    it goes.
     """
 
     model: str
@@ -51,7 +52,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     sampling: SamplingParams = SamplingParams()
     session: SessionId | None = None
     label: str = ""
-    speculation: str = NO_SPECULATION
+    speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
 

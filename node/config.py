@@ -65,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str
     n_ctx: int
     n_seq: int
+    speculation: str
     drafter: str
     ticket_hours: float
     drain_seconds: float

@@ -256,6 +256,13 @@ OPTIONS: tuple[Option, ...] = (
         high=MAX_SESSIONS,
     ),
     Option(
+        "speculation",
+        "text",
+        "none",
+        "Whether tokens are guessed ahead for requests that do not say.",
+        choices=("none", "auto"),
+    ),
+    Option(
         "drafter",
         "text",
         "",

@@ -120,7 +120,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     transfers = TransferStats()
     threads = settings.threads or None
     suffix = SuffixDrafters()
-    speculators = Speculators([suffix])
+    speculators = Speculators([suffix], default=settings.speculation)
     async with (
         open_mesh(config) as mesh,
         open_consensus(mesh, home, membership) as consensus,

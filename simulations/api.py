@@ -65,7 +65,7 @@ N_CTX = 64
 
 def _guesses(request: GenerationRequest) -> SpeculationUsage | None:
     """Return made-up counts for a request with a drafter."""
-    if request.speculation == NO_SPECULATION:
+    if request.speculation in (None, NO_SPECULATION):
         return None
     return SpeculationUsage(request.speculation, 4, 10, 6, 1, False, 3, 2, 20.0, 10.0)
 

@@ -186,12 +186,13 @@ class PipelineEngine:
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         check_request(request, len(model.vocabulary.pieces))
         self._speculators.check(request)
+        choice = self._speculators.choice(request)
         prompt = await prompt_tokens(model.tokenizer, request)
         # Placed anew while the prompt was tokenised: use what holds now.
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         session = request.session or self._session_ids()
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
-        journal = new_journal(plan, prompt, request, created=self._wall())
+        journal = new_journal(plan, prompt, request, choice, created=self._wall())
         speculation = self._speculators.open(request, model)
         core = HeadCore(plan, prompt, model.vocabulary, started, speculation)
         async with self._run(core, model, journal) as events:

@@ -106,9 +106,14 @@ def plan_request(
 
 
 def new_journal(
-    plan: HeadPlan, prompt: Tokens, request: GenerationRequest, *, created: float
+    plan: HeadPlan,
+    prompt: Tokens,
+    request: GenerationRequest,
+    speculation: str,
+    *,
+    created: float,
 ) -> SessionJournal:
-    """Return the journal of a session that begins."""
+    """Return the journal of a session that begins; ``speculation`` is the choice that holds."""
     return SessionJournal(
         session=plan.session,
         model=plan.model,
@@ -119,7 +124,7 @@ def new_journal(
         prompt=tuple(prompt.tolist()),
         created=created,
         label=request.label,
-        speculation=request.speculation,
+        speculation=speculation,
         draft_length=request.draft_length,
         draft_depth=request.draft_depth,
     )

@@ -31,15 +31,17 @@ MAX_COSTS: Final = 16
 class Speculators:
     """The drafters by name; ``auto`` takes the first one that can guess for the model.
 
-    ``clock`` returns seconds, for what a guess takes.
+    ``default`` is for requests that do not say; ``clock`` returns seconds, for what a guess takes.
     """
 
     def __init__(
         self,
         factories: Iterable[DrafterFactory] = (),
         *,
+        default: str = NO_SPECULATION,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.default = default
         self._factories = {factory.name: factory for factory in factories}
         self._clock = clock
         self._costs: OrderedDict[tuple[Digest, int], CostModel] = OrderedDict()
@@ -59,11 +61,16 @@ class Speculators:
         """What a request may ask for."""
         return (NO_SPECULATION, AUTO_SPECULATION, *self._factories)
 
+    def choice(self, request: GenerationRequest) -> str:
+        """Return what a request asks for, in so many words or by saying nothing."""
+        return self.default if request.speculation is None else request.speculation
+
     def check(self, request: GenerationRequest) -> None:
         """Check what a request asks for; raises :class:`InvalidRequest` (``bad_parameter``)."""
-        if request.speculation not in self.names:
+        choice = self.choice(request)
+        if choice not in self.names:
             raise InvalidRequest(
-                f"There is no drafter {request.speculation[:64]!r};"
+                f"There is no drafter {choice[:64]!r};"
                 f" speculation is one of {', '.join(self.names)}.",
                 code="bad_parameter",
                 parameter="speculation",
@@ -112,7 +119,7 @@ class Speculators:
         return None
 
     def _drafter(self, request: GenerationRequest, model: HeadModel) -> Drafter | None:
-        choice, pieces = request.speculation, model.vocabulary.pieces
+        choice, pieces = self.choice(request), model.vocabulary.pieces
         if choice == NO_SPECULATION:
             return None
         if choice != AUTO_SPECULATION:

@@ -254,7 +254,7 @@ def _plan(
         msgspec.structs.replace(
             request,
             sampling=msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, index)),
-            speculation=request.speculation if body.speculation is None else body.speculation,
+            speculation=body.speculation,
             draft_length=body.draft_length,
             draft_depth=body.draft_depth,
         )

@@ -203,5 +203,22 @@ async def test_a_choice_that_there_is_not_is_refused(
         assert caught.value.facts["parameter"] == parameter
 
 
+async def test_a_request_that_does_not_say_is_served_as_the_node_is_set(
+    autojump_clock: MockClock,
+) -> None:
+    for default, drafter in (("none", None), ("auto", "quick")):
+        speculators, _ = oracles()
+        speculators.default = default
+        async with open_pipeline_world(1, speculators=speculators) as world:
+            world.place((), (0,))
+            for ask, wanted in (
+                (request(prompt(3)), drafter),
+                (guessing(request(prompt(3)), "none"), None),
+                (guessing(request(prompt(3)), "slow"), "slow"),
+            ):
+                told = usage(await stream(world, ask)).usage.speculation
+                assert (told and told.drafter) == wanted
+
+
 def test_there_is_a_test_for_every_kind() -> None:
     assert {*SOUND, *BAD} == set(KINDS)

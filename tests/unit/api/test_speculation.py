@@ -15,7 +15,7 @@ async def test_the_choice_reaches_the_engine_and_the_default_is_the_engines(api)
     await ask(api)
     await ask(api, speculation="suffix", draft_length=3, draft_depth=2, n=2)
     default, *chosen = api.engine.requests
-    assert (default.speculation, default.draft_length, default.draft_depth) == ("none", None, None)
+    assert (default.speculation, default.draft_length, default.draft_depth) == (None, None, None)
     assert len(chosen) == 2
     for request in chosen:
         assert (request.speculation, request.draft_length, request.draft_depth) == ("suffix", 3, 2)
