@@ -163,6 +163,7 @@ async def test_a_slow_reader_holds_the_session_back_and_loses_nothing(
             assert tokens_of(events) == expected(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quick", "slow"])
 async def test_eight_sessions_at_once(name: str, autojump_clock: MockClock) -> None:
     speculators, _ = oracles(0.25)
