@@ -2,7 +2,8 @@
 
 For each peer there are two lanes (see ``frames``), each a bounded queue and one task that owns one
 stream.  A lane that fails takes its queue with it: whoever relied on it is told once through the
-``lost`` callback and ends the sessions concerned; the next message opens the lane anew.
+``lost`` callback and ends the sessions concerned; the next message opens the lane anew.  Only what
+closes sessions is sent again, for as long as a stage would keep them: nobody else would.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from pyagent_node.base.wire import Frame
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     PIPE_PROTOCOL,
+    CloseSession,
     OpenSession,
     PipeMessage,
     Step,
     Tail,
 )
+from pyagent_node.inference.pipeline.stage_types import IDLE_SECONDS
 
 logger = logging.getLogger("pyagent_node.pipeline")
 
@@ -34,19 +37,22 @@ MAX_LANE_MESSAGES: Final = 4096
 """Messages that may wait for one lane of one peer."""
 MAX_LANE_BYTES: Final = 512 * MIB
 """Bytes of tails that may wait for one lane of one peer."""
+CLOSE_AGAIN_SECONDS: Final = 5.0
+"""Pause before closings that a lost lane took with it are sent again."""
 
 Deliver = Callable[[PeerId, PipeMessage, Tail], None]
 Lost = Callable[[PeerId, bool, PyAgentError], None]
 
 
 class _Lane:
-    __slots__ = ("control", "error", "idle", "overflow", "peer", "queue", "size", "wake")
+    __slots__ = ("control", "error", "idle", "overflow", "peer", "queue", "sending", "size", "wake")
 
     def __init__(self, peer: PeerId, control: bool) -> None:
         self.peer = peer
         self.control = control
         self.queue: deque[tuple[PipeMessage, Tail]] = deque()
         self.size = 0
+        self.sending: PipeMessage | None = None
         self.wake = trio.Event()
         self.idle: FrameStream | None = None
         """The stream, while its task waits for something to send."""
@@ -68,6 +74,8 @@ class PipeLinks:
         self._lost = lost
         self._lanes: dict[tuple[PeerId, bool], _Lane] = {}
         self._nursery: trio.Nursery | None = None
+        self._unclosed: dict[tuple[PeerId, CloseSession], float] = {}
+        """Closings that were lost with a lane, and until when it is worth sending them again."""
 
     def start(self, nursery: trio.Nursery) -> None:
         """Serve inbound streams, and run the lanes in ``nursery`` from now on."""
@@ -132,7 +140,31 @@ class PipeLinks:
             f"Node {lane.peer} closed the stream.", code="stream_closed", peer_id=lane.peer
         )
         logger.info("lane to %s lost: %s", lane.peer, lost)
+        self._keep_closings(lane)
         self._lost(lane.peer, lane.control, lost)
+
+    def _keep_closings(self, lane: _Lane) -> None:
+        """See to it that the sessions that ``lane`` was to close are closed."""
+        now = trio.current_time()
+        self._unclosed = {key: until for key, until in self._unclosed.items() if until > now}
+        messages = [lane.sending, *(message for message, _ in lane.queue)]
+        closings = [message for message in messages if isinstance(message, CloseSession)]
+        room = MAX_LANE_MESSAGES - len(self._unclosed)
+        for closing in closings[: max(0, room)]:
+            self._unclosed.setdefault((lane.peer, closing), now + IDLE_SECONDS)
+        if closings and self._nursery is not None:
+            self._nursery.start_soon(self._close_again, lane.peer, closings)
+
+    async def _close_again(self, peer: PeerId, closings: list[CloseSession]) -> None:
+        await trio.sleep(CLOSE_AGAIN_SECONDS)
+        # A peer that lost us has ended our sessions by itself.
+        connected = any(info.peer_id == peer for info in self._mesh.peers())
+        for closing in closings:
+            until = self._unclosed.get((peer, closing), 0.0)
+            if connected and until > trio.current_time():
+                self.send(peer, closing)
+            else:
+                self._unclosed.pop((peer, closing), None)
 
     async def _drive(self, lane: _Lane) -> None:
         try:
@@ -170,7 +202,9 @@ class PipeLinks:
                 continue
             message, tail = queue.popleft()
             lane.size -= len(tail)
+            lane.sending = message
             await stream.send(Frame(encode(message), tail))
+            lane.sending = None
 
     async def _watch(self, stream: FrameStream, lane: _Lane, scope: trio.CancelScope) -> None:
         """Notice the end of a stream that nothing is sent on, since nothing ever comes back."""

@@ -18,13 +18,14 @@ from pyagent_node.base.errors import (
     RunnerFailed,
     Unavailable,
 )
-from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
+from pyagent_node.base.limits import DIAL_SECONDS, MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.inference.generation import (
     ChatMessage,
     Finished,
     Generated,
     GenerationRequest,
 )
+from pyagent_node.inference.pipeline.links import CLOSE_AGAIN_SECONDS
 from pyagent_node.inference.pipeline.recovery import READY_SECONDS, RECOVERY_SECONDS
 from pyagent_node.inference.pipeline.stage_types import StageLimits
 from pyagent_node.inference.sampling import SamplingParams
@@ -463,3 +464,19 @@ async def test_a_session_that_its_head_forgot_is_freed(autojump_clock: MockClock
             await read(world, ask, lambda: None, pause=40)
         assert caught.value.code == "session_idle"
         await drained(world)
+
+
+async def test_a_session_is_closed_when_its_closing_was_lost_on_the_way(
+    autojump_clock: MockClock,
+) -> None:
+    """The head cannot open its stream to the tail, which reaches the head all the same."""
+    async with open_pipeline_world(4) as world:
+        world.place((3, 7), nodes=(1, 2, 3))
+        asked = request(prompt(5), max_tokens=3)
+        await read(world, asked, lambda: world.network.hold(peer(0), peer(3)))
+        await trio.sleep(DIAL_SECONDS + 2)  # by now the stream has been given up
+        assert world.sessions == 1
+        world.network.release(peer(0), peer(3))
+        await trio.sleep(CLOSE_AGAIN_SECONDS)
+        await drained(world)
+        assert world.open_slots == 0
