@@ -18,6 +18,7 @@ from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.bench_consensus import consensus
 from pyagent_node.cli.bench_failover import failover
 from pyagent_node.cli.bench_simulator import simulator
+from pyagent_node.cli.bench_speculation import speculation
 from pyagent_node.cli.demo import MAX_NODES, N_CTX, model_file, place
 from pyagent_node.cli.model import DEFAULT
 from pyagent_node.cli.output import size
@@ -54,6 +55,7 @@ def bench_command() -> None:
 bench_command.add_command(consensus)
 bench_command.add_command(simulator)
 bench_command.add_command(failover)
+bench_command.add_command(speculation)
 
 
 def _counts(text: str) -> list[int]:

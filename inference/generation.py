@@ -88,8 +88,9 @@ class SpeculationUsage(msgspec.Struct, frozen=True):
     """What guessing came to in one generation, by its head.
 
     ``passes`` are the steps that continued the answer, ``drafted`` the guesses that were sent,
-    ``accepted`` those that were right; ``cancelled`` are steps sent for nothing.  ``failed`` says
-    that the drafter was given up on the way.  ``length`` and ``depth`` are what the controller
+    ``accepted`` those that were right; ``cancelled`` are steps sent for nothing, ``reused`` those
+    of the passes that were sent before the one they follow was answered.  ``failed`` says that
+    the drafter was given up on the way.  ``length`` and ``depth`` are what the controller
     chose last: guesses a step and steps in flight; it expected ``predicted_tokens_per_second`` of
     the passes so far, and ``predicted_plain_tokens_per_second`` without guesses.
     """
@@ -104,6 +105,7 @@ class SpeculationUsage(msgspec.Struct, frozen=True):
     depth: int
     predicted_tokens_per_second: float
     predicted_plain_tokens_per_second: float
+    reused: int = 0
 
     @property
     def acceptance(self) -> float:

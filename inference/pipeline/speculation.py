@@ -83,6 +83,7 @@ class Speculation:
         self._drafted = 0
         self._accepted = 0
         self._cancelled = 0
+        self._reused = 0
         self.told = 0
         """The tokens of the session that the drafter has been told."""
         self._plan = Plan()
@@ -104,6 +105,7 @@ class Speculation:
             depth=forecast.plan.depth,
             predicted_tokens_per_second=forecast.tokens_per_second,
             predicted_plain_tokens_per_second=forecast.plain_tokens_per_second,
+            reused=self._reused,
         )
 
     # ---- what the drafter knows ------------------------------------------------------------
@@ -251,6 +253,7 @@ class Speculation:
         self._passes += 1
         self._drafted += flight.drafts
         self._accepted += len(sampled) - 1
+        self._reused += flight.kind == "child"
         last = self._last_result
         self._last_result = now
         self.controller.passed(
