@@ -42,12 +42,28 @@ class Rank(msgspec.Struct, frozen=True):
     spares: tuple[PeerId, ...] = ()
 
 
+class Drafting(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the sessions of a placed model guess ahead.
+
+    ``speculation``, with ``length`` and ``depth`` where they are fixed, holds for requests that do
+    not say (``None``: the head's own setting).  ``drafter`` is a whole model that guesses for them
+    on the node ``peer_id``, the *drafter rank*; both are given, or neither.
+    """
+
+    speculation: str | None = None
+    length: int | None = None
+    depth: int | None = None
+    drafter: Digest | None = None
+    peer_id: PeerId | None = None
+
+
 class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     """The ranks of one model under an epoch.
 
     ``epoch`` comes from the log and only grows; ``n_ctx`` is the context length in tokens that
     every rank reserves for each of ``n_seq`` concurrent sessions.  ``want_standbys`` and
     ``want_spares`` are how many each rank shall have, ``None`` what the mesh's settings say.
+    ``drafting`` says how its sessions guess, ``None`` that nothing was said.
     """
 
     model: Digest
@@ -57,6 +73,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     n_seq: int
     want_standbys: int | None = None
     want_spares: int | None = None
+    drafting: Drafting | None = None
 
     @property
     def tail(self) -> Rank:

@@ -10,7 +10,7 @@ import re
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.limits import KIB, MAX_SESSIONS
-from pyagent_node.base.types import Rank
+from pyagent_node.base.types import Drafting, Rank
 from pyagent_node.consensus.commands import (
     COMMANDS,
     AdmitMember,
@@ -27,6 +27,7 @@ from pyagent_node.consensus.commands import (
     RemovePlacement,
     RevokeMember,
     SetBuckets,
+    SetDrafting,
     SetDraining,
     SetMeshSetting,
     SetPlacement,
@@ -55,6 +56,8 @@ VOTES = ("auto", "always", "never")
 MAX_TEXT = 256
 MAX_CERTIFICATE = 4 * KIB
 MAX_CONTEXT = 1 << 24
+MAX_DRAFT_LENGTH = 256
+"""Far above what any head sends."""
 
 _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -144,6 +147,11 @@ def _check_models(command: Command) -> None:
                 _ensure(0 < len(each) <= MAX_RANKS, field, len(each))
                 for peers in each:
                     _peers(field, peers, MAX_STANDBYS)
+        case SetDrafting():
+            _digest("model", command.model)
+            _number("epoch", command.epoch, 1)
+            if command.drafting is not None:
+                _drafting(command.drafting)
         case RemovePlacement():
             _digest("model", command.model)
             _number("after_epoch", command.after_epoch, 0)
@@ -157,6 +165,18 @@ def _check_models(command: Command) -> None:
             check_setting(command.name, command.value)
         case _:
             pass
+
+
+def _drafting(drafting: Drafting) -> None:
+    """Bounds only: which lengths and depths there are is the head's business."""
+    if drafting.speculation is not None:
+        _text("speculation", drafting.speculation)
+    _number("length", drafting.length or 0, 0, MAX_DRAFT_LENGTH)
+    _number("depth", drafting.depth or 0, 0, MAX_DRAFT_LENGTH)
+    _ensure((drafting.drafter is None) == (drafting.peer_id is None), "drafter", "half of it")
+    if drafting.drafter is not None and drafting.peer_id is not None:
+        _digest("drafter", drafting.drafter)
+        _peer(drafting.peer_id)
 
 
 def _check_sessions(command: Command) -> None:

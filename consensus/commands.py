@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from pyagent_node.base.types import Digest, PeerId, Rank, SessionId
+from pyagent_node.base.types import Digest, Drafting, PeerId, Rank, SessionId
 from pyagent_node.base.wire import Codec
 
 
@@ -103,6 +103,19 @@ class SetStandbys(msgspec.Struct, frozen=True, tag="set_standbys"):
     model: Digest
     standbys: tuple[tuple[PeerId, ...], ...]
     spares: tuple[tuple[PeerId, ...], ...]
+    epoch: int
+
+
+class SetDrafting(msgspec.Struct, frozen=True, tag="set_drafting"):
+    """Say how the sessions of a placed model guess, and which node drafts for them.
+
+    The epoch stays, as with :class:`SetStandbys`: nothing changes for those who serve, and what
+    guesses does not show in any answer.  A later placement of the model keeps it.  Another epoch
+    than ``epoch`` is a :class:`Conflict` (``stale_epoch``).
+    """
+
+    model: Digest
+    drafting: Drafting | None
     epoch: int
 
 
@@ -217,6 +230,7 @@ Command = (
     | ForgetModel
     | SetPlacement
     | SetStandbys
+    | SetDrafting
     | RemovePlacement
     | SetVote
     | RemoveMember
@@ -237,6 +251,7 @@ COMMANDS: Codec[Command] = Codec(
     ForgetModel,
     SetPlacement,
     SetStandbys,
+    SetDrafting,
     RemovePlacement,
     SetVote,
     RemoveMember,

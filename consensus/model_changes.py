@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from pyagent_node.base.errors import Conflict, InvalidRequest, NotFound, Refused
@@ -12,6 +14,7 @@ from pyagent_node.consensus.commands import (
     ModelRecord,
     RemovePlacement,
     SetBuckets,
+    SetDrafting,
     SetPlacement,
     SetStandbys,
 )
@@ -51,6 +54,13 @@ def forget(state: State, digest: Digest) -> State:
         raise Conflict(
             f"The model {digest[:16]} is loaded.", code="model_placed", remedy="Unload it first."
         )
+    for placement in state.placements.values():
+        if placement.drafting is not None and placement.drafting.drafter == digest:
+            raise Conflict(
+                f"The model {digest[:16]} drafts for {state.models[placement.model].name!r}.",
+                code="model_placed",
+                remedy="Unload that one, or take its drafter away, first.",
+            )
     rest = {key: model for key, model in state.models.items() if key != digest}
     return msgspec.structs.replace(state, models=rest)
 
@@ -60,6 +70,7 @@ def place(state: State, command: SetPlacement) -> State:
     model = _known_model(state, command.model)
     _check_epoch(state, command.model, command.after_epoch)
     epoch = state.last_epoch + 1
+    old = state.placements.get(command.model)
     placement = Placement(
         command.model,
         epoch,
@@ -68,8 +79,9 @@ def place(state: State, command: SetPlacement) -> State:
         command.n_seq,
         command.want_standbys,
         command.want_spares,
+        old.drafting if old is not None else None,
     )
-    _check_peers(state, state.placements.get(command.model), placement)
+    _check_peers(state, old, placement)
     placement.check(model.n_layers)
     return msgspec.structs.replace(
         state, placements={**state.placements, command.model: placement}, last_epoch=epoch
@@ -97,11 +109,30 @@ def set_standbys(state: State, command: SetStandbys) -> State:
     return msgspec.structs.replace(state, placements={**state.placements, command.model: placement})
 
 
+def set_drafting(state: State, command: SetDrafting) -> State:
+    """Say how the sessions of a placement guess, and who drafts for them; its epoch stays."""
+    old = _placed(state, command.model)
+    _check_epoch(state, command.model, command.epoch)
+    new = command.drafting
+    before = old.drafting.peer_id if old.drafting is not None else None
+    if new is not None and new.drafter is not None and new.peer_id is not None:
+        _known_model(state, new.drafter)
+        refuse_outsiders(state, [new.peer_id])
+        if new.peer_id != before:
+            _refuse_draining(state, [new.peer_id])
+    placement = msgspec.structs.replace(old, drafting=new)
+    return msgspec.structs.replace(state, placements={**state.placements, command.model: placement})
+
+
 def _check_peers(state: State, old: Placement | None, new: Placement) -> None:
     """Refuse nodes that do not belong here, and new work for those that are being drained."""
     used = peers_of(new)
     refuse_outsiders(state, sorted(used))
-    for peer in sorted(used - (peers_of(old) if old is not None else frozenset())):
+    _refuse_draining(state, sorted(used - (peers_of(old) if old is not None else frozenset())))
+
+
+def _refuse_draining(state: State, peers: Sequence[PeerId]) -> None:
+    for peer in peers:
         if draining(state, peer):
             raise Refused(
                 f"{state.members[peer].name} is being drained: it takes no new work.",
@@ -112,7 +143,7 @@ def _check_peers(state: State, old: Placement | None, new: Placement) -> None:
 
 
 def peers_of(placement: Placement) -> frozenset[PeerId]:
-    """Return every node that a placement names, whatever for."""
+    """Return every node that holds layers of a placement, or could take them over."""
     return frozenset(
         peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys, *rank.spares)
     )

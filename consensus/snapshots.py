@@ -126,7 +126,8 @@ def check_invariants(state: State) -> None:
     """Raise :class:`CorruptData` (``broken_invariant``) if ``state`` could not have been reached.
 
     Maps are keyed by what their values name; a placed model is known and fully covered; epochs
-    are distinct and at most ``last_epoch``; names of members and of models are distinct.
+    are distinct and at most ``last_epoch``; what drafts is a known model; names of
+    members and of models are distinct.
     """
     epochs = [p.epoch for p in state.placements.values()]
     live = [m.name for m in state.members.values() if is_member(m)]
@@ -138,6 +139,10 @@ def check_invariants(state: State) -> None:
         and all(key == m.peer_id for key, m in state.members.items())
         and all(key == m.digest for key, m in state.models.items())
         and all(key == p.model and key in state.models for key, p in state.placements.items())
+        and all(
+            p.drafting is None or p.drafting.drafter is None or p.drafting.drafter in state.models
+            for p in state.placements.values()
+        )
         and all(key == c.session and c.claim > 0 for key, c in state.checkpoints.items())
         and all(0 < epoch <= state.last_epoch for epoch in epochs)
         and len(set(epochs)) == len(epochs)

@@ -26,6 +26,7 @@ from pyagent_node.consensus.commands import (
     RemovePlacement,
     RevokeMember,
     SetBuckets,
+    SetDrafting,
     SetDraining,
     SetMeshSetting,
     SetPlacement,
@@ -80,6 +81,8 @@ def _step(state: State, command: Command) -> State:
             return model_changes.place(state, command)
         case SetStandbys():
             return model_changes.set_standbys(state, command)
+        case SetDrafting():
+            return model_changes.set_drafting(state, command)
         case RemovePlacement():
             return model_changes.displace(state, command)
         case SetBuckets():

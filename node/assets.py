@@ -27,7 +27,7 @@ from pyagent_node.inference.runner import (
 )
 from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.node.keeping import HostProgress
-from pyagent_node.node.placements import HeadParts
+from pyagent_node.node.placement_parts import HeadParts
 
 
 class _HeadParts(NamedTuple):

@@ -31,7 +31,8 @@ from pyagent_node.node.placement_messages import (
     FactsReply,
     PlacementReports,
 )
-from pyagent_node.node.placements import Assets, PlacementController
+from pyagent_node.node.placement_parts import Assets
+from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.placing import ModelDefaults
 from pyagent_node.node.planning import facts_reply, planner_shape, survey
 from pyagent_node.node.rpc import Rpc

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Final, TypeVar
 
 from pyagent_node.base.errors import Unavailable
-from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, PeerId, Placement, Rank
+from pyagent_node.inference.drafting.remote_messages import DraftView
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage_types import StageView
 from pyagent_node.node.keeping import Kept, Mortal
-from pyagent_node.node.placement_messages import HeadReport, RankReport, ReserveReport
+from pyagent_node.node.placement_messages import (
+    DrafterReport,
+    HeadReport,
+    RankReport,
+    ReserveReport,
+)
 
 T = TypeVar("T", bound=Mortal)
 
@@ -75,6 +81,24 @@ def reserve_report(
         done=kept.done,
         total=kept.total,
         memory_bytes=memory,
+    )
+
+
+def drafter_report(
+    placement: Placement, drafter: Digest, kept: Kept[T], memory: int | None, load: DraftView
+) -> DrafterReport:
+    """Return the report of a drafter rank."""
+    return DrafterReport(
+        model=placement.model,
+        epoch=placement.epoch,
+        drafter=drafter,
+        state=kept.state,
+        error=kept.failure,
+        failures=kept.failures,
+        done=kept.done,
+        total=kept.total,
+        memory_bytes=memory,
+        load=load,
     )
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.inference.drafting.remote_messages import DraftView
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
 from pyagent_node.inference.pipeline.stage_types import StageView
 
@@ -67,6 +68,21 @@ class HeadReport(msgspec.Struct, frozen=True):
     total: int | None = None
 
 
+class DrafterReport(msgspec.Struct, frozen=True):
+    """The drafter rank that the reporting node is for a placed model, and how far it is."""
+
+    model: Digest
+    epoch: int
+    drafter: Digest
+    state: HostState
+    error: ErrorInfo | None = None
+    failures: int = 0
+    done: int = 0
+    total: int | None = None
+    memory_bytes: int | None = None
+    load: DraftView = DraftView()
+
+
 class AskPlacements(msgspec.Struct, frozen=True, tag="ask_placements"):
     """Ask a node what it holds."""
 
@@ -85,6 +101,7 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
     cut: dict[PeerId, float] = {}
     problems: dict[Digest, tuple[str, ...]] = {}
     leaving: int = 0
+    drafters: tuple[DrafterReport, ...] = ()
 
 
 class AreYouThere(msgspec.Struct, frozen=True, tag="are_you_there"):

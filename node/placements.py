@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, RunnerFailed
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
+from pyagent_node.base.types import Digest, PeerId, Placement, Rank
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.consensus.port import Consensus
-from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.pipeline.pipeline import Pipeline
-from pyagent_node.inference.pipeline.ports import (
-    EmbeddingRows,
-    HeadModel,
-    StageRunner,
-    Tokenizer,
-)
+from pyagent_node.inference.pipeline.ports import HeadModel, StageRunner
 from pyagent_node.inference.pipeline.stage_types import StageSpec
+from pyagent_node.node.draft_ranks import DraftRanks, wanted_drafters
 from pyagent_node.node.holdings import (
     NOTHING,
     HeadKey,
@@ -44,60 +39,12 @@ from pyagent_node.node.holdings import (
 from pyagent_node.node.keeping import FIRST_PAUSE, HostProgress, Kept, Mortal
 from pyagent_node.node.part_reports import Rate, head_report, rank_report, reserve_report
 from pyagent_node.node.placement_messages import PlacementReports, ReserveReport
+from pyagent_node.node.placement_parts import Assets, HeadParts
 
 logger = logging.getLogger("pyagent_node.placements")
 
 K = TypeVar("K")
 T = TypeVar("T", bound=Mortal)
-
-
-class HeadParts(Mortal, Protocol):
-    """What a head is made of; ``failed`` is set when the tokenizer's process has died."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The bytes of every token, and the end tokens."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Tokenises and renders."""
-        ...
-
-    @property
-    def embeddings(self) -> EmbeddingRows | None:
-        """The embedding table; ``None`` where one rank holds the whole model."""
-        ...
-
-
-class Assets(Protocol):
-    """Where slices, runners and head assets come from (see ``node.assets``).
-
-    All report ``"fetching"`` and ``"loading"`` on the way and raise errors of ``base.errors``.
-    ``epoch`` is that of the model's placement at the time of the attempt.
-    """
-
-    def runner(
-        self, model: ModelRecord, key: RunnerKey, epoch: int, progress: HostProgress
-    ) -> AbstractAsyncContextManager[StageRunner]:
-        """Fetch a slice and run it while the context lasts."""
-        ...
-
-    def head(
-        self, model: ModelRecord, epoch: int, progress: HostProgress
-    ) -> AbstractAsyncContextManager[HeadParts]:
-        """Fetch header and embeddings and run a tokenizer while the context lasts."""
-        ...
-
-    async def spare(
-        self, model: ModelRecord, part: Slice, epoch: int, progress: HostProgress
-    ) -> None:
-        """Make the file of a slice be on this node's disk."""
-        ...
-
-    async def tidy(self, model: Digest, needed: Callable[[], frozenset[Slice]]) -> None:
-        """Delete slice files of a model but those that are ``needed`` (asked at that moment)."""
-        ...
 
 
 class _OnDisk:
@@ -140,6 +87,9 @@ class PlacementController:
         self._runners: dict[RunnerKey, Kept[StageRunner]] = {}
         self._spares: dict[SpareKey, Kept[_OnDisk]] = {}
         self._heads: dict[HeadKey, Kept[HeadParts]] = {}
+        self._drafters = DraftRanks(
+            pipeline.drafts, assets, self._rng, head_of=self._head_of, epoch_of=self._epoch
+        )
         self._stages: dict[tuple[Digest, int], _Stage] = {}
         self._offered: dict[Digest, Placement] = {}
         self._leaving: list[trio.Event] = []
@@ -196,6 +146,12 @@ class PlacementController:
         for key, kept in _take_out(self._runners, self._wanted.runners):
             self._leaving.append(kept.ended)
             ends.setdefault(key.model, []).append(kept.ended)
+        drafts = wanted_drafters(
+            self._placements.values(), self._consensus.state.models, self._peer_id
+        )
+        for model, ended in self._drafters.release(drafts):
+            self._leaving.append(ended)
+            ends.setdefault(model, []).append(ended)
         for spare, file in _take_out(self._spares, self._wanted.spares):
             ends.setdefault(spare.model, []).append(file.ended)
         for _, parts in _take_out(self._heads, self._wanted.heads):
@@ -207,7 +163,9 @@ class PlacementController:
         for event in after:
             await event.wait()
         try:
-            await self._assets.tidy(digest, lambda: self._wanted.slices(digest))
+            await self._assets.tidy(
+                digest, lambda: self._wanted.slices(digest) | self._drafters.slices(digest)
+            )
         except PyAgentError as error:
             logger.warning("old slices of model %s stay on disk: %s", digest[:12], error)
 
@@ -234,9 +192,13 @@ class PlacementController:
             )
             self._heads[head] = head_kept
             nursery.start_soon(head_kept.run)
+        self._drafters.keep(models, nursery, self._leaving)
 
     def _what(self, key: RunnerKey | SpareKey | HeadKey, model: Digest) -> str:
         return f"{key} of {self._consensus.state.models[model].name}"
+
+    async def _head_of(self, model: Digest) -> HeadParts:
+        return await self._heads[HeadKey(model)].ready()
 
     def _epoch(self, model: Digest) -> int:
         placement = self._placements.get(model)
@@ -302,6 +264,8 @@ class PlacementController:
             return
         model = self._consensus.state.models[digest]
         self._offered[digest] = placement
+        drafting = placement.drafting
+        drafter = drafting.drafter if drafting is not None else None
         self._pipeline.engine.offer(
             HeadModel(
                 name=model.name,
@@ -310,6 +274,7 @@ class PlacementController:
                 vocabulary=parts.vocabulary,
                 tokenizer=parts.tokenizer,
                 embeddings=parts.embeddings,
+                drafter=self._consensus.state.models[drafter].name if drafter else None,
             )
         )
 
@@ -338,7 +303,13 @@ class PlacementController:
             if (head := self._heads.get(HeadKey(digest))) is not None
         ]
         leaving = sum(not event.is_set() for event in (*self._leaving, *self._ending))
-        return PlacementReports(tuple(ranks), tuple(heads), tuple(reserves), leaving=leaving)
+        return PlacementReports(
+            tuple(ranks),
+            tuple(heads),
+            tuple(reserves),
+            leaving=leaving,
+            drafters=self._drafters.reports(),
+        )
 
     def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:
         for rank in placement.ranks:

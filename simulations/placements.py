@@ -41,7 +41,8 @@ from pyagent_node.node.placement_messages import (
     FactsReply,
     PlacementReports,
 )
-from pyagent_node.node.placements import HeadParts, PlacementController
+from pyagent_node.node.placement_parts import HeadParts
+from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.planning import facts_reply, survey
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.simulations.backend import (

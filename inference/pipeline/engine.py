@@ -115,6 +115,10 @@ class PipelineEngine:
             if session.core.epoch == epoch:
                 self.interrupt(session, not_ready(session.model.name))
 
+    def offered(self, digest: Digest) -> HeadModel | None:
+        """Return what is offered of a model now."""
+        return self._offers.get(digest)
+
     def models(self) -> list[LoadedModel]:
         """Return the models with a live placement that this node can be head for."""
         return [
@@ -185,14 +189,14 @@ class PipelineEngine:
         started = trio.current_time()
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         check_request(request, len(model.vocabulary.pieces))
-        self._speculators.check(request)
-        choice = self._speculators.choice(request)
+        self._speculators.resolve(request, model)
         prompt = await prompt_tokens(model.tokenizer, request)
         # Placed anew while the prompt was tokenised: use what holds now.
         model = await self._offers.wait_for(request.model, started + READY_SECONDS)
         session = request.session or self._session_ids()
+        request = self._speculators.resolve(request, model)
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
-        journal = new_journal(plan, prompt, request, choice, created=self._wall())
+        journal = new_journal(plan, prompt, request, created=self._wall())
         speculation = self._speculators.open(request, model)
         core = HeadCore(plan, prompt, model.vocabulary, started, speculation)
         async with self._run(core, model, journal) as events:

@@ -12,6 +12,7 @@ import trio
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.inference.drafting.service import DraftService
 from pyagent_node.inference.pipeline.engine import PipelineEngine, new_session_id
 from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
 from pyagent_node.inference.pipeline.journal import JournalSink
@@ -22,10 +23,11 @@ from pyagent_node.inference.pipeline.stage_types import StageLimits
 
 
 class Pipeline(NamedTuple):
-    """What a node needs of its pipeline: ``engine`` to ask, ``stages`` to serve."""
+    """What a node needs of its pipeline: ``engine`` to ask, ``stages`` and ``drafts`` to serve."""
 
     engine: PipelineEngine
     stages: StageService
+    drafts: DraftService
 
 
 @asynccontextmanager
@@ -44,6 +46,8 @@ async def open_pipeline(
     ``speculators`` guess for the requests that ask for it.
     """
     stages = StageService(mesh.peer_id, limits)
+    drafts = DraftService()
+    speculators = speculators or Speculators()
 
     def deliver(sender: PeerId, message: PipeMessage, tail: Tail) -> None:
         if isinstance(message, Result):
@@ -69,6 +73,8 @@ async def open_pipeline(
         speculators=speculators,
     )
 
+    speculators.connect(mesh, engine.offered)
+
     async def follow_peers() -> None:
         async with mesh.events() as events:
             async for event in events:
@@ -81,9 +87,10 @@ async def open_pipeline(
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
         links.start(nursery)
+        drafts.start(mesh)
         nursery.start_soon(follow_peers)
         try:
-            yield Pipeline(engine, stages)
+            yield Pipeline(engine, stages, drafts)
         except BaseException as error:  # raised again below, not in a group
             failure = error
         links.stop()

@@ -80,7 +80,8 @@ class EmbeddingRows(Protocol):
 class HeadModel(msgspec.Struct, frozen=True):
     """Everything with which a node can be head for a placed model.
 
-    ``embeddings`` may be ``None`` when one rank holds the whole model.
+    ``embeddings`` may be ``None`` when one rank holds the whole model.  ``drafter`` is the name of
+    the model that the placement's drafter rank guesses with, if it has one.
     """
 
     name: str
@@ -89,3 +90,4 @@ class HeadModel(msgspec.Struct, frozen=True):
     vocabulary: Vocabulary
     tokenizer: Tokenizer
     embeddings: EmbeddingRows | None
+    drafter: str | None = None

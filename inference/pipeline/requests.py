@@ -15,6 +15,7 @@ from pyagent_node.inference.generation import (
     MAX_LABEL_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
+    NO_SPECULATION,
     GenerationRequest,
 )
 from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
@@ -109,11 +110,10 @@ def new_journal(
     plan: HeadPlan,
     prompt: Tokens,
     request: GenerationRequest,
-    speculation: str,
     *,
     created: float,
 ) -> SessionJournal:
-    """Return the journal of a session that begins; ``speculation`` is the choice that holds."""
+    """Return the journal of a session that begins, of a request that says who guesses."""
     return SessionJournal(
         session=plan.session,
         model=plan.model,
@@ -124,7 +124,7 @@ def new_journal(
         prompt=tuple(prompt.tolist()),
         created=created,
         label=request.label,
-        speculation=speculation,
+        speculation=request.speculation or NO_SPECULATION,
         draft_length=request.draft_length,
         draft_depth=request.draft_depth,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unavailable
+from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.backend import MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller, FixedController
@@ -21,8 +23,15 @@ from pyagent_node.inference.generation import (
     GenerationRequest,
 )
 from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.inference.pipeline.placed_drafters import (
+    PlacedDrafters,
+    by_placement,
+    suffix_of,
+)
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.speculation import MAX_DEPTH, Speculation
+
+logger = logging.getLogger("pyagent_node.pipeline")
 
 MAX_COSTS: Final = 16
 """Placements whose costs are remembered from session to session."""
@@ -44,6 +53,7 @@ class Speculators:
         self.default = default
         self._factories = {factory.name: factory for factory in factories}
         self._clock = clock
+        self._placed = PlacedDrafters(suffix_of(self._factories.values()))
         self._costs: OrderedDict[tuple[Digest, int], CostModel] = OrderedDict()
 
     @contextmanager
@@ -56,22 +66,40 @@ class Speculators:
             for factory in factories:
                 del self._factories[factory.name]
 
+    def connect(self, mesh: Mesh, current: Callable[[Digest], HeadModel | None]) -> None:
+        """Reach drafter ranks over ``mesh``; ``current`` returns what is offered of a model now."""
+        self._placed.connect(mesh, current)
+
     @property
     def names(self) -> tuple[str, ...]:
-        """What a request may ask for."""
+        """What a request for any model may ask for."""
         return (NO_SPECULATION, AUTO_SPECULATION, *self._factories)
 
-    def choice(self, request: GenerationRequest) -> str:
-        """Return what a request asks for, in so many words or by saying nothing."""
+    def resolve(self, request: GenerationRequest, model: HeadModel) -> GenerationRequest:
+        """Return a request with what it asks for in so many words, checked.
+
+        What it does not say is said by how the model was loaded, else by this node.  A drafter
+        that the loading named and this node lacks is replaced by ``auto``.  Raises
+        :class:`InvalidRequest` (``bad_parameter``).
+        """
+        factories = self._for_model(model)
+        if request.speculation is None:
+            request = by_placement(request, model.placement.drafting, factories, self.default)
+        self._check(request, (NO_SPECULATION, AUTO_SPECULATION, *factories))
+        return request
+
+    def _for_model(self, model: HeadModel) -> dict[str, DrafterFactory]:
+        """Return who can guess for a model, the likeliest to be of use first."""
+        return {f.name: f for f in self._placed.factories(model)} | self._factories
+
+    def _choice(self, request: GenerationRequest) -> str:
         return self.default if request.speculation is None else request.speculation
 
-    def check(self, request: GenerationRequest) -> None:
-        """Check what a request asks for; raises :class:`InvalidRequest` (``bad_parameter``)."""
-        choice = self.choice(request)
-        if choice not in self.names:
+    def _check(self, request: GenerationRequest, names: Sequence[str]) -> None:
+        choice = self._choice(request)
+        if choice not in names:
             raise InvalidRequest(
-                f"There is no drafter {choice[:64]!r};"
-                f" speculation is one of {', '.join(self.names)}.",
+                f"There is no drafter {choice[:64]!r}; speculation is one of {', '.join(names)}.",
                 code="bad_parameter",
                 parameter="speculation",
             )
@@ -87,9 +115,10 @@ class Speculators:
                 )
 
     def open(self, request: GenerationRequest, model: HeadModel) -> Speculation | None:
-        """Return the guesses of a checked request's session; ``None`` for none.
+        """Return the guesses of a resolved request's session; ``None`` for none.
 
-        Raises what a drafter raises that was asked for by its name; ``auto`` does without.
+        Raises what a drafter of this node raises that was asked for by its name; ``auto`` does
+        without, and so does a session whose drafter rank is away.
         """
         drafter = self._drafter(request, model)
         if drafter is None:
@@ -114,18 +143,23 @@ class Speculators:
             draft_depth=journal.draft_depth,
         )
         with contextlib.suppress(PyAgentError):
-            self.check(request)
-            return self.open(request, model)
+            return self.open(self.resolve(request, model), model)
         return None
 
     def _drafter(self, request: GenerationRequest, model: HeadModel) -> Drafter | None:
-        choice, pieces = self.choice(request), model.vocabulary.pieces
+        choice, pieces = self._choice(request), model.vocabulary.pieces
         if choice == NO_SPECULATION:
             return None
+        factories = self._for_model(model)
         if choice != AUTO_SPECULATION:
-            self.check(request)  # a drafter may have gone while the prompt was read
-            return self._factories[choice].for_model(pieces, request.sampling)
-        for factory in self._factories.values():
+            # a drafter may have gone while the prompt was read
+            self._check(request, (NO_SPECULATION, AUTO_SPECULATION, *factories))
+            try:
+                return factories[choice].for_model(pieces, request.sampling)
+            except Unavailable as error:
+                logger.info("an answer is given without guesses: %s", error)
+                return None
+        for factory in factories.values():
             with contextlib.suppress(PyAgentError):
                 return factory.for_model(pieces, request.sampling)
         return None

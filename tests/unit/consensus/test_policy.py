@@ -21,6 +21,7 @@ from pyagent_node.consensus.commands import (
     RemovePlacement,
     RevokeMember,
     SetBuckets,
+    SetDrafting,
     SetDraining,
     SetMeshSetting,
     SetPlacement,
@@ -62,6 +63,7 @@ CASES: list[tuple[Command, str, str, str, str, str]] = [
     (ClaimSession(S, ME, 1, 0), "not_head", OK, OK, OK, "role_not_allowed"),
     (SetPlacement(D, (), 1, 1, 0), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (SetStandbys(D, 1, (), ()), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
+    (SetDrafting(D, None, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (RemovePlacement(D, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (ForgetModel(D), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unsupported
-from pyagent_node.base.types import Digest, PeerId, Rank, SessionId, Slice
+from pyagent_node.base.types import Digest, Drafting, PeerId, Rank, SessionId, Slice
 from pyagent_node.consensus import member_changes, model_changes, session_changes
 from pyagent_node.consensus.checks import decode_command, encode_command
 from pyagent_node.consensus.commands import (
@@ -32,6 +32,7 @@ from pyagent_node.consensus.commands import (
     RemovePlacement,
     RevokeMember,
     SetBuckets,
+    SetDrafting,
     SetDraining,
     SetMeshSetting,
     SetPlacement,
@@ -157,6 +158,31 @@ HISTORIES: dict[str, list[Command]] = {
         SetPlacement(D1, ranks(0, 4), 64, 2, 2, 9, 0),
         RemovePlacement(D1, 2),
         SetStandbys(D1, ((B,),), ((),), 2),
+    ],
+    "set_drafting": [
+        SetDrafting(D1, Drafting("auto"), 1),
+        *ADMIT_ALL,
+        RegisterModel(record()),
+        place(),
+        SetDrafting(D1, Drafting("auto"), 0),
+        SetDrafting(D1, Drafting("auto", 4, 2), 1),
+        SetDrafting(D1, Drafting(None, None, None, D2, C), 1),
+        RegisterModel(record(D2, "two")),
+        SetDrafting(D1, Drafting(None, None, None, D2), 1),
+        SetDrafting(D1, Drafting("", None, None, D2, C), 1),
+        SetDrafting(D1, Drafting("two", 1000), 1),
+        SetDrafting(D1, Drafting("two", 3, None, D2, C), 1),
+        ForgetModel(D2),
+        place(1, D1, 0, 1, 4),
+        SetDraining(C, True),
+        SetDrafting(D1, Drafting("two+suffix", None, None, D2, C), 2),
+        SetDrafting(D1, None, 2),
+        SetDrafting(D1, Drafting("two", None, None, D2, C), 2),
+        RevokeMember(B, "stolen"),
+        SetDrafting(D1, Drafting("two", None, None, D2, B), 2),
+        SetDrafting(D1, Drafting("two", None, None, D2, A), 2),
+        RemovePlacement(D1, 2),
+        ForgetModel(D2),
     ],
     "remove_placement": [
         RemovePlacement(D1, 0),
