@@ -46,6 +46,16 @@ def pytest_configure() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    """Escape half characters in what a test wrote: reports travel as UTF-8 between processes."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 def _children() -> set[int]:
     """Return the pids of this process's children (zombies included)."""
     found: set[int] = set()

@@ -25,6 +25,8 @@ from pyagent_node.node.mesh.wire import StreamCipher, Wire
 from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
 
+from .waiting import eventually
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PSK = b"p" * 32
 AnyMesh = Libp2pMesh | SimulatedMesh
@@ -150,19 +152,12 @@ async def up(mesh: AnyMesh, *peers: PeerId) -> None:
 
 async def down(mesh: AnyMesh, peer: PeerId) -> None:
     """Wait until ``mesh`` has lost ``peer``."""
-    await until(lambda: all(info.peer_id != peer for info in mesh.peers()))
+    await eventually(lambda: all(info.peer_id != peer for info in mesh.peers()))
 
 
 async def echo(stream: FrameStream) -> None:
     while (frame := await stream.receive()) is not None:
         await stream.send(frame)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that only I/O of other tasks can bring about."""
-    with trio.fail_after(20):
-        while not condition():
-            await trio.testing.wait_all_tasks_blocked(0.005)
 
 
 def tcp(address: str) -> tuple[str, int]:

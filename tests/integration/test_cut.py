@@ -37,7 +37,7 @@ def halves(tmp_path: Path, bundled_model: Path) -> Iterator[Halves]:
         for number, host in enumerate(others, start=1):
             host.ask("join", str(first.ask("invite")["ticket"]), "--name", f"host{number}")
             peers.append(stack.enter_context(host.daemon())["peer_id"])
-        settle(first)
+        settle(first, str(peers[0]))
         pulled = first.ask("model", "pull", str(bundled_model))["model"]
         assert isinstance(pulled, dict)
         nodes = ",".join(str(peers[i]) for i in (1, 3, 2))
@@ -54,14 +54,16 @@ def halves(tmp_path: Path, bundled_model: Path) -> Iterator[Halves]:
         yield made
 
 
-def settle(host: Host) -> None:
-    """Wait until all five hosts vote."""
+def settle(host: Host, peer: str) -> None:
+    """Wait until all five hosts vote and this one, on the larger side, leads."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         consensus = host.ask("status")["consensus"]
         assert isinstance(consensus, dict)
         if len(consensus["voters"]) == 5 and consensus["leader"] and not consensus["joint"]:
-            return
+            if consensus["leader"] == peer:
+                return
+            host.ask("raft", "transfer", peer)
         assert time.monotonic() < deadline, consensus
 
 

@@ -12,7 +12,9 @@ from pyagent_node.benchmarks.swarm import local_swarm
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.node.api.schema import InviteRequest, LoadRequest, PullRequest
 from pyagent_node.node.client import Answer, Ask
-from tests.integration.daemons import Daemon
+
+from .daemons import Daemon
+from .waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
@@ -49,11 +51,13 @@ def test_a_node_that_dies_is_replaced_and_welcomed_back(bundled_model: Path) -> 
 
         with Daemon(second.home, "--name", second.name) as again:
             again.up()
-            for status in client.events(0.2):
-                (placement,) = status.placements
-                kept = [[reserve.state for reserve in rank.standbys] for rank in placement.ranks]
-                if all(states == ["hot"] for states in kept):
-                    break
+
+            def reserved() -> bool:
+                (placement,) = client.placements()
+                return all([r.state for r in rank.standbys] == ["hot"] for rank in placement.ranks)
+
+            until(client, reserved, "every rank has its standby again")
+            (placement,) = client.placements()
             assert placement.epoch == 2  # what serves stays where it is
             *_, after = client.generate(asked)
             assert isinstance(after, Answer)

@@ -256,7 +256,9 @@ def twice(node: LocalNode) -> None:
     """Send the second termination signal when the first one has arrived."""
     assert node.process is not None
     node.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
     while node.home.read_state() is not None:
+        assert time.monotonic() < deadline, "the first signal was not heard"
         os.sched_yield()
     node.process.send_signal(signal.SIGTERM)
 

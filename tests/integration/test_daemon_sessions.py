@@ -12,6 +12,8 @@ import pytest
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
 
+from .waiting import until, votes_settled
+
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
 
@@ -86,11 +88,11 @@ def voters_first(nodes: list[LocalNode]) -> list[LocalNode]:
 
     The last and then the third can die, and two of three voters are left.
     """
-    while True:
-        consensus = nodes[0].client.status().consensus
-        assert consensus is not None
-        if len(consensus.voters) == 3 and not consensus.joint:
-            return sorted(nodes, key=lambda node: node.peer_id not in consensus.voters)
+    client = nodes[0].client
+    until(client, lambda: votes_settled(client, 3), "three of four vote")
+    consensus = client.status().consensus
+    assert consensus is not None
+    return sorted(nodes, key=lambda node: node.peer_id not in consensus.voters)
 
 
 def test_heads_die_and_the_answer_goes_on(bundled_model: Path) -> None:
@@ -102,8 +104,7 @@ def test_heads_die_and_the_answer_goes_on(bundled_model: Path) -> None:
             LoadRequest(model=model, layers=(15,), nodes=(first.peer_id, second.peer_id))
         )
         for node in nodes:
-            while not node.client.ready().ready:
-                pass
+            until(node.client, lambda node=node: node.client.ready().ready, node.name)
         want = whole(fourth, model, n)
         got = Stream()
         asked = body(model, n)

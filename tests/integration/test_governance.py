@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from pyagent_node.base.errors import Conflict, PyAgentError, Refused, Unavailable
+from pyagent_node.base.errors import Conflict, PyAgentError, Refused
 from pyagent_node.node.api.mesh_schema import RaftView
 from pyagent_node.node.api.schema import InviteRequest
 from pyagent_node.node.home import Home
@@ -21,9 +20,9 @@ from pyagent_node.node.log_recovery import recover_log
 from pyagent_node.node.profiles import mesh_ids
 
 from .daemons import Daemon
+from .waiting import until
 
 pytestmark = pytest.mark.slow
-SECONDS = 60.0
 
 
 class Swarm:
@@ -60,17 +59,9 @@ class Swarm:
         return "".join(sorted(node.name for node in self.raft(name).followers if node.voter))
 
     def until(self, what: Callable[[], bool], why: str = "") -> None:
-        """Wait until ``what`` holds; errors of a mesh that is busy changing count as not yet."""
-        deadline = time.monotonic() + SECONDS
-        last: object = None
+        """Wait until ``what`` holds."""
         with next(iter(self.daemons.values())).client() as client:
-            for _ in client.events(0.1):
-                try:
-                    if what():
-                        return
-                except Unavailable as error:
-                    last = error
-                assert time.monotonic() < deadline, f"it did not come about: {why} {last}"
+            until(client, what, why)
 
     def address(self, name: str) -> tuple[str, ...]:
         with self.daemons[name].client() as client:

@@ -5,18 +5,18 @@ The tokens must be those of the same request when nothing happened to anybody.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pyagent_node.base.errors import PyAgentError
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, PullRequest
 from pyagent_node.node.client import Answer, Ask
+
+from .waiting import until, votes_settled
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -35,19 +35,16 @@ class Swarm:
     def placement(self) -> PlacementView:
         return self.nodes[0].client.status().placements[0]
 
-    def until(self, what: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        for _ in self.nodes[0].client.events(0.1):
-            try:
-                if what():
-                    return
-            except PyAgentError:
-                pass
-            assert time.monotonic() < deadline
+    def become_whole(self) -> None:
+        """Wait until every rank has a standby, and three nodes vote: one may be stopped."""
+        client = self.nodes[0].client
 
-    def whole(self) -> bool:
-        ranks = self.placement().ranks
-        return self.placement().ready and all(rank.standbys for rank in ranks)
+        def whole() -> bool:
+            placement = self.placement()
+            reserved = all(rank.standbys for rank in placement.ranks)
+            return votes_settled(client, 3) and placement.ready and reserved
+
+        until(client, whole, "the swarm is whole")
 
     def victim(self) -> LocalNode:
         """Return the node of the first rank that is not on the head."""
@@ -80,7 +77,7 @@ def swarm(bundled_model: Path) -> Iterator[Swarm]:
         there = tuple(node.peer_id for node in nodes[1:3])
         client.load(LoadRequest(model=model.name, layers=(15,), nodes=there, standbys=1))
         it = Swarm(nodes, model.name)
-        it.until(it.whole)
+        it.become_whole()
         yield it
 
 
@@ -96,7 +93,7 @@ def test_a_stopped_runner(swarm: Swarm) -> None:
 
 
 def test_a_stopped_daemon(swarm: Swarm) -> None:
-    swarm.until(swarm.whole)
+    swarm.become_whole()
     undisturbed = swarm.answer(lambda: None)
     epoch, victim = swarm.placement().epoch, swarm.victim()
     process = psutil.Process(victim.pid)

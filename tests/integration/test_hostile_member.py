@@ -14,7 +14,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import trio
 
 from pyagent_node.base.errors import PyAgentError, Refused
 from pyagent_node.base.mesh import FrameStream
@@ -60,6 +59,8 @@ from pyagent_node.node.runtime import Node, open_node
 from pyagent_node.node.services import NodeServices
 from pyagent_node.node.tickets import make_ticket
 from tests.unit.consensus.raft_lies import candidacies, orders
+
+from .waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -110,13 +111,12 @@ class Attack:
         return 0.0
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
-        with trio.move_on_after(20):
-            while not condition():  # noqa: ASYNC110 - metrics tell nobody
-                await trio.sleep(0.02)
-            return
-        text = self.services.telemetry.render().decode()
-        shown = [x for x in text.splitlines() if "refused" in x and "#" not in x]
-        raise AssertionError(f"{what}\n" + "\n".join(shown))
+        try:
+            await eventually(condition, what, seconds=20)
+        except AssertionError:
+            text = self.services.telemetry.render().decode()
+            shown = [x for x in text.splitlines() if "refused" in x and "#" not in x]
+            raise AssertionError(f"{what}\n" + "\n".join(shown)) from None
 
     async def say(self, protocol: str, *frames: Frame) -> FrameStream:
         stream = await self.mesh.open(self.node.mesh.peer_id, protocol)

@@ -7,13 +7,11 @@ when nothing happened to anybody.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import ChatMessage
@@ -21,10 +19,9 @@ from pyagent_node.node.api.schema import LoadRequest, PlacementView, PullRequest
 from pyagent_node.node.client import Answer, Ask, Client
 from tests.conftest import leaving_no_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(600)]
+from .waiting import until, votes_settled
 
-SETTLE_SECONDS = 60.0
-"""Longest wait for a swarm to be whole again after a kill."""
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(600)]
 
 
 class Swarm:
@@ -118,32 +115,15 @@ class Swarm:
         everyone = {node.peer_id for node in self.nodes}
 
         def settled() -> bool:
-            status = self.client.status()
-            consensus = status.consensus
+            peers = {peer.peer_id for peer in self.client.status().peers}
             return (
-                consensus is not None
-                and consensus.leader is not None
-                and {peer.peer_id for peer in status.peers} >= everyone - {self.head.peer_id}
-                and len(consensus.voters) == len(everyone)
-                and not consensus.joint
+                votes_settled(self.client, len(everyone))
+                and peers >= everyone - {self.head.peer_id}
                 and self.placement().ready
                 and all(rank.standbys for rank in self.placement().ranks)
             )
 
-        until(self.client, settled)
-
-
-def until(client: Client, found: Callable[[], object]) -> object:
-    """Return the first true value of ``found``; errors of a swarm in motion count as none."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    for _ in client.events(0.1):
-        try:
-            if value := found():
-                return value
-        except PyAgentError:
-            pass
-        assert time.monotonic() < deadline, "the swarm did not settle"
-    raise AssertionError("the head ended")
+        until(self.client, settled, "the swarm is whole again")
 
 
 @pytest.fixture(scope="module", autouse=True)

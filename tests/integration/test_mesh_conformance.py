@@ -21,7 +21,8 @@ from pyagent_node.base.mesh import FrameStream
 from pyagent_node.base.wire import Frame
 from pyagent_node.node.identity import NodeKey
 
-from .mesh_kit import Guard, Nodes, down, echo, next_event, nodes_of, until, up
+from .mesh_kit import Guard, Nodes, down, echo, next_event, nodes_of, up
+from .waiting import eventually
 
 JOIN = "/pyagent/join/1"
 
@@ -318,7 +319,7 @@ async def test_the_dialler_learns_by_name_why_it_is_refused(nodes: Nodes, code: 
     assert caught.value.code == code
     assert not a.peers()
     assert not b.peers()
-    await until(lambda: a.metrics.refused[code] == 1)
+    await eventually(lambda: a.metrics.refused[code] == 1)
     with pytest.raises(Unavailable):
         await b.open(a.peer_id, "/test/echo/1")
 

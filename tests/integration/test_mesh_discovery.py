@@ -15,7 +15,8 @@ from pyagent_node.base.wire import Frame
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.mesh.settings import MeshLimits
 
-from .mesh_kit import LOOPBACK, Nodes, down, echo, nodes_of, tcp, until, up
+from .mesh_kit import LOOPBACK, Nodes, down, echo, nodes_of, tcp, up
+from .waiting import eventually
 
 QUICK = MeshLimits(backoff_first=0.02, backoff_most=0.1, ping_seconds=0.05)
 
@@ -43,7 +44,7 @@ async def test_a_bootstrap_node_that_comes_later_is_found(nodes: Nodes) -> None:
     _, port = tcp(address)
     await nodes.stop(first)
     early = await nodes.real(bootstrap=(address,), limits=QUICK)
-    await until(lambda: early.metrics.dial_failures >= 2)
+    await eventually(lambda: early.metrics.dial_failures >= 2)
     assert not early.peers()
     late = await nodes.real(key=key, listen=(f"/ip4/127.0.0.1/tcp/{port}",))
     await up(early, late.peer_id)
@@ -72,7 +73,7 @@ async def test_opening_a_stream_dials_a_peer_that_is_known(nodes: Nodes) -> None
     a, b = await nodes.real(), await nodes.real()
     a.handle("/test/echo/1", echo)
     await b.connect(a.addresses[0])
-    await until(lambda: bool(a.peers()))
+    await eventually(lambda: bool(a.peers()))
     for connection in b._roster.all():
         connection.link.close("for the test")
     stream = await b.open(a.peer_id, "/test/echo/1")
@@ -102,14 +103,14 @@ async def test_diallers_that_cross_end_up_with_one_connection(
         await stream.send(Frame(b"x"))
         assert await stream.receive() == Frame(b"x", b"")
         await stream.aclose()
-        await until(lambda: len(a._roster.all()) == len(b._roster.all()) == 1)
+        await eventually(lambda: len(a._roster.all()) == len(b._roster.all()) == 1)
         smaller = min(a, b, key=lambda mesh: mesh.peer_id)
         (info,) = smaller.peers()
         if a.metrics.connections_in and b.metrics.connections_in:
             assert info.outbound
         a.disconnect(b.peer_id, "again")
         b.disconnect(a.peer_id, "again")
-        await until(lambda: not a.peers() and not b.peers())
+        await eventually(lambda: not a.peers() and not b.peers())
 
 
 async def test_many_callers_share_one_dial(nodes: Nodes) -> None:
@@ -126,7 +127,7 @@ async def test_round_trips_are_measured_with_the_clock_we_give(nodes: Nodes) -> 
     a = await nodes.real()
     b = await nodes.real(clock=lambda: next(ticks) * 0.25, limits=QUICK)
     await b.connect(a.addresses[0])
-    await until(lambda: b.peers()[0].rtt_ms is not None)
+    await eventually(lambda: b.peers()[0].rtt_ms is not None)
     assert b.peers()[0].rtt_ms == 250.0
 
 
@@ -141,8 +142,8 @@ async def test_a_peer_that_answers_no_ping_is_taken_for_gone(
 
     monkeypatch.setitem(a.system, "/pyagent/ping/1", silent)
     await b.connect(a.addresses[0])
-    await until(lambda: bool(b.peers()))
-    await until(lambda: not b.peers())
+    await eventually(lambda: bool(b.peers()))
+    await eventually(lambda: not b.peers())
 
 
 async def test_leaving_takes_no_time_whatever_goes_on(nodes: Nodes) -> None:
@@ -203,5 +204,5 @@ async def test_what_is_announced_is_told_instead_of_what_is_listened_on(nodes: N
     b = await nodes.real()
     assert a.addresses == (f"/dns4/home.example/tcp/4810/p2p/{a.peer_id}",)
     await a.connect(b.addresses[0])
-    await until(lambda: bool(b.peers()) and bool(b.peers()[0].addresses))
+    await eventually(lambda: bool(b.peers()) and bool(b.peers()[0].addresses))
     assert b.peers()[0].addresses == a.addresses

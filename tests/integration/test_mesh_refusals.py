@@ -36,7 +36,8 @@ from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits
 from pyagent_node.node.mesh.streams import ChannelStream
 from pyagent_node.node.mesh.wire import WireClosed
 
-from .mesh_kit import LOOPBACK, PSK, Guard, Nodes, attacker, down, drain, echo, nodes_of, raw, until
+from .mesh_kit import LOOPBACK, PSK, Guard, Nodes, attacker, down, drain, echo, nodes_of, raw
+from .waiting import eventually
 
 QUICK = MeshLimits(handshake_seconds=0.3, join_seconds=0.6, dial_seconds=5.0)
 
@@ -116,7 +117,7 @@ async def test_a_plaintext_dialler_of_libp2p_is_refused(nodes: Nodes) -> None:
             _Raw(wire, initiator=True), True, ID.from_base58(mesh.peer_id)
         )
     wire.close()
-    await until(lambda: mesh.metrics.refused.total() == 1)
+    await eventually(lambda: mesh.metrics.refused.total() == 1)
     assert not mesh.peers()
     await serves(mesh, nodes)
 
@@ -166,7 +167,7 @@ async def test_garbage_on_the_socket_is_dropped(nodes: Nodes, garbage: bytes) ->
     except trio.BrokenResourceError:
         pass
     await drain(stream)
-    await until(lambda: mesh.metrics.refused.total() == 1)
+    await eventually(lambda: mesh.metrics.refused.total() == 1)
     await stream.aclose()
     await serves(mesh, nodes)
 
@@ -244,7 +245,7 @@ async def test_a_dialler_that_claims_anothers_id_is_refused(nodes: Nodes) -> Non
     with pytest.raises(Unavailable):
         async with attacker(mesh.addresses[0], identity=forged(victim.peer_id)):
             pass
-    await until(lambda: mesh.metrics.refused["forged_identity"] == 1)
+    await eventually(lambda: mesh.metrics.refused["forged_identity"] == 1)
     assert not mesh.peers()
 
 
@@ -265,7 +266,7 @@ async def test_a_node_does_not_connect_to_itself_under_another_address(nodes: No
     async with attacker(mesh.addresses[0], identity=Identity(key.seed)) as link:
         with trio.fail_after(20):
             await link.ended.wait()
-    await until(lambda: mesh.metrics.refused["self_connection"] == 1)
+    await eventually(lambda: mesh.metrics.refused["self_connection"] == 1)
 
 
 # Authorisation ------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ async def test_who_does_not_authorise_itself_is_sent_away(nodes: Nodes) -> None:
     async with attacker(mesh.addresses[0]) as link:
         with trio.fail_after(20):
             await link.ended.wait()
-    await until(lambda: mesh.metrics.refused["handshake_timeout"] == 1)
+    await eventually(lambda: mesh.metrics.refused["handshake_timeout"] == 1)
 
 
 async def frames(link: Link, protocol: str, mesh: Libp2pMesh) -> ChannelStream:
@@ -328,7 +329,7 @@ async def test_bad_credentials_are_refused_by_name(
                 pass
             link.wire.finish()
             await link.ended.wait()
-    await until(lambda: mesh.metrics.refused[code] >= 1)
+    await eventually(lambda: mesh.metrics.refused[code] >= 1)
     assert not mesh.peers()
     await serves(mesh, nodes)
 
@@ -429,7 +430,7 @@ async def member(link: Link, mesh: Libp2pMesh) -> None:
     """Authorise an attacker: it is a member that lost its manners."""
     stream = await frames(link, auth.PROTOCOL, mesh)
     await auth.exchange(stream, Guard())
-    await until(lambda: len(mesh.peers()) == 1)
+    await eventually(lambda: len(mesh.peers()) == 1)
 
 
 async def test_a_flood_of_streams_is_cut_off(nodes: Nodes) -> None:
@@ -440,7 +441,9 @@ async def test_a_flood_of_streams_is_cut_off(nodes: Nodes) -> None:
         for _ in range(1000):
             link.mux.open()
         link.flush()
-        await until(lambda: mesh.metrics.refused["too_many_streams"] >= 1000 - MAX_STREAMS_PER_PEER)
+        await eventually(
+            lambda: mesh.metrics.refused["too_many_streams"] >= 1000 - MAX_STREAMS_PER_PEER
+        )
         assert len(link.mux.streams) - link.mux.inbound <= MAX_STREAMS_PER_PEER
         assert not link.ended.is_set()
     await serves(mesh, nodes)
@@ -452,7 +455,7 @@ async def test_a_flood_before_authorisation_is_cut_off_sooner(nodes: Nodes) -> N
         for _ in range(200):
             link.mux.open()
         link.flush()
-        await until(lambda: mesh.metrics.refused["too_many_streams"] >= 190)
+        await eventually(lambda: mesh.metrics.refused["too_many_streams"] >= 190)
     await serves(mesh, nodes)
 
 
@@ -488,7 +491,7 @@ async def test_an_oversized_frame_is_refused_at_its_prefix(nodes: Nodes) -> None
         await channel.write(PREFIX.pack(MAX_HEADER + 1, 0))
         with pytest.raises(Unavailable), trio.fail_after(20):
             await channel.read()
-        await until(lambda: bool(ends))
+        await eventually(lambda: bool(ends))
     assert ends == ["frame_too_large"]
     assert mesh.metrics.refused["frame_too_large"] == 1
 
@@ -500,7 +503,7 @@ async def test_good_frames_before_an_oversized_one_are_served(nodes: Nodes) -> N
         channel = await opened(link, mesh)
         count = mesh.metrics.frames_in
         await channel.write(PREFIX.pack(1, 0) + b"a" + PREFIX.pack(1, 0xFFFFFFFF))
-        await until(lambda: bool(ends))
+        await eventually(lambda: bool(ends))
         assert mesh.metrics.frames_in >= count + 1 > before
     assert ends == ["frame_too_large"]
 
@@ -511,7 +514,7 @@ async def test_a_half_written_frame_is_an_error_of_its_stream(nodes: Nodes) -> N
         channel = await opened(link, mesh)
         await channel.write(PREFIX.pack(10, 0) + b"half")
         channel.finish()
-        await until(lambda: bool(ends))
+        await eventually(lambda: bool(ends))
         assert ends == ["stream_closed"]
         assert not link.ended.is_set()
 
@@ -523,9 +526,9 @@ async def test_a_connection_cut_in_a_frame_ends_its_streams(nodes: Nodes) -> Non
         await channel.write(PREFIX.pack(10, 0) + b"half")
         await trio.testing.wait_all_tasks_blocked(0.02)
         link.wire.close()
-        await until(lambda: bool(ends))
+        await eventually(lambda: bool(ends))
     assert ends == ["stream_closed"]
-    await until(lambda: not mesh.peers())
+    await eventually(lambda: not mesh.peers())
     await serves(mesh, nodes)
 
 
@@ -547,7 +550,7 @@ async def test_a_peer_that_breaks_the_muxer_is_disconnected(nodes: Nodes, packet
         with trio.fail_after(20):
             await link.ended.wait()
         assert link.mux.gone_away == yamux.PROTOCOL_ERROR
-    await until(lambda: not mesh.peers())
+    await eventually(lambda: not mesh.peers())
     await serves(mesh, nodes)
 
 
@@ -569,7 +572,7 @@ async def test_data_past_the_window_is_disconnected(nodes: Nodes) -> None:
                 if not link.wire.congested:
                     link.send(packet)
                 await trio.lowlevel.checkpoint()
-    await until(lambda: not mesh.peers())
+    await eventually(lambda: not mesh.peers())
 
 
 async def test_a_peer_that_asks_and_never_reads_is_dropped(nodes: Nodes) -> None:
@@ -617,7 +620,7 @@ async def test_a_send_cancelled_inside_a_frame_resets_its_stream(nodes: Nodes) -
         await stream.send(Frame(b"next"))
     assert caught.value.code == "stream_closed"
     proceed.set()
-    await until(lambda: bool(codes))
+    await eventually(lambda: bool(codes))
     assert codes == ["stream_closed"]
 
 

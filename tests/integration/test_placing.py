@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,13 @@ from pyagent_node.base.errors import InvalidRequest, NotFound, Unavailable
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Placement
 from pyagent_node.consensus.commands import AdmitMember, SetMeshSetting
-from pyagent_node.node import draining
+from pyagent_node.node import draining, healer
 from pyagent_node.node.api.placement_schema import DrainRequest
 from pyagent_node.node.api.schema import LoadRequest, Progress
 from pyagent_node.simulations.pipeline import peer
 
 from .model_world import ModelNode, ignore, open_model_world
+from .waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -26,13 +26,6 @@ def placement(node: ModelNode) -> Placement:
     """Return the one placement."""
     (found,) = node.consensus.state.placements.values()
     return found
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for ``condition``."""
-    with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110 - the state has no event
-            await trio.sleep(0.02)
 
 
 async def reserved(node: ModelNode, *states: str) -> None:
@@ -79,14 +72,22 @@ async def test_a_drain_that_cannot_end_says_why(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draining, "STALL_SECONDS", 4.0)
-    free = 10_000 * MIB
-    async with open_model_world(2, tmp_path, memory=lambda: free) as (a, _):
+    monkeypatch.setattr(healer, "FACTS_SECONDS", 0.1)
+    free, asked = 10_000 * MIB, 0
+
+    def memory() -> int:
+        nonlocal asked
+        asked += 1
+        return free
+
+    async with open_model_world(2, tmp_path, memory=memory) as (a, _):
         for n in range(2):
             await a.consensus.propose(AdmitMember(peer(n), f"n{n}", "voter", b"c"))
         name = await a.pull(f"file:{bundled_model}")
         await a.load(name, layers=(15,), nodes=("n0", "n1"), standbys=0, spares=0)
-        free = 1 * MIB
-        await trio.sleep(12)  # until the leader has asked again
+        free, before = 1 * MIB, asked
+        # both nodes in a round that has begun, in a whole one, and the first of the next
+        await eventually(lambda: asked >= before + 5, "the leader has asked both again")
         with pytest.raises(Unavailable) as caught:
             await a.models.drain(DrainRequest(node="n1"), ignore)
         assert caught.value.code == "cannot_drain"
