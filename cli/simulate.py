@@ -4,49 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.base.files import read_limited, write_atomic
+from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.simulate_plan import (
+    DURATION,
+    FAULTS,
+    MAX_SEED,
+    MAX_SEEDS,
+    NODES,
+    Plan,
+    check_writable,
+    chosen_plan,
+    chosen_seeds,
+    usage,
+)
+from pyagent_node.cli.simulate_report import line, list_faults, show
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.faults import Schedule
     from pyagent_node.simulations.jobs import Job, Verdict
-
-NODES, DURATION, FAULTS = 7, 30.0, "standard"
-MAX_SEED: Final = (1 << 63) - 1
-MAX_SEEDS: Final = 100_000
-MAX_FILE: Final = 4 << 20
-"""Bytes of a schedule of faults."""
-FRESH_BITS: Final = 32
-STORIES: Final = 3
-"""Failures that are told in full; the rest are listed."""
-ROWS: Final = 20
-"""Seeds up to which each has a line of its own in the summary."""
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``--json`` prints of a seed."""
-
-    seed: int
-    nodes: int
-    virtual_seconds: float
-    wall_seconds: float
-    events: int
-    requests: int
-    faults: int
-    violations: tuple[object, ...]
-    trace_digest: str
-    replay: str
-    story: tuple[str, ...] = ()
 
 
 class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,40 +42,6 @@ class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
     faults: int
     runs: int
     replay: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be run, and how a person asks for one seed of it again."""
-
-    nodes: int
-    duration: float
-    faults: str
-    file: Schedule | None
-
-    def schedule(self, seed: int) -> Schedule:
-        """Return the schedule of a seed."""
-        from pyagent_node.simulations.faults import draw_schedule  # noqa: PLC0415
-
-        if self.file is not None:
-            return self.file
-        return draw_schedule(seed, nodes=self.nodes, duration=self.duration, mix=self.faults)
-
-    def replay(self, seed: int) -> str:
-        """Return the command that runs one seed again."""
-        parts = ["pyagent-node simulate", f"--seed {seed}"]
-        if self.file is None:
-            parts += [f"--nodes {self.nodes}"] if self.nodes != NODES else []
-            parts += [f"--duration {self.duration:g}"] if self.duration != DURATION else []
-        if self.file is not None or self.faults != FAULTS:
-            parts.append(f"--faults {_quoted(self.faults)}")
-        return " ".join(parts)
-
-
-def _quoted(text: str) -> str:
-    import shlex  # noqa: PLC0415
-
-    return shlex.quote(text)
 
 
 @click.command("simulate")
@@ -109,7 +58,7 @@ def _quoted(text: str) -> str:
 @click.option(
     "--faults", default=FAULTS, show_default=True, metavar="NAME|FILE", help="What goes wrong."
 )
-@click.option("--list-faults", is_flag=True, help="List the named mixes of faults.")
+@click.option("--list-faults", "list_only", is_flag=True, help="List the named mixes of faults.")
 @click.option(
     "--jobs",
     type=click.IntRange(1, 1024),
@@ -150,7 +99,7 @@ def simulate_command(
     seeds: str | None,
     fresh: int | None,
     faults: str,
-    list_faults: bool,
+    list_only: bool,
     jobs: int | None,
     limit: float | None,
     shrink: bool,
@@ -166,17 +115,17 @@ def simulate_command(
     Exits with 1 when anything was broken, and tells how to see it again. Without a seed, a new one
     is drawn.
     """
-    if list_faults:
-        _list(app)
+    if list_only:
+        list_faults(app)
         return 0
-    chosen = _seeds(seed, seeds, fresh)
+    chosen = chosen_seeds(seed, seeds, fresh)
     if limit is not None and math.isnan(limit):
-        raise _usage("--limit is not a number.", "Write seconds: --limit 300.")
-    plan = _plan(nodes, duration, faults)
+        raise usage("--limit is not a number.", "Write seconds: --limit 300.")
+    plan = chosen_plan(nodes, duration, faults)
     if trace is not None and len(chosen) > 1:
-        raise _usage("--trace takes one seed.", "Give it with --seed.")
+        raise usage("--trace takes one seed.", "Give it with --seed.")
     for path in (trace, output if shrink else None):
-        _check_writable(path)
+        check_writable(path)
     from pyagent_node.simulations.jobs import Job  # noqa: PLC0415
 
     work = [Job(each, plan.schedule(each), trace is not None) for each in chosen]
@@ -186,93 +135,16 @@ def simulate_command(
         app.out.note(f"Wrote {len(verdicts[0].trace)} events to {trace}.")
     failed = [verdict for verdict in verdicts if verdict.failed]
     if not app.out.json:
-        _show(app, plan, verdicts)
+        show(app, plan, verdicts)
     if shrink and failed:
         _shrink(app, plan, failed[0], limit=limit, runs=shrink_runs, output=output)
     return 1 if failed else 0
-
-
-# ---- what was asked ------------------------------------------------------------------------------
-
-
-def _usage(message: str, remedy: str) -> InvalidRequest:
-    return InvalidRequest(message, code="usage", remedy=remedy)
-
-
-def _seeds(seed: int | None, seeds: str | None, fresh: int | None) -> list[int]:
-    """Return the seeds to run."""
-    if sum(given is not None for given in (seed, seeds, fresh)) > 1:
-        raise _usage("--seed, --seeds and --fresh exclude each other.", "Give one of them.")
-    if seed is not None:
-        return [seed]
-    if seeds is None:
-        return [secrets.randbits(FRESH_BITS) for _ in range(fresh or 1)]
-    first, dots, last = seeds.partition("..")
-    if not (dots and first.isdecimal() and last.isdecimal() and seeds.isascii()):
-        raise _usage(f"--seeds is {seeds[:80]!r}.", "Write two numbers: 0..99.")
-    if len(first) > 20 or len(last) > 20 or int(last) > MAX_SEED:
-        raise _usage("A seed of --seeds is too large.", f"The largest is {MAX_SEED}.")
-    low, high = int(first), int(last)
-    if low > high:
-        raise _usage(f"--seeds {low}..{high} holds no seed.", f"Write {high}..{low}.")
-    if high - low >= MAX_SEEDS:
-        raise _usage(f"--seeds {low}..{high} are too many.", f"Take at most {MAX_SEEDS} at a time.")
-    return list(range(low, high + 1))
-
-
-def _check_writable(path: str | None) -> None:
-    """Refuse a file that cannot be written before any time is spent on what goes into it."""
-    if path is None:
-        return
-    parent = Path(path).absolute().parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise _usage(
-            f"{path[:200]} cannot be written.", f"See whether {parent} is there and yours."
-        )
-
-
-def _plan(nodes: int | None, duration: float | None, faults: str) -> Plan:
-    from pyagent_node.simulations.faults import MIXES, decode_schedule  # noqa: PLC0415
-
-    if faults in MIXES:
-        return Plan(nodes or NODES, duration or DURATION, faults, None)
-    path = Path(faults)
-    if path.is_dir():
-        raise _usage(f"{faults[:200]} is a directory.", "Name a file, or a mix of faults.")
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
-        raise InvalidRequest(
-            f"There is no mix of faults, and no file, called {faults[:80]!r}.",
-            code="bad_schedule",
-            remedy=f"Choose one of {', '.join(MIXES)}, or name a file.",
-        )
-    if nodes is not None or duration is not None:
-        raise _usage(
-            "A file of faults says how many nodes there are, and for how long.",
-            "Leave --nodes and --duration out, or change the file.",
-        )
-    schedule = decode_schedule(read_limited(path, MAX_FILE))
-    return Plan(schedule.nodes, schedule.duration, faults, schedule)
-
-
-def _list(app: App) -> None:
-    from pyagent_node.simulations.catalogue import kinds, mixes  # noqa: PLC0415
-
-    for name, faults in mixes().items():
-        app.out.line({"mix": name, "faults": faults})
-        app.out.text(f"{name:10} {', '.join(faults) or 'nothing goes wrong'}")
-    app.out.text("")
-    for kind, meaning in kinds().items():
-        app.out.line({"fault": kind, "meaning": meaning})
-        app.out.text(f"{kind:14} {meaning}")
 
 
 def _cores() -> int:
     """Return how many cores this process may use."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable is not None else os.cpu_count() or 1
-
-
-# ---- running -------------------------------------------------------------------------------------
 
 
 def _play(
@@ -294,29 +166,12 @@ def _play(
 
         def done(_: Job, verdict: Verdict) -> None:
             verdicts.append(verdict)
-            app.out.line(_line(plan, verdict))
+            app.out.line(line(plan, verdict))
             step()
 
         step()
         play_all(work, workers=workers, done=done, limit=limit)
     return sorted(verdicts, key=lambda verdict: verdict.outcome.seed)
-
-
-def _line(plan: Plan, verdict: Verdict) -> Line:
-    outcome = verdict.outcome
-    return Line(
-        seed=outcome.seed,
-        nodes=outcome.nodes,
-        virtual_seconds=outcome.virtual_seconds,
-        wall_seconds=outcome.wall_seconds,
-        events=outcome.events,
-        requests=outcome.requests,
-        faults=outcome.faults,
-        violations=outcome.violations,
-        trace_digest=outcome.trace_digest,
-        replay=plan.replay(outcome.seed),
-        story=verdict.story,
-    )
 
 
 def _shrink(
@@ -371,71 +226,3 @@ def _shrink(
 def _faults(schedule: Schedule) -> str:
     count = len(schedule.faults)
     return "1 fault" if count == 1 else f"{count} faults"
-
-
-# ---- showing -------------------------------------------------------------------------------------
-
-
-def _show(app: App, plan: Plan, verdicts: Sequence[Verdict]) -> None:
-    failed = [verdict for verdict in verdicts if verdict.failed]
-    if len(verdicts) > 1:
-        _table(app, verdicts if len(verdicts) <= ROWS else failed)
-    for verdict in failed[:STORIES]:
-        _tell(app, plan, verdict)
-    if len(failed) > STORIES:
-        app.out.text(f"\n{len(failed) - STORIES} more failed. Replay them:")
-        for verdict in failed[STORIES:]:
-            app.out.text(f"  {plan.replay(verdict.outcome.seed)}")
-    outcomes = [verdict.outcome for verdict in verdicts]
-    virtual = sum(outcome.virtual_seconds for outcome in outcomes)
-    spent = sum(outcome.wall_seconds for outcome in outcomes)
-    if len(verdicts) == 1 and not failed:
-        only = outcomes[0]
-        app.out.text(
-            f"Seed {only.seed}: nothing was broken. {only.faults} faults and {only.requests}"
-            f" requests in {virtual:.1f} s of virtual time, {spent:.1f} s of real time.\n"
-            f"{only.events} events, digest {only.trace_digest}"
-        )
-    elif len(verdicts) > 1:
-        app.out.text(
-            f"\n{len(verdicts)} seeds, {len(failed)} failed. {sum(o.faults for o in outcomes)}"
-            f" faults and {sum(o.requests for o in outcomes)} requests in {virtual:.0f} s of"
-            f" virtual time, {spent:.0f} s of real time."
-        )
-
-
-def _table(app: App, verdicts: Sequence[Verdict]) -> None:
-    from rich.table import Table  # noqa: PLC0415
-
-    if not verdicts:
-        return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("seed", "virtual", "real", "faults", "requests", "events"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("digest", no_wrap=True)
-    table.add_column("broken")
-    for verdict in verdicts:
-        outcome = verdict.outcome
-        table.add_row(
-            str(outcome.seed),
-            f"{outcome.virtual_seconds:.1f} s",
-            f"{outcome.wall_seconds:.1f} s",
-            str(outcome.faults),
-            str(outcome.requests),
-            str(outcome.events),
-            outcome.trace_digest[:12],
-            ", ".join(sorted(verdict.broken)),
-        )
-    app.out.console.print(table)
-
-
-def _tell(app: App, plan: Plan, verdict: Verdict) -> None:
-    """Print the story of a failure and how to see it again."""
-    outcome = verdict.outcome
-    when = f", {outcome.virtual_seconds:.3f} s in" if outcome.trace_digest else ""
-    app.out.text(f"\nSeed {outcome.seed} broke what must hold{when}:")
-    for found in outcome.violations:
-        app.out.text(f"  {found.invariant}: {found.detail}")
-    for line in verdict.story:
-        app.out.text(f"  {line}")
-    app.out.text(f"Replay it:\n  {plan.replay(outcome.seed)}")

@@ -17,7 +17,8 @@ from pyagent_node.consensus.pysyncobj_messages import (
     TimeoutNow,
     Vote,
 )
-from pyagent_node.consensus.pysyncobj_quiet import CANDIDATE, FOLLOWER, LEADER, Node, QuietSyncObj
+from pyagent_node.consensus.pysyncobj_parts import Node
+from pyagent_node.consensus.pysyncobj_quiet import CANDIDATE, FOLLOWER, LEADER, QuietSyncObj
 
 
 class HardenedSyncObj(QuietSyncObj):

@@ -15,7 +15,7 @@ from gguf.constants import GGUFValueType
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import Slice
-from pyagent_node.inference.models.gguf_format import GgufHeader
+from pyagent_node.inference.models.gguf_types import GgufHeader
 
 MAX_LAYERS: Final = 512
 """Most layers (llama.cpp's own limit)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from pyagent_node.base.errors import CorruptData
-from pyagent_node.inference.models.gguf_format import ByteRange
+from pyagent_node.inference.models.gguf_types import ByteRange
 
 
 def chunk_count(size: int, chunk_bytes: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pyagent_node.inference.models.chunks import merge_ranges
-from pyagent_node.inference.models.gguf_format import ByteRange
+from pyagent_node.inference.models.gguf_types import ByteRange
 
 
 class Hole(NamedTuple):

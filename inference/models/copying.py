@@ -12,7 +12,7 @@ from pyagent_node.base.errors import CorruptData
 from pyagent_node.base.files import mapped, sync_dir
 from pyagent_node.base.limits import MIB
 from pyagent_node.inference.models.copy_plan import CopyPlan, Hole
-from pyagent_node.inference.models.gguf_format import ByteRange
+from pyagent_node.inference.models.gguf_types import ByteRange
 from pyagent_node.inference.models.model_file import ModelFile
 
 _COPY_BYTES: Final = 1 * MIB

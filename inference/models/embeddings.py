@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import InvalidRequest, Unsupported
 from pyagent_node.base.files import mapped
 from pyagent_node.inference.models.architectures import EMBEDDING, model_shape
-from pyagent_node.inference.models.gguf_format import ByteRange
+from pyagent_node.inference.models.gguf_types import ByteRange
 from pyagent_node.inference.models.model_file import ModelFile
 
 

@@ -19,13 +19,21 @@ from typing import Final, NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from pyagent_node.base.errors import CorruptData, Unsupported
+from pyagent_node.base.errors import Unsupported
 from pyagent_node.base.limits import MIB
+from pyagent_node.inference.models.gguf_types import (
+    ByteRange,
+    GgufField,
+    GgufHeader,
+    GgufTensor,
+    Scalar,
+    malformed,
+    pad_to,
+    truncated,
+)
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 """Bytes that hold at least the header of a file."""
-
-Scalar = int | float | bool | bytes
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -66,138 +74,6 @@ SCALARS: Final[Mapping[int, struct.Struct]] = MappingProxyType(
 )
 
 
-class ByteRange(NamedTuple):
-    """The bytes ``[start, stop)`` of a file."""
-
-    start: int
-    stop: int
-
-
-class GgufField(NamedTuple):
-    """One metadata field and where it lies in the file.
-
-    ``type`` is a ``GGUFValueType``; ``item_type`` and ``items`` describe an array (``None`` and 1
-    otherwise).  ``span`` covers the whole key-value pair, ``payload`` the value without its type.
-    ``value`` is decoded for scalars and strings (as bytes) and for short arrays of numbers (as a
-    tuple); it is ``None`` for other arrays, see :func:`read_strings`.
-    """
-
-    key: str
-    type: GGUFValueType
-    item_type: GGUFValueType | None
-    items: int
-    span: ByteRange
-    payload: ByteRange
-    value: Scalar | tuple[int | float | bool, ...] | None
-
-
-class GgufTensor(NamedTuple):
-    """One tensor: ``shape`` is in ggml order (the row length first), ``data`` its bytes' place."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLQuantizationType
-    data: ByteRange
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data, without padding."""
-        return self.data.stop - self.data.start
-
-
-class GgufHeader:
-    """The parsed header of one file.
-
-    ``length`` counts the bytes from the start of the file to the end of the tensor list;
-    ``data_start`` is where the first tensor lies (``length`` padded to ``alignment``).
-    """
-
-    def __init__(
-        self,
-        *,
-        version: int,
-        alignment: int,
-        fields: dict[str, GgufField],
-        tensors: dict[str, GgufTensor],
-        length: int,
-        data_start: int,
-        file_size: int,
-    ) -> None:
-        self.version = version
-        self.alignment = alignment
-        self.fields: Mapping[str, GgufField] = MappingProxyType(fields)
-        self.tensors: Mapping[str, GgufTensor] = MappingProxyType(tensors)
-        self.length = length
-        self.data_start = data_start
-        self.file_size = file_size
-
-    def __repr__(self) -> str:
-        return (
-            f"GgufHeader(version={self.version}, fields={len(self.fields)},"
-            f" tensors={len(self.tensors)}, length={self.length})"
-        )
-
-    @property
-    def architecture(self) -> str:
-        """The value of ``general.architecture``."""
-        return self.text("general.architecture")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """Return a string field.
-
-        Raises :class:`CorruptData` (``gguf_malformed``) when it is missing without a default, is
-        not a string, or is not UTF-8.
-        """
-        field = self.fields.get(key)
-        if field is None:
-            if default is None:
-                raise _malformed(f"the field {key!r} is missing")
-            return default
-        if not isinstance(field.value, bytes):
-            raise _malformed(f"the field {key!r} is not a string")
-        try:
-            return field.value.decode()
-        except UnicodeDecodeError:
-            raise _malformed(f"the field {key!r} is not UTF-8") from None
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole-number field; errors as for :meth:`text`."""
-        field = self.fields.get(key)
-        if field is None:
-            if default is None:
-                raise _malformed(f"the field {key!r} is missing")
-            return default
-        if isinstance(field.value, bool) or not isinstance(field.value, int):
-            raise _malformed(f"the field {key!r} is not a whole number")
-        return field.value
-
-    def tensor(self, name: str) -> GgufTensor:
-        """Return a tensor; raises :class:`CorruptData` (``gguf_malformed``) when it is missing."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise _malformed(f"the tensor {name!r} is missing")
-        return tensor
-
-
-def _malformed(what: str) -> CorruptData:
-    return CorruptData(
-        f"The GGUF file is malformed: {what}.",
-        code="gguf_malformed",
-        remedy="Get the model file again, or convert it again.",
-    )
-
-
-def truncated(what: str, *, size: int, needed: int) -> CorruptData:
-    """Return the error for a file of ``size`` bytes in which ``what`` ends at ``needed``."""
-    return CorruptData(
-        f"The GGUF file is truncated: {what} ends at byte {needed}, but there are {size}.",
-        code="gguf_truncated",
-        remedy="Get the model file again.",
-        size=min(size, 2**63 - 1),
-        needed=min(needed, 2**63 - 1),
-    )
-
-
 class _Cursor:
     """Reads numbers and strings from a buffer, refusing to pass its end."""
 
@@ -211,7 +87,7 @@ class _Cursor:
         start = self.at
         if size > self.end - start:
             if start + size > MAX_HEADER_BYTES:
-                raise _malformed(f"{what} reaches beyond {MAX_HEADER_BYTES} bytes of header")
+                raise malformed(f"{what} reaches beyond {MAX_HEADER_BYTES} bytes of header")
             raise truncated(what, size=self.end, needed=start + size)
         self.at = start + size
         return start
@@ -227,7 +103,7 @@ class _Cursor:
     def string(self, what: str, limit: int) -> bytes:
         length = self.u64(what)
         if length > limit:
-            raise _malformed(f"{what} has {length} bytes, more than {limit}")
+            raise malformed(f"{what} has {length} bytes, more than {limit}")
         start = self.take(length, what)
         return bytes(self.data[start : start + length])
 
@@ -264,12 +140,12 @@ def parse_header(data: Buffer, file_size: int | None = None) -> GgufHeader:
         (field_count, MAX_FIELDS, "metadata fields"),
     ):
         if count > limit:
-            raise _malformed(f"it claims {count} {what}, more than {limit}")
+            raise malformed(f"it claims {count} {what}, more than {limit}")
     fields: dict[str, GgufField] = {}
     for index in range(field_count):
         field = _read_field(cursor, index)
         if field.key in fields:
-            raise _malformed(f"the field {field.key[:64]!r} appears twice")
+            raise malformed(f"the field {field.key[:64]!r} appears twice")
         fields[field.key] = field
     alignment = _alignment(fields)
     infos = [_read_tensor(cursor, index) for index in range(tensor_count)]
@@ -290,7 +166,7 @@ def parse_header(data: Buffer, file_size: int | None = None) -> GgufHeader:
 def read_strings(data: Buffer, field: GgufField) -> list[bytes]:
     """Materialise an array of strings whose header was parsed from the same ``data``."""
     if field.item_type is not GGUFValueType.STRING:
-        raise _malformed(f"the field {field.key!r} is not an array of strings")
+        raise malformed(f"the field {field.key!r} is not an array of strings")
     cursor = _Cursor(data, field.payload.stop)
     cursor.at = field.payload.start
     return [cursor.string(field.key, MAX_HEADER_BYTES) for _ in range(field.items)]
@@ -299,7 +175,7 @@ def read_strings(data: Buffer, field: GgufField) -> list[bytes]:
 def _read_version(cursor: _Cursor) -> int:
     magic = bytes(cursor.data[cursor.take(4, "the magic") : 4])
     if magic != MAGIC:
-        raise _malformed("it does not begin with 'GGUF'")
+        raise malformed("it does not begin with 'GGUF'")
     version = cursor.u32("the version")
     if version & 0xFFFF == 0 and version != 0:
         raise Unsupported(
@@ -323,9 +199,9 @@ def _read_field(cursor: _Cursor, index: int) -> GgufField:
     try:
         key = raw_key.decode()
     except UnicodeDecodeError:
-        raise _malformed(f"the key of field {index} is not UTF-8") from None
+        raise malformed(f"the key of field {index} is not UTF-8") from None
     if not key:
-        raise _malformed(f"the key of field {index} is empty")
+        raise malformed(f"the key of field {index} is empty")
     name = f"the field {key[:64]!r}"
     kind = _value_type(cursor.u32(name), name)
     item_type: GGUFValueType | None = None
@@ -364,7 +240,7 @@ def _value_type(number: int, name: str) -> GGUFValueType:
     try:
         return GGUFValueType(number)
     except ValueError:
-        raise _malformed(f"{name} has the unknown type {number}") from None
+        raise malformed(f"{name} has the unknown type {number}") from None
 
 
 def _alignment(fields: Mapping[str, GgufField]) -> int:
@@ -373,9 +249,9 @@ def _alignment(fields: Mapping[str, GgufField]) -> int:
         return DEFAULT_ALIGNMENT
     value = field.value
     if field.type is not GGUFValueType.UINT32 or not isinstance(value, int):
-        raise _malformed("general.alignment is not a 32-bit number")
+        raise malformed("general.alignment is not a 32-bit number")
     if value == 0 or value & (value - 1) or value > MAX_ALIGNMENT:
-        raise _malformed(f"general.alignment is {value}, not a power of two up to {MAX_ALIGNMENT}")
+        raise malformed(f"general.alignment is {value}, not a power of two up to {MAX_ALIGNMENT}")
     return value
 
 
@@ -392,11 +268,11 @@ def _read_tensor(cursor: _Cursor, index: int) -> _TensorInfo:
     try:
         name = raw_name.decode()
     except UnicodeDecodeError:
-        raise _malformed(f"the name of tensor {index} is not UTF-8") from None
+        raise malformed(f"the name of tensor {index} is not UTF-8") from None
     what = f"the tensor {name!r}"
     dims = cursor.u32(what)
     if not 1 <= dims <= MAX_DIMS:
-        raise _malformed(f"{what} has {dims} dimensions, not 1 to {MAX_DIMS}")
+        raise malformed(f"{what} has {dims} dimensions, not 1 to {MAX_DIMS}")
     shape = tuple(cursor.u64(what) for _ in range(dims))
     number = cursor.u32(what)
     offset = cursor.u64(what)
@@ -414,9 +290,9 @@ def _read_tensor(cursor: _Cursor, index: int) -> _TensorInfo:
     for side in shape:
         elements *= side
     if elements == 0 or elements >= 2**63:
-        raise _malformed(f"{what} has an impossible shape {shape}")
+        raise malformed(f"{what} has an impossible shape {shape}")
     if shape[0] % block:
-        raise _malformed(f"{what} has rows of {shape[0]}, not a multiple of {block}")
+        raise malformed(f"{what} has rows of {shape[0]}, not a multiple of {block}")
     return _TensorInfo(name, shape, kind, offset, elements // block * block_bytes)
 
 
@@ -427,9 +303,9 @@ def _place_tensors(
     expected = 0
     for info in infos:
         if info.name in tensors:
-            raise _malformed(f"the tensor {info.name!r} appears twice")
+            raise malformed(f"the tensor {info.name!r} appears twice")
         if info.offset != expected:
-            raise _malformed(
+            raise malformed(
                 f"the tensor {info.name!r} lies at offset {info.offset}, not at {expected}"
             )
         start = data_start + info.offset
@@ -439,8 +315,3 @@ def _place_tensors(
         tensors[info.name] = GgufTensor(info.name, info.shape, info.type, place)
         expected = pad_to(info.offset + info.nbytes, alignment)
     return tensors
-
-
-def pad_to(size: int, alignment: int) -> int:
-    """Return ``size`` rounded up to a multiple of ``alignment``, a power of two."""
-    return (size + alignment - 1) & ~(alignment - 1)

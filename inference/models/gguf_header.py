@@ -7,14 +7,12 @@ import os
 from pathlib import Path
 
 from pyagent_node.base.files import mapped
-from pyagent_node.inference.models.gguf_format import (
-    Buffer,
+from pyagent_node.inference.models.gguf_format import Buffer, parse_header, read_strings
+from pyagent_node.inference.models.gguf_types import (
     ByteRange,
     GgufField,
     GgufHeader,
     GgufTensor,
-    parse_header,
-    read_strings,
     truncated,
 )
 

@@ -12,7 +12,8 @@ from typing import Final, NamedTuple
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from pyagent_node.inference.models.gguf_format import MAGIC, SCALARS, pad_to
+from pyagent_node.inference.models.gguf_format import MAGIC, SCALARS
+from pyagent_node.inference.models.gguf_types import pad_to
 
 VERSION: Final = 3
 

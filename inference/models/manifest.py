@@ -19,7 +19,8 @@ from pyagent_node.base.files import mapped
 from pyagent_node.base.limits import CHUNK_BYTES, KIB, MIB
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.models.chunks import chunk_count, chunk_range, chunks_of
-from pyagent_node.inference.models.gguf_format import MAX_HEADER_BYTES, ByteRange
+from pyagent_node.inference.models.gguf_format import MAX_HEADER_BYTES
+from pyagent_node.inference.models.gguf_types import ByteRange
 from pyagent_node.native import blake3, hash_file
 
 MANIFEST_VERSION: Final = 1

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from pyagent_node.base.errors import Unavailable
 from pyagent_node.inference.models.chunks import ChunkSet, chunks_of
-from pyagent_node.inference.models.gguf_format import ByteRange, GgufHeader
 from pyagent_node.inference.models.gguf_header import read_header
+from pyagent_node.inference.models.gguf_types import ByteRange, GgufHeader
 
 
 class ModelFile(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Final
 from pyagent_node.base.errors import CorruptData, NotFound, PyAgentError
 from pyagent_node.base.files import mapped, read_limited, write_atomic
 from pyagent_node.inference.models.chunks import ChunkSet
-from pyagent_node.inference.models.gguf_format import GgufHeader, parse_header
+from pyagent_node.inference.models.gguf_format import parse_header
+from pyagent_node.inference.models.gguf_types import GgufHeader
 from pyagent_node.inference.models.manifest import ModelManifest
 from pyagent_node.inference.models.model_file import ModelFile
 from pyagent_node.native import blake3

@@ -36,7 +36,7 @@ from pyagent_node.inference.models.copy_plan import (
     copy_plan,
     length,
 )
-from pyagent_node.inference.models.gguf_format import ByteRange, GgufHeader, pad_to
+from pyagent_node.inference.models.gguf_types import ByteRange, GgufHeader, pad_to
 from pyagent_node.inference.models.gguf_writer import (
     TensorEntry,
     array_field,

@@ -29,7 +29,7 @@ from pyagent_node.inference.models.blob_client import open_blob_client
 from pyagent_node.inference.models.chunks import chunks_of
 from pyagent_node.inference.models.embeddings import EmbeddingTable, embedding_ranges
 from pyagent_node.inference.models.fetching import ChunkFetch, Progress, TransferStats
-from pyagent_node.inference.models.gguf_format import ByteRange
+from pyagent_node.inference.models.gguf_types import ByteRange
 from pyagent_node.inference.models.manifest import (
     ModelManifest,
     check_name,

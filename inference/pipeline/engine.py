@@ -37,6 +37,7 @@ from pyagent_node.inference.pipeline.requests import (
     plan_request,
     prompt_tokens,
 )
+from pyagent_node.inference.pipeline.session_views import session_views
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
@@ -133,35 +134,13 @@ class PipelineEngine:
 
     def sessions(self) -> list[SessionView]:
         """Return the sessions this node heads, and those that its stages serve for others."""
-        now = trio.current_time()
-        views: dict[SessionId, SessionView] = {}
-        for session, entry in self._sessions.items():
-            core = entry.core
-            views[session] = SessionView(
-                session,
-                entry.model.name,
-                core.epoch,
-                self._peer_id,
-                len(core.prompt),
-                core.generated,
-                _rate(core.generated, core.first_token, now),
-                core.failovers,
-                core.attempt is None,
-                core.guesses,
-            )
-        for served in self._stages.sessions():
-            if served.session not in views and served.session not in self._wires:
-                model = self._offers.get(served.model)
-                views[served.session] = SessionView(
-                    served.session,
-                    model.name if model else served.model,
-                    served.epoch,
-                    served.head,
-                    served.prompt_tokens,
-                    served.generated,
-                    _rate(served.generated, served.first_sample, served.last_seen),
-                )
-        return list(views.values())
+        return session_views(
+            self._sessions,
+            [served for served in self._stages.sessions() if served.session not in self._wires],
+            self._offers,
+            head=self._peer_id,
+            now=trio.current_time(),
+        )
 
     def heads(self, wire: SessionId) -> bool:
         """Whether this node is the head of what is ``wire`` on the wire."""
@@ -417,8 +396,3 @@ def _moved(before: int, now: int) -> PyAgentError:
         epoch=now,
         frame_epoch=before,
     )
-
-
-def _rate(generated: int, since: float | None, now: float) -> float:
-    seconds = 0.0 if since is None else now - since
-    return (generated - 1) / seconds if generated > 1 and seconds > 0 else 0.0
