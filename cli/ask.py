@@ -106,6 +106,7 @@ def sampling_ask(model: str, given: dict[str, object]) -> Ask:
         "speculation",
         "draft_length",
         "draft_depth",
+        "draft_tree",
     )
     fields = {name: given[name] for name in names if given.get(name) is not None}
     stop = cast("tuple[str, ...]", given.get("stop") or ())

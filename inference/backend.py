@@ -121,6 +121,11 @@ class StepInput(msgspec.Struct, frozen=True):
     before them, in a sequence that is not empty.  A slice with the head that is asked to sample
     does so after the last token that is none, and after each guess that agrees with what it has
     sampled before; the sequence then ends after the guesses that agreed.  Other slices keep all.
+
+    With ``parents`` the guesses form a tree (see ``trees``), behind at most
+    :data:`MAX_DECODE_ROWS` tokens: guess number i follows the token at index ``parents[i]``.  The
+    tokens that are sampled lead through it; other slices keep the principal path, and give
+    activations for all.
     """
 
     seq: int
@@ -129,6 +134,7 @@ class StepInput(msgspec.Struct, frozen=True):
     activations: Activations | None
     sample: bool
     drafts: int = 0
+    parents: tuple[int, ...] = ()
 
 
 class StepOutput(msgspec.Struct, frozen=True):

@@ -39,7 +39,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     (:data:`AUTO_SPECULATION`), or a drafter by its name; ``None``: as the node is set.  It changes
     no token, only how soon they come.  ``draft_length`` fixes how many guesses a step carries and
     ``draft_depth`` how many steps are in flight; where the first is ``None`` both are decided as
-    it goes.
+    it goes.  With ``draft_tree`` that many guesses form a tree, where the drafter can make one.
     """
 
     model: str
@@ -55,6 +55,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

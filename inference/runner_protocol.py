@@ -67,6 +67,7 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
     activations: bool
     sample: bool
     drafts: int = 0
+    parents: tuple[int, ...] = ()
 
 
 class Decode(Request, frozen=True, tag="decode"):
@@ -291,7 +292,15 @@ def _wrong_length() -> CorruptData:
 def pack_steps(steps: Sequence[StepInput]) -> tuple[tuple[StepHeader, ...], bytes]:
     """Return the headers and the tail of a :class:`Decode`."""
     headers = tuple(
-        StepHeader(s.seq, s.position, len(s.tokens), s.activations is not None, s.sample, s.drafts)
+        StepHeader(
+            s.seq,
+            s.position,
+            len(s.tokens),
+            s.activations is not None,
+            s.sample,
+            s.drafts,
+            s.parents,
+        )
         for s in steps
     )
     pieces = [np.ascontiguousarray(s.tokens, _I32).data for s in steps]
@@ -317,7 +326,15 @@ def unpack_steps(headers: Sequence[StepHeader], tail: Tail, n_embd: int) -> list
             raw = cut.take(header.n * n_embd * _F32.itemsize)
             rows = np.frombuffer(raw, _F32).reshape(header.n, n_embd)
         steps.append(
-            StepInput(header.seq, header.position, ids, rows, header.sample, header.drafts)
+            StepInput(
+                header.seq,
+                header.position,
+                ids,
+                rows,
+                header.sample,
+                header.drafts,
+                header.parents,
+            )
         )
     cut.finish()
     return steps

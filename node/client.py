@@ -88,6 +88,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):

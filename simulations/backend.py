@@ -33,6 +33,7 @@ from pyagent_node.inference.backend import (
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.trees import check_tree, decode_tree
 from pyagent_node.native import sample
 
 PRIME: Final = 32749
@@ -275,6 +276,16 @@ class ToyRunner:
             raise self.failure
 
     def _step(self, step: StepInput) -> StepOutput:
+        if not step.parents:
+            return self._chain(step)
+        slot, tokens = self._slots[step.seq], step.tokens.tolist()
+        check_tree(step.parents, tokens, step.drafts)
+        before = slot.history[:]
+        output = decode_tree(step, self._chain, slot.trim)
+        assert slot.history[: len(before)] == before, "nothing known is taken back"
+        return output
+
+    def _chain(self, step: StepInput) -> StepOutput:
         slot = self._slots[step.seq]
         if step.position != len(slot.history):
             raise InvalidRequest(f"position {step.position} after {len(slot.history)} tokens")

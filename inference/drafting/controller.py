@@ -177,9 +177,10 @@ class Controller:
 
         Call it for every draft: those that are not sent are judged as well.
         """
-        self._judge.wait_for(draft, ahead)
-        odds = self.calibration.probabilities(draft)
-        self._note_modesty(draft.confidence, odds)
+        chain = draft.straight
+        self._judge.wait_for(chain, ahead)
+        odds = self.calibration.probabilities(chain)
+        self._note_modesty(chain.confidence, odds)
         n = self._best_length(odds, self.rate)
         self._note_worth(n, odds)
         self._profile.add(odds)

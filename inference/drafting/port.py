@@ -20,22 +20,38 @@ MAX_DRAFT: Final = 64
 
 
 class Draft(msgspec.Struct, frozen=True):
-    """A chain of guesses.
+    """A chain of guesses, or a tree of them.
 
     ``confidence`` has one entry a token: the probability that the token is accepted given that
     those before it were.  ``source`` says who guessed: ``"suffix"``, or a model's name.
+
+    In a tree ``parents`` has for each guess the index of the one that it follows, -1 where it
+    follows the text.  Guesses are in preorder (see ``inference.trees``), siblings of different
+    tokens, the likelier first; each one's confidence is given that the one that it follows is
+    right.
     """
 
     tokens: tuple[int, ...] = ()
     confidence: tuple[float, ...] = ()
     source: str = ""
+    parents: tuple[int, ...] = ()
 
     def cut(self, length: int) -> Draft:
         """Return the first ``length`` guesses."""
         if length >= len(self.tokens):
             return self
         length = max(0, length)
-        return Draft(self.tokens[:length], self.confidence[:length], self.source)
+        return Draft(
+            self.tokens[:length], self.confidence[:length], self.source, self.parents[:length]
+        )
+
+    @property
+    def straight(self) -> Draft:
+        """The chain of first guesses: all of it where it is one."""
+        if not self.parents:
+            return self
+        n = next((i for i, at in enumerate(self.parents) if at != i - 1), len(self.tokens))
+        return Draft(self.tokens[:n], self.confidence[:n], self.source)
 
 
 def usable(draft: Draft, *, n_vocab: int, limit: int) -> Draft:
@@ -93,6 +109,15 @@ class PreparedDrafter(Protocol):
         ...
 
 
+@runtime_checkable
+class TreeDrafter(Protocol):
+    """A drafter whose guesses can form a tree."""
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Return up to ``limit`` guesses that form a tree; otherwise as ``propose``."""
+        ...
+
+
 class DrafterFactory(Protocol):
     """Makes the drafters of one kind."""
 
@@ -120,12 +145,13 @@ class Plan(msgspec.Struct, frozen=True):
     ``length`` is the most guesses to ask a drafter for, 0 for none at all; ``depth`` how many steps
     may be in flight, at least 1; one that is sent while others are begins with a guess of the token
     that the one before it will end with, so ask for one more for it.  ``floor`` goes to
-    :meth:`Drafter.propose`.
+    :meth:`Drafter.propose`.  ``tree`` asks for guesses that form a tree, of a drafter that can.
     """
 
     length: int = 0
     depth: int = 1
     floor: float = 0.0
+    tree: bool = False
 
 
 class Pass(msgspec.Struct, frozen=True):

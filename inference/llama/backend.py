@@ -49,6 +49,7 @@ from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.gguf_header import GgufHeader, read_header
 from pyagent_node.inference.models.slicing import SLICE_KEY
 from pyagent_node.inference.sampling import Sampled
+from pyagent_node.inference.trees import check_tree, decode_tree, reach
 from pyagent_node.native import sample
 
 MAX_N_SEQ: Final = 64
@@ -211,14 +212,45 @@ class LlamaBackend:
     def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
         """Run the slice over ``steps``; see the port.
 
-        Raises :class:`InvalidRequest` (``bad_step``, ``no_sequence``), :class:`LimitExceeded`
-        (``kv_full``), :class:`CorruptData` (``not_finite``) and :class:`Unavailable`
-        (``decode_failed``); the named sequences are then as before.
+        Raises :class:`InvalidRequest` (``bad_step``, ``bad_tree``, ``no_sequence``),
+        :class:`LimitExceeded` (``kv_full``), :class:`CorruptData` (``not_finite``) and
+        :class:`Unavailable` (``decode_failed``); the named sequences are then as before.
         """
         logs = [self._check_step(step) for step in steps]
         if len({step.seq for step in steps}) != len(steps):
             raise InvalidRequest("A sequence appears twice in one batch.", code="bad_step")
         ends = [log.end for log in logs]
+        chains = [index for index, step in enumerate(steps) if not step.parents]
+        try:
+            outputs = dict(
+                zip(
+                    chains,
+                    self._decode([steps[i] for i in chains], [logs[i] for i in chains]),
+                    strict=True,
+                )
+            )
+            for index, step in enumerate(steps):
+                if step.parents:
+                    outputs[index] = self._decode_tree(step, logs[index])
+        except BaseException:
+            for log, end in zip(logs, ends, strict=True):
+                self._context.drop(log.seq, end)
+                log.trim(end)
+            raise
+        return [outputs[index] for index in range(len(steps))]
+
+    def _decode_tree(self, step: StepInput, log: SequenceLog) -> StepOutput:
+        def chain(part: StepInput) -> StepOutput:
+            (output,) = self._decode([part], [log])
+            return output
+
+        def trim(start: int) -> None:
+            self._truncate(log, start)
+
+        return decode_tree(step, chain, trim)
+
+    def _decode(self, steps: Sequence[StepInput], logs: Sequence[SequenceLog]) -> list[StepOutput]:
+        """Compute checked steps without trees."""
         outs: list[Activations | None] = [
             None if self._part.head else np.empty((len(step.tokens), self._info.n_embd), np.float32)
             for step in steps
@@ -227,17 +259,11 @@ class LlamaBackend:
         shapes = [
             StepShape(step.seq, step.position, len(step.tokens), step.drafts) for step in steps
         ]
-        try:
-            for call in plan_calls(shapes, self._widths):
-                index = call[0].step
-                if steps[index].drafts and _refuted(call[0], steps[index], sampled[index]):
-                    continue
-                self._run(call, steps, logs, outs, sampled)
-        except BaseException:
-            for log, end in zip(logs, ends, strict=True):
-                self._context.drop(log.seq, end)
-                log.trim(end)
-            raise
+        for call in plan_calls(shapes, self._widths):
+            index = call[0].step
+            if steps[index].drafts and _refuted(call[0], steps[index], sampled[index]):
+                continue
+            self._run(call, steps, logs, outs, sampled)
         return [StepOutput(*result) for result in zip(outs, sampled, strict=True)]
 
     def _check_step(self, step: StepInput) -> SequenceLog:
@@ -259,10 +285,17 @@ class LlamaBackend:
             raise bad("it asks for a token, but its sequence was opened without sampling")
         if step.drafts and not (0 < step.drafts <= min(MAX_DRAFTS, n - 1) and log.end > 0):
             raise bad(f"it cannot have {step.drafts} guesses among {n} tokens from {log.end} on")
+        span = n
+        if step.parents:
+            check_tree(step.parents, step.tokens.tolist(), step.drafts)
+            known = n - step.drafts
+            if known > MAX_DECODE_ROWS:
+                raise bad(f"{known} tokens cannot be followed by a tree")
+            span = known + reach(step.parents, known, step.drafts)
         n_vocab = self._info.n_vocab if self._part.head else 2**31
         if int(step.tokens.min()) < 0 or int(step.tokens.max()) >= n_vocab:
             raise bad(f"a token is not one of 0 to {n_vocab - 1}")
-        log.check_room(step.position, n)
+        log.check_room(step.position, span)
         rows = step.activations
         if self._whole:
             if rows is not None:

@@ -8,7 +8,8 @@ bit-identical to single tokens.  Hence every cell of the new ranks is that of th
 A step may carry guesses, and steps may be sent on the assumption that all guesses before them are
 right (see ``frames``).  The result of a step says how many were: what was sent on a wrong
 assumption is void, is cancelled where it still can be, and the next step begins where the answer
-ends.
+ends.  Where the answer left the principal path of a tree, the next step begins at that place and
+*carries* the tokens since then again, for the ranks before the last one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pyagent_node.inference.pipeline.frames import (
 )
 from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.trees import follow, principal
 
 Embed = Callable[[Tokens], Activations]
 
@@ -55,7 +57,9 @@ class Chunk(NamedTuple):
 
 
 class Flight(msgspec.Struct, frozen=True, gc=False):
-    """A step under way: ``n`` tokens up to position ``stop``, ``drafts`` of them ``guesses``.
+    """A step under way: ``n`` tokens, ``drafts`` of them ``guesses``.
+
+    Its principal path ends at position ``stop``; for ``parents`` see ``trees``.
 
     ``kind``: it feeds the journal, or continues the answer with the token known last, or does so as
     a child of the step before it, by a guess of that token (the ``first`` of its own).
@@ -69,8 +73,14 @@ class Flight(msgspec.Struct, frozen=True, gc=False):
     kind: Literal["feed", "token", "child"] = "feed"
     first: int = -1
     guesses: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
     draft_seconds: float = 0.0
     in_flight: int = 1
+
+    @property
+    def straight(self) -> int:
+        """How many guesses its principal path has."""
+        return principal(self.parents, self.n - self.drafts, self.drafts)
 
     @property
     def drafts(self) -> int:
@@ -116,6 +126,8 @@ class Attempt:
         self._total = len(prompt) + len(answer)
         self.position = 0
         """Where the next step begins."""
+        self.carried = 0
+        """So many tokens before the last one are to be sent again, with the next step."""
         self.ahead: tuple[int, ...] = ()
         """The guesses in flight: what follows the answer if all of them are right."""
         self.computed = 0
@@ -162,7 +174,7 @@ class Attempt:
         flying = len(self._flights)
         if start < n:
             return None if flying >= self._window else Chunk(start, chunk_end(start, n))
-        stop = self._total - hold
+        stop = self._total - hold * (1 + self.carried)
         if start >= stop or flying >= MAX_STEPS_PER_SESSION:
             return None
         return Chunk(start, min(start + MAX_DECODE_ROWS, stop))
@@ -184,42 +196,68 @@ class Attempt:
 
     def send_token(self, token: int, now: float) -> Outgoing:
         """Return the step for the last token of the answer."""
-        tokens = cast("Tokens", np.array((token,), dtype=np.int32))
+        known = (*self._carry(), token)
+        tokens = cast("Tokens", np.array(known, dtype=np.int32))
         rows = None if self.embed is None else self.embed(tokens)
-        flights = len(self._flights)
-        flight = Flight(
-            self._sent, self.position + 1, 1, True, now, "token", token, (), 0.0, flights + 1
-        )
+        stop, n, flights = self.position + len(known), len(known), len(self._flights)
+        flight = Flight(self._sent, stop, n, True, now, "token", token, (), (), 0.0, flights + 1)
         return self._step(flight, tokens, rows)
 
-    def send_guesses(
-        self, tokens: Sequence[int], drafts: int, draft_seconds: float, now: float
-    ) -> Outgoing:
-        """Return a step whose last ``drafts`` tokens are guesses.
+    def send_carried(self, now: float) -> Outgoing:
+        """Return a step with some of the tokens to be sent again, where they are too many."""
+        n = MAX_DECODE_ROWS
+        assert self.carried >= n, "fewer go with the next step"
+        tokens = cast("Tokens", np.array(self._carry()[:n], dtype=np.int32))
+        rows = None if self.embed is None else self.embed(tokens)
+        left = self.carried - n
+        out = self._step(Flight(self._sent, self.position + n, n, False, now), tokens, rows)
+        self.carried = left
+        return out
 
-        The first is the last token of the answer, or, with guesses in flight, a guess of the token
-        that comes after those: the step is then a child of the last one.
+    def send_guesses(
+        self,
+        first: int,
+        guesses: tuple[int, ...],
+        follows: Sequence[int],
+        draft_seconds: float,
+        now: float,
+    ) -> Outgoing:
+        """Return a step with ``guesses`` for what comes after ``first``.
+
+        That is the last token of the answer, or, with guesses in flight, a guess of the token that
+        comes after those: the step is then a child of the last one.  Where the guesses form a tree,
+        ``follows`` has for each the index of the guess that it follows, -1 for ``first``.
         """
-        known = len(tokens) - drafts
-        assert known == 1, "one token, then guesses"
-        ids = cast("Tokens", np.array(tokens, dtype=np.int32))
+        carry = self._carry()
+        known = len(carry) + 1
+        assert known <= MAX_DECODE_ROWS, "more are sent before"
+        parents = tuple([known + index for index in follows])
+        straight = principal(parents, known, len(guesses))
+        if straight == len(guesses):
+            parents = ()
+        ids = cast("Tokens", np.array((*carry, first, *guesses), dtype=np.int32))
         rows = None if self.embed is None else self.embed(ids)
         child = self.guesses_in_flight > 0
-        guesses = tuple(tokens[1:])
-        self.ahead += (tokens[0], *guesses) if child else guesses
+        self.ahead += (first, *guesses[:straight]) if child else guesses[:straight]
         flight = Flight(
             self._sent,
-            self.position + len(tokens),
-            len(tokens),
+            self.position + known + straight,
+            len(ids),
             True,
             now,
             "child" if child else "token",
-            tokens[0],
+            first,
             guesses,
+            parents,
             draft_seconds,
             len(self._flights) + 1,
         )
         return self._step(flight, ids, rows)
+
+    def _carry(self) -> list[int]:
+        """Return the tokens that are to be sent again before the last one."""
+        answer, n = self._answer, self.carried
+        return [sampled.token for sampled in answer[len(answer) - 1 - n : -1]] if n else []
 
     def _step(self, flight: Flight, tokens: Tokens, rows: Activations | None) -> Outgoing:
         route = self.route
@@ -236,8 +274,10 @@ class Attempt:
             0.0,
             len(flight.guesses),
             flight.step - 1 if flight.kind == "child" else None,
+            flight.parents,
         )
         self._sent += 1
+        self.carried = 0
         self.position = flight.stop
         self._flights.append(flight)
         return Outgoing(self._entry, step, pack_tail(tokens, rows))
@@ -277,18 +317,22 @@ class Attempt:
         right = len(sampled) - 1
         if not 0 <= right <= len(guesses):
             raise bad_result(sender, f"it holds {len(sampled)} tokens for {len(guesses)} guesses")
-        self.computed = flight.stop - len(guesses) + right
         self._total += len(sampled)
         if not flights and not guesses:
+            self.computed = flight.stop
             return Landed(flight, sampled)
-        if tuple([one.token for one in sampled[:right]]) != guesses[:right]:
-            raise bad_result(sender, "its tokens are not the guesses that it was sent")
-        if flights and right == len(guesses) and flights[0].first == sampled[-1].token:
+        straight = _came_true(sender, flight, [one.token for one in sampled[:right]])
+        holds = straight == right == flight.straight
+        # a rank that is alone has the cells of what came true
+        held = right if self.embed is None else straight
+        self.computed = flight.stop - flight.straight + held
+        if flights and holds and flights[0].first == sampled[-1].token:
             self.ahead = self.ahead[right + 1 :]
             return Landed(flight, sampled)
         void = tuple(flights)
         flights.clear()
         self.position = self.computed
+        self.carried = right - held
         self.ahead = ()
         return Landed(flight, sampled, void)
 
@@ -304,13 +348,14 @@ class Attempt:
 
     @property
     def room(self) -> int:
-        """How many guesses more the answer has room for, none being in flight."""
+        """How many guesses in a row the answer has room for, none being in flight."""
         return self._positions - self._total - 1
 
     @property
     def at_last_token(self) -> bool:
         """Whether all was sent but the last token of the answer."""
-        return self.position == self._total - 1 and self.position >= len(self._prompt)
+        sent = self._total - 1 - self.carried
+        return self.position == sent and self.position >= len(self._prompt)
 
     @property
     def guesses_in_flight(self) -> int:
@@ -319,6 +364,22 @@ class Attempt:
         if not flights or flights[-1].kind == "feed":
             return 0
         return sum(1 for flight in flights if flight.kind != "feed")
+
+
+def _came_true(sender: PeerId, flight: Flight, came: Sequence[int]) -> int:
+    """Return how many of the guesses that came true are on the principal path."""
+    straight = 0
+    if flight.parents:
+        tokens = (*[-1] * (flight.n - flight.drafts), *flight.guesses)
+        path = follow(flight.parents, tokens, flight.drafts, came)
+        straight = sum(place == guess for place, guess in enumerate(path))
+        right = len(path) == len(came)
+    else:
+        right = tuple(came) == flight.guesses[: len(came)]
+        straight = len(came)
+    if not right:
+        raise bad_result(sender, "its tokens are not the guesses that it was sent")
+    return straight
 
 
 def bad_result(sender: PeerId, what: str) -> CorruptData:

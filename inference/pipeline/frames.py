@@ -17,6 +17,11 @@ guesses of the parent are right and the token that the parent samples last is it
 If not it is void, and so is every step that has it for a parent; the last rank drops void steps
 without an answer, the others those that the head cancels.  Whatever follows begins at the first
 position that is not settled, and every rank drops the cells from there on first.
+
+The guesses of a step may form a tree, by ``parents`` (see ``trees``).  The last rank keeps the path
+that it would have sampled; the others keep the principal one, which is what a step with that one
+for its ``parent`` follows.  Where the path that came true leaves the principal one, only the last
+rank has its cells: the next step begins there and carries its tokens again, none of them a guess.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.trees import principal
 
 PIPE_PROTOCOL: Final = "/pyagent/pipe/1"
 
@@ -57,7 +63,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
 
     ``step`` counts up from 0 in a session; ranks see gaps where steps were dropped.  ``sample``
     asks the last rank for the next token.  ``spent`` is the time in seconds that ranks have
-    computed on this step so far.  For ``drafts`` and ``parent`` see the module.
+    computed on this step so far.  For ``drafts``, ``parent`` and ``parents`` see the module.
     """
 
     session: SessionId
@@ -71,6 +77,17 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     spent: float = 0.0
     drafts: int = 0
     parent: int | None = None
+    parents: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """How many of its tokens are no guesses."""
+        return self.n - self.drafts
+
+    @property
+    def stop(self) -> int:
+        """The position after its principal path."""
+        return self.position + self.known + principal(self.parents, self.known, self.drafts)
 
 
 class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
@@ -184,6 +201,7 @@ def onward(step: Step, seconds: float) -> Step:
         step.spent + seconds,
         step.drafts,
         step.parent,
+        step.parents,
     )
 
 

@@ -31,8 +31,9 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     number of tokens to generate, ``tokens`` among them.  ``tokens`` never hold an end token that
     ended the answer, and carry the log-probabilities that the request asked for.  ``created`` are
     Unix seconds of the request.  ``label`` belongs to the caller of the engine, who gets it back
-    unread (in what shape the answer is shown, say).  ``speculation``, ``draft_length`` and
-    ``draft_depth`` are the request's; a head that has no such drafter goes on without.
+    unread (in what shape the answer is shown, say).  ``speculation``, ``draft_length``,
+    ``draft_depth`` and ``draft_tree`` are the request's; a head that has no such drafter goes on
+    without.
     """
 
     session: SessionId
@@ -48,6 +49,7 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     speculation: str = NO_SPECULATION
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
 
 
 class JournalSink(Protocol):

@@ -10,7 +10,7 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.inference.backend import Tokens
-from pyagent_node.inference.drafting.port import Draft, PreparedDrafter
+from pyagent_node.inference.drafting.port import Draft, PreparedDrafter, TreeDrafter
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.sampling import Sampled
 
@@ -55,7 +55,10 @@ async def propose(spec: Speculation, ask: Ask) -> Draft | None:
     spec.busy = True
     try:
         with trio.move_on_after(DRAFT_SECONDS):
-            return await spec.drafter.propose(ask.ahead, ask.limit, floor=ask.floor)
+            drafter = spec.drafter
+            if ask.tree and isinstance(drafter, TreeDrafter):
+                return await drafter.propose_tree(ask.ahead, ask.limit, floor=ask.floor)
+            return await drafter.propose(ask.ahead, ask.limit, floor=ask.floor)
         spec.give_up(f"no draft within {DRAFT_SECONDS:.0f} s")
     except Exception as error:  # whatever it is, the answer goes on
         spec.give_up(error)

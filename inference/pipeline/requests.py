@@ -127,6 +127,7 @@ def new_journal(
         speculation=request.speculation or NO_SPECULATION,
         draft_length=request.draft_length,
         draft_depth=request.draft_depth,
+        draft_tree=request.draft_tree,
     )
 
 

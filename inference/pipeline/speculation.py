@@ -12,9 +12,17 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-from pyagent_node.inference.backend import MAX_DRAFTS
+from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller
-from pyagent_node.inference.drafting.port import Draft, Drafter, Pass, Plan, usable
+from pyagent_node.inference.drafting.port import (
+    Draft,
+    Drafter,
+    Pass,
+    Plan,
+    TreeDrafter,
+    usable,
+)
+from pyagent_node.inference.drafting.tree import after, stem, usable_tree
 from pyagent_node.inference.generation import SpeculationUsage
 from pyagent_node.inference.pipeline.attempt import Attempt, Landed
 from pyagent_node.inference.pipeline.stage_types import Outgoing
@@ -37,6 +45,15 @@ class QuickDrafter(Protocol):
         ...
 
 
+@runtime_checkable
+class QuickTreeDrafter(Protocol):
+    """A quick drafter whose guesses can form a tree."""
+
+    def look_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Do what ``TreeDrafter.propose_tree`` does."""
+        ...
+
+
 class Ask(NamedTuple):
     """A question to the drafter, asked when the answer had ``known`` tokens."""
 
@@ -44,6 +61,7 @@ class Ask(NamedTuple):
     ahead: tuple[int, ...]
     limit: int
     floor: float
+    tree: bool = False
 
 
 Move = Outgoing | Ask | None
@@ -76,6 +94,8 @@ class Speculation:
         self.busy = False
         """Whether the driver is asking one."""
         self._look = drafter.look if isinstance(drafter, QuickDrafter) else None
+        self._look_tree = drafter.look_tree if isinstance(drafter, QuickTreeDrafter) else None
+        self._trees = isinstance(drafter, TreeDrafter)
         self._n_vocab = n_vocab
         self._end_tokens = end_tokens
         self._clock = clock
@@ -145,7 +165,7 @@ class Speculation:
         while True:
             move = self.next_move(attempt, answer, now)
             if isinstance(move, Ask):
-                if self._look is None:
+                if (self._look_tree if move.tree else self._look) is None:
                     self.ask = move
                     return out
                 began = self._clock()
@@ -163,6 +183,8 @@ class Speculation:
         flying = attempt.guesses_in_flight
         if not flying and not attempt.at_last_token:
             return None
+        if attempt.carried >= MAX_DECODE_ROWS:
+            return attempt.send_carried(now)
         known = len(answer)
         if not self.ready(attempt.tokens_known):
             return None if flying else attempt.send_token(answer[-1].token, now)
@@ -177,12 +199,13 @@ class Speculation:
         limit = min(plan.length + (flying > 0), MAX_DRAFTS, attempt.room - len(ahead))
         if plan.length < 1 or limit < 1:
             return None if flying else attempt.send_token(answer[-1].token, now)
-        return Ask(known, ahead, limit, plan.floor)
+        return Ask(known, ahead, limit, plan.floor, plan.tree and self._trees)
 
     def _quick(self, ask: Ask) -> Draft | None:
-        assert self._look is not None, "only quick drafters are asked between results"
+        look = self._look_tree if ask.tree else self._look
+        assert look is not None, "only quick drafters are asked between results"
         try:
-            return self._look(ask.ahead, ask.limit, floor=ask.floor)
+            return look(ask.ahead, ask.limit, floor=ask.floor)
         except Exception as error:  # whatever it is, the answer goes on
             self.give_up(error)
             return None
@@ -203,6 +226,8 @@ class Speculation:
         flying = attempt.guesses_in_flight
         if not flying and not attempt.at_last_token:
             return None
+        if attempt.carried >= MAX_DECODE_ROWS:
+            return attempt.send_carried(now)
         ahead = attempt.ahead
         guesses = self._rest(answer, ahead, ask, draft) if draft is not None else None
         if draft is None or guesses is None:  # of no use; the next question is another
@@ -210,33 +235,38 @@ class Speculation:
         late = bool(draft.tokens) and not guesses.tokens
         # that a drafter has nothing to say is told, that it was overtaken is not
         count = 0 if late else self.controller.choose(guesses, ahead)
-        room = min(MAX_DRAFTS, attempt.room - len(ahead))
-        tokens = guesses.tokens[: max(0, min(count, room))]
+        room = attempt.room - len(ahead)
+        guesses = guesses.cut(min(count, MAX_DRAFTS))
+        guesses = usable_tree(guesses, deepest=room) if guesses.parents else guesses.cut(room)
         if not flying:
-            return attempt.send_guesses((answer[-1].token, *tokens), len(tokens), seconds, now)
-        if not tokens:
+            token, tokens = answer[-1].token, guesses.tokens
+            return attempt.send_guesses(token, tokens, guesses.parents, seconds, now)
+        if not guesses.tokens:
             self._dry = len(answer), attempt.position
             return None
-        return attempt.send_guesses(tokens, len(tokens) - 1, seconds, now)
+        first, guesses = stem(guesses)
+        return attempt.send_guesses(first, guesses.tokens, guesses.parents, seconds, now)
 
     def _rest(
         self, answer: Sequence[Sampled], ahead: tuple[int, ...], ask: Ask, draft: Draft
     ) -> Draft | None:
         try:
-            draft = usable(draft, n_vocab=self._n_vocab, limit=MAX_DRAFTS)
+            if draft.parents:
+                draft = usable_tree(
+                    draft, n_vocab=self._n_vocab, limit=MAX_DRAFTS, ends=self._end_tokens
+                )
+            else:
+                draft = usable(draft, n_vocab=self._n_vocab, limit=MAX_DRAFTS)
         except Exception as error:  # a draft may be anything
             self.give_up(error)
             return None
         for index, token in enumerate(draft.tokens):
-            if token in self._end_tokens:
+            if token in self._end_tokens:  # none are left in a tree
                 draft = draft.cut(index)
                 break
         since = (*(sampled.token for sampled in answer[ask.known :]), *ahead)
         n = len(ask.ahead)
-        seen = len(since) - n
-        if since[:n] != ask.ahead or draft.tokens[:seen] != since[n:]:
-            return None
-        return Draft(draft.tokens[seen:], draft.confidence[seen:], draft.source) if seen else draft
+        return after(draft, since[n:]) if since[:n] == ask.ahead else None
 
     # ---- what came of it -------------------------------------------------------------------
 

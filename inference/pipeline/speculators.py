@@ -141,6 +141,7 @@ class Speculators:
             speculation=journal.speculation,
             draft_length=journal.draft_length,
             draft_depth=journal.draft_depth,
+            draft_tree=journal.draft_tree,
         )
         with contextlib.suppress(PyAgentError):
             return self.open(self.resolve(request, model), model)
@@ -177,5 +178,7 @@ class Speculators:
             if depth is not None:
                 return Controller(ranks=ranks, max_depth=depth, costs=costs)
             return Controller(ranks=ranks, costs=costs)
-        plan = Plan(request.draft_length, request.draft_depth or 1)
+        plan = Plan(
+            request.draft_length, request.draft_depth or 1, tree=request.draft_tree or False
+        )
         return FixedController(plan, ranks=ranks, costs=costs)

@@ -290,7 +290,7 @@ class StageCore:
                     wrong = _protocol_error(f"{len(output.sampled)} tokens")
                     out += self._give_up(session, wrong)
                     continue
-                session.computed(message, output.sampled)
+                session.computed(queued, output.sampled)
                 self._queue.finished(session)
                 result = Result(
                     message.session,
@@ -303,7 +303,7 @@ class StageCore:
                 )
                 out.append(Outgoing(session.head, result))
             else:
-                session.computed(message, ())
+                session.computed(queued, ())
                 void = message.parent is not None and session.is_void(message, -1, tail=False)
                 if void:
                     session.void = message.step

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
-from pyagent_node.inference.backend import MAX_DRAFTS, PREFILL_CHUNK
+from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
+from pyagent_node.inference.trees import check_tree, depths
 
 
 def check_opening(spec: StageSpec, message: OpenSession) -> None:
@@ -52,7 +53,8 @@ def check_step(
     """Return a step of ``session`` ready to be queued.
 
     Raises :class:`CorruptData` (``out_of_order``, ``malformed_step``), :class:`InvalidRequest`
-    (``step_too_long``, ``bad_parameter``) and :class:`LimitExceeded` (``too_many_steps``).
+    (``step_too_long``, ``bad_parameter``, ``bad_tree``) and :class:`LimitExceeded`
+    (``too_many_steps``).
     """
     position = message.position
     plain = message.parent is None and message.step == session.next_step
@@ -71,14 +73,12 @@ def check_step(
             code="bad_parameter",
             parameter="drafts",
         )
-    end = position + message.n
-    if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
-        raise InvalidRequest(
-            f"A step of {message.n} tokens up to position {end} is outside the bounds of"
-            f" {PREFILL_CHUNK} tokens and {session.positions} positions.",
-            code="step_too_long",
-        )
+    _check_end(message, position + message.n if not message.parents else position, session)
     tokens, activations = unpack_tail(tail, message.n, spec.n_embd)
+    if message.parents:
+        check_tree(message.parents, tokens.tolist(), message.drafts)
+        known = message.known
+        _check_end(message, position + known + max(depths(message.parents, known)), session)
     if (activations is None) != spec.is_whole:
         raise CorruptData(
             "Activations are sent to every stage but one that holds the whole model.",
@@ -105,6 +105,15 @@ def check_step(
     return QueuedStep(message, tokens, activations, size)
 
 
+def _check_end(message: Step, end: int, session: ServedSession) -> None:
+    if not 1 <= message.n <= PREFILL_CHUNK or end > session.positions:
+        raise InvalidRequest(
+            f"A step of {message.n} tokens up to position {end} is outside the bounds of"
+            f" {PREFILL_CHUNK} tokens and {session.positions} positions.",
+            code="step_too_long",
+        )
+
+
 def _in_order(message: Step, session: ServedSession) -> bool:
     """Whether a step will find the cells before it, however the guesses before it turn out.
 
@@ -119,6 +128,5 @@ def _in_order(message: Step, session: ServedSession) -> bool:
 
 
 def _may_guess(message: Step, session: ServedSession) -> bool:
-    known = message.n - message.drafts
-    within = 0 < message.drafts <= MAX_DRAFTS and known >= 1 and message.n <= MAX_DRAFTS + 1
+    within = 0 < message.drafts <= MAX_DRAFTS and 1 <= message.known <= MAX_DECODE_ROWS
     return within and message.sample and message.position >= session.prompt_tokens

@@ -100,21 +100,23 @@ class ServedSession:
     def came(self, step: Step, *, keeps: bool) -> None:
         """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""
         self.next_step = step.step + 1
-        self.next_position = step.position + step.n
+        self.next_position = step.stop
         if step.parent is None:
-            self.sure = self.next_position - (0 if keeps else step.drafts)
+            self.sure = step.stop if keeps else step.position + step.known
             self.sure_step = step.step
 
-    def computed(self, step: Step, sampled: Sequence[Sampled]) -> None:
+    def computed(self, queued: QueuedStep, sampled: Sequence[Sampled]) -> None:
         """Note what a step has come to; ``sampled`` is empty on every rank but the last."""
+        step = queued.message
         if sampled:
             right = len(sampled) - 1
-            self.end = step.position + step.n - step.drafts + right
-            self.verdict = (step.step, sampled[-1].token if right == step.drafts else -1)
+            self.end = step.position + step.known + right
+            holds = self.end == step.stop and _straight(queued, sampled)
+            self.verdict = (step.step, sampled[-1].token if holds else -1)
         if step.step >= self.sure_step:
             self.sure = self.end
         if step.sample:
-            known = step.position + step.n - step.drafts
+            known = step.position + step.known
             self.generated = self.generated + known - self.settled if self.generated else 1
             self.settled = known
 
@@ -237,7 +239,7 @@ class StageQueue:
                 position = step.message.position
                 if position < session.end:
                     trims.append(TrimSequence(_slot(session), position))
-                session.end = position + step.message.n
+                session.end = step.message.stop
                 work.append((session, step))
                 if alone:
                     break
@@ -256,6 +258,7 @@ class StageQueue:
                 q.activations,
                 q.message.sample and self._sampling,
                 q.message.drafts,
+                q.message.parents,
             )
             for s, q in work
         )
@@ -292,6 +295,13 @@ class StageQueue:
             )
             if session.queue:
                 self._make_ready(session)
+
+
+def _straight(queued: QueuedStep, sampled: Sequence[Sampled]) -> bool:
+    """Whether the sampled tokens but the last are the first guesses of the step."""
+    known = queued.message.known
+    right: list[int] = queued.tokens[known : known + len(sampled) - 1].tolist()
+    return right == [one.token for one in sampled[:-1]]
 
 
 def _slot(session: ServedSession) -> int:

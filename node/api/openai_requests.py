@@ -8,8 +8,8 @@ Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repeti
 ``token_ids``, with ``step_seconds`` and ``compute_seconds`` of each, to every choice and a
 ``pyagent`` object with the placement and the times of the first choice to the end of the answer),
 ``resume_seconds`` (how long the answer goes on without its client, who may come back for it), and
-``speculation`` with ``draft_length`` and ``draft_depth`` (who guesses tokens ahead, and how many;
-see ``GenerationRequest``).
+``speculation`` with ``draft_length``, ``draft_depth`` and ``draft_tree`` (who guesses tokens ahead,
+how many and in what shape; see ``GenerationRequest``).
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
 
 
 class ChatBody(_Common, frozen=True, kw_only=True):
@@ -257,6 +258,7 @@ def _plan(
             speculation=body.speculation,
             draft_length=body.draft_length,
             draft_depth=body.draft_depth,
+            draft_tree=body.draft_tree,
         )
         for request in requests
         for index in range(n)

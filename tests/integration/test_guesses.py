@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
+    MAX_DECODE_ROWS,
     MAX_DRAFTS,
     FreeSequence,
     OpenSequence,
@@ -27,6 +28,8 @@ from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.trees import follow, principal
+from pyagent_node.simulations.guesses import random_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -42,28 +45,38 @@ class Chain:
         self.front, self.tail = backends
         self.table = table
         self.ends = [0] * N_SEQ
+        self.tail_ends = [0] * N_SEQ
 
     def open(self, seq: int, sampling: SamplingParams) -> None:
         self.front.apply(OpenSequence(seq))
         self.tail.apply(OpenSequence(seq, sampling))
-        self.ends[seq] = 0
+        self.ends[seq] = self.tail_ends[seq] = 0
 
     def free(self, seq: int) -> None:
         for backend in (self.front, self.tail):
             backend.apply(FreeSequence(seq))
 
     def step(
-        self, seq: int, position: int, tokens: Sequence[int], drafts: int = 0
+        self,
+        seq: int,
+        position: int,
+        tokens: Sequence[int],
+        drafts: int = 0,
+        parents: tuple[int, ...] = (),
     ) -> list[Sampled]:
         ids = np.array(tokens, np.int32)
         if position < self.ends[seq]:
             self.front.apply(TrimSequence(seq, position))
         rows = self.table.rows(ids)
-        (middle,) = self.front.decode([StepInput(seq, position, ids, rows, False, drafts)])
-        self.ends[seq] = position + len(tokens)
+        if position < self.tail_ends[seq]:
+            self.tail.apply(TrimSequence(seq, position))
+        (middle,) = self.front.decode([StepInput(seq, position, ids, rows, False, drafts, parents)])
+        known = len(tokens) - drafts
+        self.ends[seq] = position + known + principal(parents, known, drafts)
         (output,) = self.tail.decode(
-            [StepInput(seq, position, ids, middle.activations, True, drafts)]
+            [StepInput(seq, position, ids, middle.activations, True, drafts, parents)]
         )
+        self.tail_ends[seq] = position + known + len(output.sampled) - 1
         return list(output.sampled)
 
 
@@ -126,6 +139,91 @@ def test_guesses_change_no_bit(chain: Chain, temperature: float, length: int, mo
     chain.free(1)
     assert got == expected[: len(got)]
     assert accepted > 0
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "temperature"), [(40, 7, 0.0), (245, 12, 0.8), (500, MAX_DRAFTS, 0.8)]
+)
+def test_trees_change_no_bit(chain: Chain, temperature: float, length: int, most: int) -> None:
+    """Over the borders at 256 cells and at a prefill chunk too."""
+    rng = random.Random(length)
+    sampling = SamplingParams(
+        seed=length,
+        temperature=temperature,
+        repetition_penalty=1.1,
+        frequency_penalty=0.2,
+        logprobs=True,
+        top_logprobs=5,
+    )
+    tokens, n = prompt(length), 20
+    expected = plain(chain, tokens, sampling, n + most)
+    answer = [sampled.token for sampled in expected]
+    chain.open(1, sampling)
+    got = chain.step(1, 0, tokens)
+    accepted = elsewhere = carried = 0
+
+    def following(path: Sequence[int]) -> int:
+        return answer[min(len(got) + len(path), len(answer) - 1)]
+
+    while len(got) < n:
+        draft = random_tree(
+            rng,
+            rng.randrange(most + 1),
+            following,
+            right=0.7,
+            n_vocab=49_152,
+        )
+        known = [sampled.token for sampled in got[-1 - carried :]]
+        parents = tuple(len(known) + parent for parent in draft.parents)
+        position = len(tokens) + len(got) - len(known)
+        drafts = len(draft.tokens)
+        sampled = chain.step(1, position, [*known, *draft.tokens], drafts, parents)
+        right = [one.token for one in sampled[:-1]]
+        path = follow(parents, (*known, *draft.tokens), drafts, right)
+        assert len(path) == len(right)
+        straight = sum(place == guess for place, guess in enumerate(path))
+        carried = len(right) - straight
+        accepted += straight
+        elsewhere += carried
+        got += sampled
+        if carried >= MAX_DECODE_ROWS:
+            return_to = len(tokens) + len(got) - 1 - carried
+            part = [one.token for one in got[-1 - carried :][:MAX_DECODE_ROWS]]
+            chain.step(1, return_to, part)
+            carried -= MAX_DECODE_ROWS
+    chain.free(1)
+    assert got == expected[: len(got)]
+    assert accepted > 0
+    assert elsewhere > 0 or most < MAX_DECODE_ROWS
+
+
+def test_a_step_whose_guesses_form_no_tree_is_refused_and_leaves_all_as_it_was(
+    chain: Chain,
+) -> None:
+    tokens, sampling = prompt(12), SamplingParams(temperature=0.0, logprobs=True)
+    expected = plain(chain, tokens, sampling, 3)
+    chain.open(1, sampling)
+    chain.step(1, 0, tokens)
+    first = expected[0].token
+    for parents, code in (((0, 0), "bad_tree"), ((1, 0), "bad_tree"), ((0,), "bad_tree")):
+        with pytest.raises(InvalidRequest) as caught:
+            chain.step(1, 12, [first, 5, 5], 2, parents)
+        assert caught.value.code == code
+    with pytest.raises(InvalidRequest) as caught:
+        chain.step(1, 12, [first] * 9 + [5, 6], 2, (8, 8))
+    assert caught.value.code == "bad_step"
+    assert chain.step(1, 12, [first, 5, expected[1].token], 2, (0, 0)) == expected[1:]
+    chain.free(1)
+
+
+def test_a_wide_tree_needs_room_for_its_longest_path_only(chain: Chain) -> None:
+    chain.open(1, SamplingParams(temperature=0.0))
+    chain.step(1, 0, prompt(chain.tail.info.n_ctx - 3))
+    position, wide = chain.tail.info.n_ctx - 3, range(100, 100 + MAX_DRAFTS - 2)
+    with pytest.raises(LimitExceeded):
+        chain.step(1, position, [7, 1, 2, 3, *wide[1:]], MAX_DRAFTS, (0, 1, 2, *[0] * 28))
+    assert chain.step(1, position, [7, 1, 2, *wide], MAX_DRAFTS, (0, 1, *[0] * 29))
+    chain.free(1)
 
 
 def test_steps_that_cannot_have_guesses_are_refused(chain: Chain) -> None:

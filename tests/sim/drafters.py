@@ -12,6 +12,7 @@ from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.backend import N_VOCAB, toy_generate
+from pyagent_node.simulations.guesses import random_tree
 
 LAYERS = 10
 FAR = 300
@@ -79,6 +80,57 @@ class SlowOracle(Oracle):
         draft = self.guess(ahead, limit)
         await trio.sleep(self._rng.choice([0.0, 0.001, 0.02, 0.07]))
         return draft
+
+
+class Growing(Oracle):
+    """An oracle that can guess in several ways at once."""
+
+    def tree(self, ahead: Sequence[int], limit: int) -> Draft:
+        """Return a tree that is right somewhere, if at all."""
+        self.asked += 1
+        at = len(self._told) - self._prompt + len(ahead)
+        if at + limit >= len(self._answer):
+            return self.guess(ahead, limit)
+        return random_tree(
+            self._rng,
+            limit,
+            lambda path: self._answer[at + len(path)],
+            right=1.0 - self._wrong,
+            n_vocab=N_VOCAB,
+        )
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Guess after a while."""
+        draft = self.tree(ahead, limit)
+        await trio.sleep(self._rng.choice([0.0, 0.001, 0.02]))
+        return draft
+
+
+class QuickGrowing(Growing, QuickOracle):
+    """One that never waits."""
+
+    def look_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Guess at once."""
+        return self.tree(ahead, limit)
+
+
+class Weeds(QuickGrowing):
+    """Its trees are none."""
+
+    def look_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Grow in all directions."""
+        right = self.tree(ahead, limit)
+        n = self._rng.randrange(1, 50)
+        kinds = [
+            Draft(right.tokens, right.confidence, self.name, right.parents[::-1]),
+            Draft(right.tokens[::-1], right.confidence, self.name, right.parents),
+            Draft(right.tokens, (), self.name, right.parents),
+            Draft((5,) * n, (float("nan"),) * n, self.name, (-1,) * n),
+            Draft((5,) * n, (2.0,) * n, self.name, tuple(range(n))),
+            Draft((2**70, -1), (0.5, 0.5), self.name, (2**70, -(2**70))),
+            Draft((129, 1), (0.5, 0.5), self.name, (-1, 0)),
+        ]
+        return self._rng.choice(kinds)
 
 
 class Reading(SlowOracle):
@@ -176,6 +228,9 @@ KINDS: dict[str, type[Oracle]] = {
     "buggy": Buggy,
     "lying": Lying,
     "nonsense": Nonsense,
+    "growing": Growing,
+    "quick growing": QuickGrowing,
+    "weeds": Weeds,
 }
 
 

@@ -222,4 +222,5 @@ async def test_a_request_that_does_not_say_is_served_as_the_node_is_set(
 
 
 def test_there_is_a_test_for_every_kind() -> None:
-    assert {*SOUND, *BAD} == set(KINDS)
+    trees = {"growing", "quick growing", "weeds"}  # see test_trees
+    assert {*SOUND, *BAD} == set(KINDS) - trees

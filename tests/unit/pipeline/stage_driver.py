@@ -99,6 +99,8 @@ class Driver:
         tail: bytes | None = None,
         drafts: int = 0,
         parent: int | None = None,
+        parents: tuple[int, ...] = (),
+        tokens: Sequence[int] = (),
     ) -> list[Outgoing]:
         """Send the next step of session ``name``."""
         step_at, position_at = self.at.get(name, (0, 0))
@@ -113,12 +115,14 @@ class Driver:
             sample,
             drafts=drafts,
             parent=parent,
+            parents=parents,
         )
         self.at[name] = (message.step + 1, message.position + n)
         if tail is None:
-            tokens = np.full(n, token, dtype=np.int32)
+            ids = np.full(n, token, dtype=np.int32)
+            ids[: len(tokens)] = tokens
             rows = None if self.spec.is_whole else np.ones((n, N_EMBD), dtype=np.float32)
-            tail = pack_tail(tokens, rows)
+            tail = pack_tail(ids, rows)
         return self.core.receive(sender or self.sender, message, tail, self.now)
 
     def close(self, name: str, *, sender: PeerId = HEAD) -> list[Outgoing]:

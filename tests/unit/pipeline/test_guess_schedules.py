@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.backend import (
+    MAX_DECODE_ROWS,
     Activations,
     FreeSequence,
     OpenSequence,
@@ -34,6 +35,8 @@ from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.trees import decode_tree
+from pyagent_node.simulations.guesses import random_tree
 
 RANKS = 3
 N_VOCAB = 50
@@ -89,9 +92,24 @@ class Guesser:
             history.append(tokens[-1])
         return Draft(tuple(tokens), (0.5,) * len(tokens), self.name)
 
+    def look_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Guess in several ways."""
+        history = [*self._history, *ahead]
+        return random_tree(
+            self._rng,
+            self._rng.randrange(limit + 1),
+            lambda path: following([*history, *path]),
+            right=self._right,
+            n_vocab=N_VOCAB,
+        )
+
     async def propose(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
         """Guess."""
         return self.look(ahead, limit)
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Guess in several ways."""
+        return self.look_tree(ahead, limit)
 
     async def aclose(self) -> None:
         """Do nothing."""
@@ -125,8 +143,14 @@ class Runner:
         return [self._step(step) for step in self.batch.inputs]
 
     def _step(self, step: StepInput) -> StepOutput:
+        if step.parents:
+            cells = self.cells[step.seq]
+            return decode_tree(
+                step, self._step, lambda start: cells.__delitem__(slice(start, None))
+            )
         cells = self.cells[step.seq]
         assert step.position == len(cells)
+        assert step.drafts or len(step.tokens) <= MAX_DECODE_ROWS, "no such rows after the prompt"
         sampled: list[Sampled] = []
         for index, token in enumerate(step.tokens.tolist()):
             if sampled and sampled[-1].token != token:
@@ -147,7 +171,7 @@ def embed(tokens: Tokens) -> Activations:
 class World:
     """Heads and stages; what is on its way lies in lanes."""
 
-    def __init__(self, seed: int, sessions: int, right: float) -> None:
+    def __init__(self, seed: int, sessions: int, right: float, *, tree: bool) -> None:
         self.rng = random.Random(seed)
         self.stages = [
             StageCore(
@@ -172,9 +196,9 @@ class World:
         self.heads: dict[SessionId, HeadCore] = {}
         self.shown: dict[SessionId, list[int]] = {}
         for index in range(sessions):
-            self._begin(SessionId(f"s{index}"), right)
+            self._begin(SessionId(f"s{index}"), right, tree=tree)
 
-    def _begin(self, session: SessionId, right: float) -> None:
+    def _begin(self, session: SessionId, right: float, *, tree: bool) -> None:
         rng = self.rng
         prompt = np.array([rng.randrange(N_VOCAB) for _ in range(rng.randrange(1, 8))], np.int32)
         plan = HeadPlan(
@@ -182,7 +206,7 @@ class World:
         )
         spec = Speculation(
             Guesser(rng, right),
-            FixedController(Plan(rng.randrange(6), rng.randrange(1, 6))),
+            FixedController(Plan(rng.randrange(32 if tree else 6), rng.randrange(1, 6), tree=tree)),
             n_vocab=N_VOCAB,
             clock=lambda: 0.0,
         )
@@ -257,11 +281,12 @@ class World:
     seed=st.integers(0, 2**32),
     sessions=st.sampled_from([1, 1, 2, 8]),
     right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    tree=st.booleans(),
 )
 def test_any_schedule_gives_the_tokens_of_plain_decoding(
-    seed: int, sessions: int, right: float
+    seed: int, sessions: int, right: float, tree: bool
 ) -> None:
-    world = World(seed, sessions, right)
+    world = World(seed, sessions, right, tree=tree)
     world.run()
     for session, core in world.heads.items():
         assert world.shown[session] == answer(core.prompt.tolist(), core.plan.budget)

@@ -6,7 +6,7 @@ import pytest
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DRAFTS, OpenSequence, TrimSequence
-from pyagent_node.inference.pipeline.frames import Step
+from pyagent_node.inference.pipeline.frames import StageError, Step
 
 from .stage_driver import AFTER, HEAD, Driver, errors, names, results, spec
 
@@ -257,3 +257,85 @@ def test_nobody_but_its_head_cancels_the_steps_of_a_session() -> None:
     assert driver.core.view().refused == 2
     driver.run(driver.batch())
     assert driver.core.has_work
+
+
+# ---- trees -----------------------------------------------------------------------------------
+
+# behind token 10: 11 12, or 11 13, or 14
+TREE = (0, 1, 1, 0)
+TOKENS = (10, 11, 12, 13, 14)
+
+
+def test_a_rank_keeps_the_principal_path_and_passes_all_on() -> None:
+    driver = middle()
+    driver.step("s", 5, drafts=4, parents=TREE, tokens=TOKENS)
+    batch = driver.batch()
+    assert (batch.inputs[0].parents, batch.inputs[0].sample) == (TREE, False)
+    (out,) = driver.run(batch)
+    assert isinstance(out.message, Step)
+    assert (out.message.n, out.message.parents) == (5, TREE)
+    driver.step("s", 1, position=13)
+    assert driver.batch().ops == ()
+
+
+def test_a_child_follows_the_principal_path() -> None:
+    driver = tail()
+    driver.step("s", 5, drafts=4, parents=TREE, tokens=TOKENS)
+    driver.step("s", 3, drafts=2, parent=1, position=13, token=7)
+    driver.verdict(11, 12, 7)
+    assert driver.batch().inputs[0].position == 13
+
+
+@pytest.mark.parametrize("sampled", [(9,), (11, 9), (11, 13, 7), (14, 7)])
+def test_a_child_is_dropped_where_another_path_came_true(sampled: tuple[int, ...]) -> None:
+    driver = tail()
+    driver.step("s", 5, drafts=4, parents=TREE, tokens=TOKENS)
+    driver.step("s", 3, drafts=2, parent=1, position=13, token=7)
+    driver.verdict(*sampled)
+    assert not driver.core.has_work
+    back = 12 if sampled[1:2] == (13,) else 11
+    driver.step("s", 4, drafts=1, position=back)
+    (op,) = driver.batch().ops or (None,)
+    held = 10 + len(sampled)
+    assert op == (TrimSequence(0, back) if back < held else None)
+
+
+@pytest.mark.parametrize(
+    ("parents", "reason"),
+    [
+        ((0, 1, 1), "length"),
+        ((0,) * 4, "siblings"),
+        ((0, 1, 2, 9), "parent"),
+        ((0, 1, 2, -1), "parent"),
+        ((0, 2, 2, 3), "cycle"),
+        ((4, 3, 2, 1), "cycle"),
+        ((0, 1, 0, 1), "order"),
+        ((2**63,) * 4, "parent"),
+        (tuple(range(500)), "length"),
+    ],
+)
+@pytest.mark.parametrize("at_tail", [False, True])
+def test_guesses_that_form_no_tree_are_refused(
+    parents: tuple[int, ...], reason: str, at_tail: bool
+) -> None:
+    driver = tail() if at_tail else middle()
+    (out,) = driver.step("s", 5, drafts=4, parents=parents, tokens=TOKENS[:3])
+    assert isinstance(out.message, StageError)
+    assert (out.message.error.code, out.message.error.facts["reason"]) == ("bad_tree", reason)
+    assert driver.core.view().sessions == 0
+
+
+def test_a_tree_without_guesses_or_beyond_its_session_is_refused() -> None:
+    driver = middle()
+    assert errors(driver.step("s", 5, parents=TREE, tokens=TOKENS)) == [(HEAD, "s", "bad_tree")]
+    for positions, codes in ((12, ["step_too_long"]), (13, [])):
+        driver = Driver(spec(1, 3))
+        driver.open("s", prompt_tokens=PROMPT, positions=positions)
+        driver.step("s", PROMPT)
+        driver.run(driver.batch())
+        got = errors(driver.step("s", 5, drafts=4, parents=TREE, tokens=TOKENS))
+        assert [code for _, _, code in got] == codes
+    driver = middle()
+    parents = tuple(range(8, 12))
+    wide = driver.step("s", 13, drafts=4, parents=parents)
+    assert errors(wide) == [(HEAD, "s", "bad_parameter")]

@@ -34,7 +34,8 @@ N_EMBD = 3
 def step(seq: int, n: int, *, rows: bool) -> StepInput:
     tokens = np.arange(n, dtype=np.int32) + seq
     activations = np.random.default_rng(seq).random((n, N_EMBD), np.float32) if rows else None
-    return StepInput(seq, 10 * seq, tokens, activations, seq % 2 == 0)
+    parents = tuple(range(n - 1)) if seq % 3 else ()
+    return StepInput(seq, 10 * seq, tokens, activations, seq % 2 == 0, n - 1, parents)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=6))
@@ -49,6 +50,7 @@ def test_steps_survive(shapes: list[tuple[int, bool]]) -> None:
             after.position,
             after.sample,
         )
+        assert (before.drafts, before.parents) == (after.drafts, after.parents)
         assert np.array_equal(before.tokens, after.tokens)
         if before.activations is None:
             assert after.activations is None
