@@ -42,7 +42,7 @@ class Square:
     side: float
 
     def area(self) -> float:
-'''
+        """Return the'''
 
 _STOCK: Final = """\
 import unittest
@@ -87,7 +87,7 @@ class Queue:
 
     def pop(self):
         """Remove the value at the front of the queue and return it."""
-'''
+        if self'''
 
 _KEEPER: Final = """\
 The lighthouse keeper had not spoken to anyone for nineteen days. Every evening he climbed \

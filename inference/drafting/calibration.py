@@ -21,7 +21,7 @@ CLAIM_WEIGHT: Final = 3.0
 """A claim weighs as much as this many outcomes."""
 WIDER_WEIGHT: Final = 6.0
 MEMORY: Final = 0.96
-"""What is left of an outcome's weight after the next of its cell: about the last 25 count."""
+"""The same within a session: about the last 25 outcomes count."""
 PLACES: Final = (1, 2, 4, 8)
 BANDS: Final = 6
 LOWEST: Final = 0.002
@@ -38,9 +38,9 @@ class _Cell:
         self.hits = 0.0
         self.trials = 0.0
 
-    def add(self, hit: bool) -> None:
-        self.hits = self.hits * MEMORY + hit
-        self.trials = self.trials * MEMORY + 1.0
+    def add(self, hit: bool, memory: float) -> None:
+        self.hits = self.hits * memory + hit
+        self.trials = self.trials * memory + 1.0
 
     def mean(self, prior: float, weight: float) -> float:
         return (self.hits + weight * prior) / (self.trials + weight)
@@ -57,21 +57,30 @@ def _band(claim: float) -> int:
 
 
 class Calibration:
-    """Turns claims into probabilities."""
+    """Turns claims into probabilities.
 
-    def __init__(self) -> None:
+    ``before`` is what earlier sessions have taught: it stands where a claim would, and learns as
+    well.  ``memory`` is what is left of an outcome's weight after the next of its cell.
+    """
+
+    def __init__(self, before: Calibration | None = None, *, memory: float = MEMORY) -> None:
+        self._before = before
+        self._memory = memory
         self._cells: dict[tuple[str, int, int], _Cell] = {}
         self._wider: dict[tuple[str, int], _Cell] = {}
         self._hits: dict[str, int] = {}
 
     def hits(self, source: str) -> int:
         """Return how many of its guesses were right so far."""
-        return self._hits.get(source, 0)
+        earlier = 0 if self._before is None else self._before.hits(source)
+        return earlier + self._hits.get(source, 0)
 
     def probability(self, source: str, index: int, claim: float) -> float:
         """Return how likely guess number ``index`` of a draft is right if those before it are."""
         claim = min(HIGHEST, max(LOWEST, claim))
         band = _band(claim)
+        if self._before is not None:
+            claim = self._before.probability(source, index, claim)
         wider = self._wider.get((source, band))
         mean = claim if wider is None else wider.mean(claim, CLAIM_WEIGHT)
         cell = self._cells.get((source, _place(index), band))
@@ -88,12 +97,14 @@ class Calibration:
 
     def add(self, source: str, index: int, claim: float, *, hit: bool) -> None:
         """Take in how a guess turned out, given that those before it were right."""
+        if self._before is not None:
+            self._before.add(source, index, claim, hit=hit)
         if source not in self._hits and len(self._hits) >= MAX_SOURCES:
             return
         self._hits[source] = self._hits.get(source, 0) + hit
         band = _band(min(HIGHEST, max(LOWEST, claim)))
-        self._wider.setdefault((source, band), _Cell()).add(hit)
-        self._cells.setdefault((source, _place(index), band), _Cell()).add(hit)
+        self._wider.setdefault((source, band), _Cell()).add(hit, self._memory)
+        self._cells.setdefault((source, _place(index), band), _Cell()).add(hit, self._memory)
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyagent_node.inference.drafting.calibration import Calibration, Judge
-from pyagent_node.inference.drafting.costs import NEVER, CostModel
+from pyagent_node.inference.drafting.costs import NEVER
+from pyagent_node.inference.drafting.lessons import Lessons
 from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft, Forecast, Pass, Plan
 from pyagent_node.inference.drafting.profile import Profile, best_plan, plan_rate
 
@@ -65,7 +66,7 @@ DEPTH_GAIN: Final = 1.05
 
 
 class Controller:
-    """Decides for one session.  ``costs`` may come from, and be shared with, other sessions.
+    """Decides for one session; it shares its ``lessons`` with those before and after it.
 
     Before a step call :meth:`plan`; ask the drafter unless it says 0, and tell :meth:`choose` what
     it gave.  Call :meth:`passed` with each result, then :meth:`accepted` with the new tokens.
@@ -76,16 +77,17 @@ class Controller:
         *,
         ranks: int = 1,
         max_length: int = MAX_LENGTH,
-        max_depth: int = MAX_DEPTH,
-        costs: CostModel | None = None,
+        max_depth: int | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
-        self.costs = costs or CostModel()
-        self.calibration = Calibration()
+        self._lessons = lessons or Lessons()
+        self.costs = self._lessons.costs
+        self.calibration = Calibration(self._lessons.calibration)
         self._judge = Judge()
-        self._profile = Profile()
+        self._profile = Profile(self._lessons.profile)
         self._ranks = max(1, ranks)
         self._max_length = min(max_length, MAX_DRAFT)
-        self._max_depth = max(1, max_depth)
+        self._max_depth = MAX_DEPTH if max_depth is None else max(1, max_depth)
         self._plan = Plan()
         self._best = (0, 1)
         self._tokens = 0.0
@@ -105,7 +107,7 @@ class Controller:
         self._right = 0
         self._gained = 0
         self._predicted = (0.0, 0.0)
-        self._slowness = 1.0
+        self._slowness = self._lessons.slowness
         self._piped = (0.0, 0.0)
         self._modesty = 1.0
         self._means = (0.0, 0.0)
@@ -286,6 +288,7 @@ class Controller:
             prior = PRIOR_STEPS * self.costs.seconds(1)
             slowness = (actual + prior) / (hoped + prior)
             self._slowness = min(MAX_SLOWNESS, max(1 / MAX_SLOWNESS, slowness))
+            self._lessons.note_slowness(self._slowness)
         else:
             self._slowness += (1.0 - self._slowness) * 0.01
 
@@ -330,10 +333,10 @@ def _tokens(odds: Sequence[float]) -> float:
 
 
 class FixedController(Controller):
-    """Always the same plan; it predicts all the same."""
+    """Always the same plan; it predicts all the same, and what it sees it keeps to itself."""
 
-    def __init__(self, plan: Plan, *, ranks: int = 1, costs: CostModel | None = None) -> None:
-        super().__init__(ranks=ranks, max_length=plan.length, max_depth=plan.depth, costs=costs)
+    def __init__(self, plan: Plan, *, ranks: int = 1) -> None:
+        super().__init__(ranks=ranks, max_length=plan.length, max_depth=plan.depth)
         self._fixed = plan
 
     def _decide(self) -> Plan:

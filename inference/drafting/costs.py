@@ -97,6 +97,12 @@ class CostModel:
         self._drafted = 0.0
         self._draft_seconds = 0.0
 
+    def of_another_drafter(self) -> CostModel:
+        """Return a model of the same passes, shared from now on, whose guesses cost otherwise."""
+        other = CostModel()
+        other._passes, other._computing = self._passes, self._computing
+        return other
+
     @property
     def known(self) -> bool:
         """Whether any pass has been seen."""

@@ -16,13 +16,19 @@ CERTAIN: Final = 0.995
 class Profile:
     """How likely the guesses at each place of a draft are, given those before them, on average.
 
-    Where a drafter has nothing to say, it counts as a guess that is never right.
+    Where a drafter has nothing to say, it counts as a guess that is never right.  ``before`` is
+    what earlier sessions have taught: it is begun from, and learns as well.  ``share`` is how much
+    of the average the newest draft makes up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Profile | None = None, *, share: float = SHARE) -> None:
+        self._before = before
+        self._share = share
         self._odds: list[float] = []
         self._count = 0
         self.last = 0
+        if before is not None and before.known:
+            self._odds, self._count = list(before._odds), FEW
 
     @property
     def known(self) -> bool:
@@ -33,7 +39,9 @@ class Profile:
         """Take in the probabilities of a draft."""
         self._count += 1
         self.last = len(odds)
-        share = max(SHARE, 1.0 / self._count)
+        if self._before is not None:
+            self._before.add(odds)
+        share = max(self._share, 1.0 / self._count)
         for index, chance in enumerate(odds):
             if index == len(self._odds):
                 # that it has come to a place says more than that it has not before

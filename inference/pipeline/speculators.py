@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unavailable
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.backend import MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller, FixedController
-from pyagent_node.inference.drafting.costs import CostModel
+from pyagent_node.inference.drafting.lessons import Archive
 from pyagent_node.inference.drafting.port import Drafter, DrafterFactory, Plan
 from pyagent_node.inference.generation import (
     AUTO_SPECULATION,
@@ -32,9 +30,6 @@ from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.speculation import MAX_DEPTH, Speculation
 
 logger = logging.getLogger("pyagent_node.pipeline")
-
-MAX_COSTS: Final = 16
-"""Placements whose costs are remembered from session to session."""
 
 
 class Speculators:
@@ -54,7 +49,7 @@ class Speculators:
         self._factories = {factory.name: factory for factory in factories}
         self._clock = clock
         self._placed = PlacedDrafters(suffix_of(self._factories.values()))
-        self._costs: OrderedDict[tuple[Digest, int], CostModel] = OrderedDict()
+        self._archive = Archive()
 
     @contextmanager
     def offering(self, *factories: DrafterFactory) -> Iterator[None]:
@@ -126,7 +121,7 @@ class Speculators:
         vocabulary = model.vocabulary
         return Speculation(
             drafter,
-            self._controller(request, model),
+            self._controller(request, model, drafter.name),
             n_vocab=len(vocabulary.pieces),
             end_tokens=frozenset() if request.ignore_eos else vocabulary.end_tokens,
             clock=self._clock,
@@ -165,20 +160,16 @@ class Speculators:
                 return factory.for_model(pieces, request.sampling)
         return None
 
-    def _controller(self, request: GenerationRequest, model: HeadModel) -> Controller:
+    def _controller(self, request: GenerationRequest, model: HeadModel, drafter: str) -> Controller:
         placement = model.placement
-        key = placement.model, placement.epoch
-        costs = self._costs.setdefault(key, CostModel())
-        self._costs.move_to_end(key)
-        while len(self._costs) > MAX_COSTS:
-            self._costs.popitem(last=False)
         ranks = len(placement.ranks)
-        if request.draft_length is None:
-            depth = request.draft_depth
-            if depth is not None:
-                return Controller(ranks=ranks, max_depth=depth, costs=costs)
-            return Controller(ranks=ranks, costs=costs)
-        plan = Plan(
-            request.draft_length, request.draft_depth or 1, tree=request.draft_tree or False
+        if request.draft_length is not None:
+            plan = Plan(
+                request.draft_length, request.draft_depth or 1, tree=request.draft_tree or False
+            )
+            return FixedController(plan, ranks=ranks)
+        return Controller(
+            ranks=ranks,
+            max_depth=request.draft_depth,
+            lessons=self._archive.get(placement.model, placement.epoch, drafter),
         )
-        return FixedController(plan, ranks=ranks, costs=costs)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyagent_node.inference.drafting.controller import Controller, FixedController
-from pyagent_node.inference.drafting.costs import CostModel
+from pyagent_node.inference.drafting.lessons import Lessons
 from pyagent_node.inference.drafting.port import Draft, Pass, Plan
 
 from .piped_world import PipedWorld
@@ -147,11 +147,11 @@ def test_a_fixed_depth_is_kept() -> None:
     assert controller.plan() == Plan(3, 4)
 
 
-def test_what_was_learnt_of_costs_can_be_handed_on() -> None:
+def test_what_was_learnt_is_handed_on() -> None:
     world = World(0.008, 0.003, 0.0, 0.1, lambda t: 0.9, tokens=60)
-    costs = CostModel()
-    world.run(Controller(max_depth=1, costs=costs))
-    assert world.run(Controller(max_depth=1, costs=costs)) > world.run(Controller(max_depth=1))
+    lessons = Lessons()
+    world.run(Controller(max_depth=1, lessons=lessons))
+    assert world.run(Controller(max_depth=1, lessons=lessons)) > world.run(Controller(max_depth=1))
 
 
 @settings(max_examples=60, deadline=None)
