@@ -88,7 +88,8 @@ def check_writable(path: str | None) -> None:
 
 def chosen_plan(nodes: int | None, duration: float | None, faults: str) -> Plan:
     """Return what ``--nodes``, ``--duration`` and ``--faults`` ask for."""
-    from pyagent_node.simulations.faults import MIXES, decode_schedule  # noqa: PLC0415
+    from pyagent_node.simulations.draws import MIXES  # noqa: PLC0415
+    from pyagent_node.simulations.faults import decode_schedule  # noqa: PLC0415
 
     if faults in MIXES:
         return Plan(nodes or NODES, duration or DURATION, faults, None)

@@ -8,7 +8,8 @@ from typing import get_args
 
 from msgspec.inspect import StructType, type_info
 
-from pyagent_node.simulations.faults import MIXES, Fault
+from pyagent_node.simulations.draws import MIXES
+from pyagent_node.simulations.fault_kinds import Fault
 
 SAMPLE_NODES = 7
 

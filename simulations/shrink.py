@@ -13,7 +13,8 @@ from typing import Final, TypeVar
 from msgspec.structs import replace
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.simulations.faults import Fault, Schedule, check_schedule
+from pyagent_node.simulations.fault_kinds import Fault
+from pyagent_node.simulations.faults import Schedule, check_schedule
 
 BEFORE_FIRST: Final = 1.0
 """Seconds before the first fault of a schedule that was moved to the beginning."""

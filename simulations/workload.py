@@ -20,7 +20,7 @@ from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.node.live_sessions import Reader
 from pyagent_node.simulations.backend import toy_generate
-from pyagent_node.simulations.faults import N_LAYERS
+from pyagent_node.simulations.draws import N_LAYERS
 from pyagent_node.simulations.machine import session_ids
 from pyagent_node.simulations.pipeline import NAME
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyagent_node.simulations.faults import MIXES, Pause, Schedule, draw_schedule
+from pyagent_node.simulations.draws import MIXES
+from pyagent_node.simulations.fault_kinds import Pause
+from pyagent_node.simulations.faults import Schedule, draw_schedule
 from pyagent_node.simulations.jobs import Job, Verdict
 from pyagent_node.simulations.pool import play_all
 

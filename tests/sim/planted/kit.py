@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from unittest import mock
 
 from pyagent_node.simulations import machine, run, workload
-from pyagent_node.simulations.faults import Fault, Schedule, check_schedule
+from pyagent_node.simulations.fault_kinds import Fault
+from pyagent_node.simulations.faults import Schedule, check_schedule
 from pyagent_node.simulations.run import Outcome, Run
 
 SILENCE_SECONDS = 1.5

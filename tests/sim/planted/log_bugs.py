@@ -20,16 +20,15 @@ from pyagent_node.consensus.segmented import SegmentedLog
 from pyagent_node.consensus.snapshots import decode_snapshot
 from pyagent_node.consensus.state import Burn, State
 from pyagent_node.native import RaftEntry
-from pyagent_node.simulations.faults import (
+from pyagent_node.simulations.fault_kinds import (
     Crash,
     Join,
     MoveLeader,
     OneWay,
     Partition,
-    Schedule,
     SlowDisk,
-    check_schedule,
 )
+from pyagent_node.simulations.faults import Schedule, check_schedule
 
 from .kit import Bug, same, swap
 
@@ -43,6 +42,10 @@ SLOW_DISKS = same(
     *(Crash(2.0 + 2.0 * node, node, 0.2) for node in range(3)),
 )
 """Entries come in while others are being written, so that few logs end where they are applied."""
+
+
+FOLLOWERS_CUT_OFF = same(3, 6.0, Partition(1.0, 1.0, (1,)), Partition(3.0, 1.0, (2,)))
+"""Each has several entries to apply at once when it is back."""
 
 
 def _two_elections(seed: int) -> Schedule:
@@ -130,7 +133,7 @@ def _apply_but_the_last(self: Applier, core: Core, entries: list[RaftEntry]) -> 
         return _apply(self, core, entries)
 
 
-def _decode_without_draining(data: bytes) -> State:
+def _decode_without_a_member(data: bytes) -> State:
     state = decode_snapshot(data)
     return msgspec.structs.replace(state, members=dict(list(state.members.items())[:-1]))
 
@@ -190,20 +193,20 @@ BUGS = (
         "applied_in_another_order",
         "two entries that are committed together are applied in the wrong order",
         swap(Applier, "apply", _apply_swapped),
-        same(3, 6.0, Partition(1.0, 1.0, (1,)), Partition(3.0, 1.0, (2,))),
+        FOLLOWERS_CUT_OFF,
         frozenset({"committed entries never change"}),
     ),
     Bug(
         "entry_lost_in_a_batch",
         "the last of several entries that are committed together has no effect",
         swap(Applier, "apply", _apply_but_the_last),
-        same(3, 6.0, Partition(1.0, 1.0, (1,)), Partition(3.0, 1.0, (2,))),
+        FOLLOWERS_CUT_OFF,
         frozenset({"committed entries never change"}),
     ),
     Bug(
         "snapshot_without_a_member",
         "a member is lost when a node starts from a snapshot",
-        swap(replica, "decode_snapshot", _decode_without_draining),
+        swap(replica, "decode_snapshot", _decode_without_a_member),
         same(3, 6.0, Crash(2.0, 1, 0.5), Join(3.0, 1)),
         frozenset({"committed entries never change"}),
         compact=5,

@@ -14,7 +14,7 @@ from pyagent_node.node import healer
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.replacement import Healing, Outlook, heal
-from pyagent_node.simulations.faults import Crash, Drain, Replace
+from pyagent_node.simulations.fault_kinds import Crash, Drain, Replace
 
 from .kit import Bug, same, swap
 

@@ -24,7 +24,7 @@ from pyagent_node.node.journal_book import JournalBook, Writer
 from pyagent_node.node.journal_manifests import Manifests
 from pyagent_node.node.journal_session import HeadedSession
 from pyagent_node.node.journals import JournalKeeper
-from pyagent_node.simulations.faults import Crash, Evil, KillRunner, Pause, SlowRunner
+from pyagent_node.simulations.fault_kinds import Crash, Evil, KillRunner, Pause, SlowRunner
 
 from .kit import Bug, both, same, swap
 

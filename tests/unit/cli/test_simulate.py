@@ -15,15 +15,9 @@ import pytest
 
 from pyagent_node.cli.exits import INTERRUPTED
 from pyagent_node.simulations import pool
-from pyagent_node.simulations.faults import (
-    MIXES,
-    Crash,
-    Pause,
-    Schedule,
-    SlowDisk,
-    decode_schedule,
-    encode_schedule,
-)
+from pyagent_node.simulations.draws import MIXES
+from pyagent_node.simulations.fault_kinds import Crash, Pause, SlowDisk
+from pyagent_node.simulations.faults import Schedule, decode_schedule, encode_schedule
 
 from .conftest import Run
 

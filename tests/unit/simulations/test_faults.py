@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.simulations.faults import (
-    MIXES,
+from pyagent_node.simulations.draws import MIXES
+from pyagent_node.simulations.fault_kinds import (
     Crash,
     Fault,
     Leave,
@@ -18,6 +18,8 @@ from pyagent_node.simulations.faults import (
     Partition,
     Replace,
     Revoke,
+)
+from pyagent_node.simulations.faults import (
     Schedule,
     check_schedule,
     decode_schedule,
