@@ -9,7 +9,8 @@ step, a foreign slot or a skipped layer changes every later token.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -123,9 +124,13 @@ def toy_sample(
 
 def toy_generate(n_layers: int, prompt: Sequence[int], n: int, params: SamplingParams) -> list[int]:
     """Return what the whole toy model answers: the reference for every pipeline of it."""
+    return list(islice(toy_tokens(n_layers, prompt, params), n))
+
+
+def toy_tokens(n_layers: int, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    """Yield the tokens of the whole toy model's answer, up to its end."""
     states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(n_layers)]
     history: list[int] = []
-    answer: list[int] = []
     pending = list(prompt)
     while True:
         row = np.zeros(N_EMBD, dtype=np.int64)
@@ -136,10 +141,8 @@ def toy_generate(n_layers: int, prompt: Sequence[int], n: int, params: SamplingP
             history.append(token)
         token = toy_sample(_logits(row), history, params).token
         if token == END_TOKEN:
-            return answer
-        answer.append(token)
-        if len(answer) == n:
-            return answer
+            return
+        yield token
         pending = [token]
 
 

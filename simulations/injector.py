@@ -129,9 +129,7 @@ class Injector:
             case Jitter():
                 await self._jitter(fault)
             case KillRunner():
-                assets = self._machine(fault.node).assets
-                for runner in list(assets.runners) if assets is not None else ():
-                    runner.kill()
+                self._machine(fault.node).kill_runners()
             case SlowRunner() | SlowDisk() | FullDisk() | LowMemory() | ClockDrift():
                 await self._hamper(fault)
             case ClockJump():

@@ -42,6 +42,7 @@ from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
+from pyagent_node.simulations.drafters import Guessers
 from pyagent_node.simulations.members import EPOCH, membership_of
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer
@@ -103,6 +104,7 @@ class Machine:
         """What its last life ended with."""
         self.parts: Parts | None = None
         self.assets: ToyAssets | None = None
+        self.guessers: Guessers | None = None
         self.scope = trio.CancelScope()
         self.over = trio.Event()
         self.over.set()
@@ -162,6 +164,7 @@ class Machine:
     def _gone(self, network: SimulatedNetwork) -> None:
         self.parts = None
         self.assets = None
+        self.guessers = None
         if network.runs(self.peer_id):
             network.crash(self.peer_id)
         for scope in list(self.readers):
@@ -173,13 +176,20 @@ class Machine:
         self._gone(network)
         self.scope.cancel()
 
+    def kill_runners(self) -> None:
+        """Kill its runners, and the one that drafts."""
+        for runner in list(self.assets.runners) if self.assets is not None else ():
+            runner.kill()
+        if self.guessers is not None:
+            self.guessers.kill()
+
     def set_starved(self, starved: bool, *, kill: bool = False) -> None:
         """Give it memory for runners, or none; with ``kill`` those that run die."""
         self.starved = starved
         if self.assets is not None:
             self.assets.starved = starved
-            for runner in list(self.assets.runners) if kill else ():
-                runner.kill()
+        if kill:
+            self.kill_runners()
 
     def set_slowness(self, factor: float) -> None:
         """Make its runners, now and later, compute ``factor`` times slower."""
@@ -188,10 +198,14 @@ class Machine:
             self.assets.pace = STEP_SECONDS * factor
             for runner in self.assets.runners:
                 runner.seconds = STEP_SECONDS * factor
+        if self.guessers is not None:
+            self.guessers.set_seconds(DRAFT_SECONDS * factor)
 
 
 STEP_SECONDS: Final = 0.01
 """What one decode takes on a healthy machine."""
+DRAFT_SECONDS: Final = 0.001
+"""What one decode of its drafting model takes."""
 LOAD_SECONDS: Final = 0.5
 COMPACT_ENTRIES: Final = 25
 """Entries after which a node compacts its log: few, so that snapshots are made and read."""
@@ -244,8 +258,17 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         journals = await enter(
             open_journals(mesh, consensus, rpc, machine.key, wall=machine.wall, book=JournalBook())
         )
+        guesses = random.Random(rng.random())  # noqa: S311 - must repeat itself
+        guessers = Guessers(guesses, DRAFT_SECONDS * machine.slowness)
+        machine.guessers = guessers
         pipeline = await enter(
-            open_pipeline(mesh, journal=journals, session_ids=session_ids(rng), wall=machine.wall)
+            open_pipeline(
+                mesh,
+                journal=journals,
+                session_ids=session_ids(rng),
+                wall=machine.wall,
+                speculators=guessers.speculators,
+            )
         )
         assets = ToyAssets(LOAD_SECONDS)
         assets.disk = machine.slices
@@ -292,7 +315,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             mesh, consensus, membership, LogCheck(mesh, consensus, rpc), clock=machine.wall
         )
         nursery = await enter(background())
-        for task in (controller.run, healer.run, steward.run):
+        for task in (controller.run, healer.run, steward.run, guessers.keep_drafting):
             nursery.start_soon(task)
         nursery.start_soon(enforce, consensus, mesh.recheck)
         yield Parts(

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.consensus.commands import Checkpoint
-from pyagent_node.inference.generation import Generated, GenerationEvent, GenerationRequest
+from pyagent_node.inference.generation import (
+    AUTO_SPECULATION,
+    NO_SPECULATION,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+)
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.node.live_sessions import Reader
-from pyagent_node.simulations.backend import toy_generate
-from pyagent_node.simulations.draws import N_LAYERS
+from pyagent_node.simulations.drafters import COMBINED, DRAFTERS, MODEL, SUFFIX, answer_to
 from pyagent_node.simulations.machine import session_ids
 from pyagent_node.simulations.pipeline import NAME
 
@@ -46,11 +51,54 @@ LAST_SECONDS: Final = 60.0
 """How long the last answer may take."""
 LOOK_SECONDS: Final = 0.1
 
+LIKELY: Final = (AUTO_SPECULATION, SUFFIX, MODEL, COMBINED, "quick", "slow", "quick growing")
+"""Drafters that people ask for more often than for the others."""
+LENGTHS: Final = (None, None, 0, 1, 2, 4, 8, 16, 31)
+DEPTHS: Final = (None, 1, 2, 3, 5, 8)
+MOST_GUESSES: Final = 32
+"""In flight at a time; computing more of them makes a run slow and shows nothing new."""
+
+
+class Guessing(NamedTuple):
+    """How a person wants an answer guessed ahead."""
+
+    drafter: str | None = None
+    length: int | None = None
+    depth: int | None = None
+    tree: bool | None = None
+
+
+def draw_guessing(rng: random.Random) -> Guessing:
+    """Draw whether, by whom and how far an answer is guessed ahead."""
+    kind = rng.random()
+    if kind < 0.25:
+        return Guessing(rng.choice((None, NO_SPECULATION)))
+    drafter = rng.choice(LIKELY if kind < 0.8 else DRAFTERS)
+    length, depth = rng.choice(LENGTHS), rng.choice(DEPTHS)
+    if length and depth:
+        depth = min(depth, max(1, MOST_GUESSES // length))
+    return Guessing(drafter, length, depth, rng.choice((None, None, True)))
+
+
+def draw_sampling(rng: random.Random) -> SamplingParams:
+    """Draw parameters: those of every day, penalties, and a text that repeats itself."""
+    bias = {rng.randrange(1, 128): 6.0 for _ in range(rng.choice((0, 0, 3)))}
+    return SamplingParams(
+        seed=rng.randrange(1 << 32),
+        temperature=rng.choice((0.0, 0.8)),
+        top_k=rng.choice((0, 20)),
+        repetition_penalty=rng.choice((1.0, 1.3)),
+        frequency_penalty=rng.choice((0.0, 0.0, 0.3)),
+        logit_bias=bias,
+    )
+
 
 class Person:
-    """Asks one question and reads the answer to its end."""
+    """Asks one question and reads the answer to its end, which is ``guessed`` ahead or is not."""
 
-    def __init__(self, number: int, swarm: Swarm, rng: random.Random) -> None:
+    def __init__(
+        self, number: int, swarm: Swarm, rng: random.Random, *, guessed: bool = True
+    ) -> None:
         self.number = number
         self.finished = False
         self._swarm = swarm
@@ -59,12 +107,9 @@ class Person:
         count = rng.randint(1, 60)
         self._prompt = [*MARK.encode(), *(rng.randrange(1, 128) for _ in range(count))]
         self._n = rng.randint(2, 120)
-        self._params = SamplingParams(
-            seed=rng.randrange(1 << 32),
-            temperature=rng.choice((0.0, 0.8)),
-            top_k=rng.choice((0, 20)),
-        )
-        self.expected = toy_generate(N_LAYERS, self._prompt, self._n, self._params)
+        self._params = draw_sampling(rng)
+        self._guessing = draw_guessing(rng) if guessed else Guessing()
+        self.expected = answer_to(self._prompt, self._params).first(self._n)
         self.got: list[int] = []
         self.reading: Machine | None = None
         """The node whose answer is being read."""
@@ -155,6 +200,10 @@ class Person:
                             max_tokens=self._n,
                             sampling=self._params,
                             session=self.session,
+                            speculation=self._guessing.drafter,
+                            draft_length=self._guessing.length,
+                            draft_depth=self._guessing.depth,
+                            draft_tree=self._guessing.tree,
                         ),
                         resume_seconds=COMING_BACK_SECONDS if self._patience < math.inf else 0.0,
                     )
@@ -173,8 +222,8 @@ class Person:
             if event is None:
                 self._swarm.trace.add(machine.number, "asker", f"{self.number}: leaves")
                 return
-            if not isinstance(event, Generated):
-                self._end(machine)
+            if isinstance(event, Finished):
+                self._end(machine, event)
                 return
             at = len(self.got)
             if at >= len(self.expected) or event.token != self.expected[at]:
@@ -188,9 +237,13 @@ class Person:
             self.got.append(event.token)
             self._note(machine)
 
-    def _end(self, machine: Machine) -> None:
+    def _end(self, machine: Machine, last: Finished) -> None:
         self.finished = True
-        self._swarm.trace.add(machine.number, "answered", f"{self.number}: {len(self.got)} tokens")
+        told = f"{self.number}: {len(self.got)} tokens"
+        guesses = last.usage.speculation
+        if guesses is not None:
+            told += f", {guesses.accepted} of {guesses.drafted} guessed by {guesses.drafter}"
+        self._swarm.trace.add(machine.number, "answered", told)
         if self.got != self.expected:
             self._swarm.violation(
                 "tokens", f"request {self.number} ended after {len(self.got)} tokens"
@@ -237,9 +290,9 @@ class Clerk:
 async def ask_last(swarm: Swarm) -> None:
     """Ask one more question of a mended swarm, and see that the answer's journal is copied."""
     rng = random.Random(swarm.rng.random())  # noqa: S311 - must repeat itself
-    person = Person(len(swarm.people), swarm, rng)
+    person = Person(len(swarm.people), swarm, rng, guessed=False)
     while len(person.expected) < LAST_TOKENS:
-        person = Person(len(swarm.people), swarm, rng)
+        person = Person(len(swarm.people), swarm, rng, guessed=False)
     swarm.people.append(person)
     swarm.nursery.start_soon(person.ask)
     copies = wanted = 0

@@ -14,6 +14,7 @@ from pyagent_node.simulations.invariants.epochs import (
     SessionsOfTheirEpoch,
     StaleStagesStop,
 )
+from pyagent_node.simulations.invariants.guessed import GuessersAreTold
 from pyagent_node.simulations.invariants.leaders import OneLeaderATerm
 from pyagent_node.simulations.invariants.monotonic import NothingGoesBack
 from pyagent_node.simulations.invariants.moved import RanksMove
@@ -41,6 +42,7 @@ def all_invariants() -> list[Invariant]:
         RanksMove(),
         OutsidersStayOut(),
         Bounded(),
+        GuessersAreTold(),
         NoSecrets(),
         Restored(),
     ]

@@ -11,13 +11,14 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.inference.generation import Finished, GenerationEvent, GenerationRequest
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.backend import END_TOKEN
+from pyagent_node.simulations.drafters import KINDS
 from pyagent_node.simulations.pipeline import open_pipeline_world
 
-from .drafters import KINDS, oracles
+from .drafters import oracles
 from .failover import Journals, drained, expected, prompt, request, stream, timeless, tokens_of
 
 SOUND = ("quick", "slow", "prompt", "reading")
-BAD = ("illiterate", "stalling", "dying", "buggy", "lying", "nonsense")
+BAD = ("illiterate", "stalling", "late", "dying", "buggy", "lying", "nonsense")
 
 
 def guessing(
