@@ -142,6 +142,10 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
         sessions: int | None,
         standbys: int | None,
         spares: int | None,
+        speculation: str | None,
+        draft_length: int | None,
+        draft_depth: int | None,
+        drafter: str | None,
     ) -> None:
         from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
@@ -154,12 +158,29 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             n_seq=sessions,
             standbys=standbys,
             spares=spares,
+            speculation=speculation,
+            draft_length=draft_length,
+            draft_depth=draft_depth,
+            drafter=drafter,
         )
         command(app, request)
 
-    positive, reserves = click.IntRange(min=1), click.IntRange(min=0, max=MAX_RESERVES)
+    positive, amount = click.IntRange(min=1), click.IntRange(min=0)
+    reserves = click.IntRange(min=0, max=MAX_RESERVES)
     found: Callable[..., None] = wrapped
     for decorate in (
+        click.option("--draft-depth", type=positive, help="Steps in flight, always so many."),
+        click.option("--draft-length", type=amount, help="Guesses a step, always so many."),
+        click.option(
+            "--speculation",
+            metavar="WHO",
+            help="Who guesses for requests that do not say: auto, none, a drafter, or default.",
+        ),
+        click.option(
+            "--drafter",
+            metavar="NAME[@NODE]",
+            help="A smaller model of the same vocabulary that guesses on a node; none: no more.",
+        ),
         click.option("--spares", type=reserves, help="Nodes a rank that keep it on disk."),
         click.option("--standbys", type=reserves, help="Nodes a rank that keep it loaded."),
         click.option("--sessions", type=positive, help="Sessions at once."),

@@ -83,6 +83,8 @@ def _show_plan(app: App, view: PlanView) -> None:
     app.out.console.print(rows)
     for line in view.explanation:
         app.out.text(f"  {line}")
+    if view.guessing:
+        app.out.text(f"  guessing: {view.guessing}")
     if view.token_seconds_now is not None:
         app.out.text(f"  as it is: {view.token_seconds_now * 1000:.2f} ms a token")
     if not view.changes:

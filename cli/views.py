@@ -119,7 +119,33 @@ def placement_view(placement: PlacementView) -> RenderableType:
             f"{speed:.1f}" if speed is not None else "-",
             *([_reserves(rank)] if reserved else []),
         )
-    return Group(title, table)
+    guessing = _placed_guessing(placement)
+    return Group(title, table, guessing) if guessing else Group(title, table)
+
+
+def _placed_guessing(placement: PlacementView) -> Text:
+    """Return who guesses for requests that do not say, and how the drafter rank fares."""
+    text = Text()
+    if placement.speculation is not None:
+        text.append(f"guessing: {placement.speculation}")
+    for value, what in (
+        (placement.draft_length, "guesses a step"),
+        (placement.draft_depth, "steps in flight"),
+    ):
+        if value is not None:
+            text.append(f"{', ' if text else ''}{value} {what}")
+    drafter = placement.drafter
+    if drafter is None:
+        return text
+    text.append(f"{'; ' if text else ''}{drafter.name} drafts on {drafter.node} ")
+    text.append(drafter.state, style=STATE_STYLE[drafter.state])
+    if drafter.detail and drafter.state != "ready":
+        text.append(f" ({drafter.detail})", style="dim")
+    if drafter.sessions is not None:
+        text.append(f", {drafter.sessions} sessions")
+    if drafter.memory_bytes is not None:
+        text.append(f", {size(drafter.memory_bytes)}")
+    return text
 
 
 def _reserves(rank: RankView) -> Text:

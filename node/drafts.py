@@ -8,13 +8,14 @@ from typing import Final
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
-from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement, Rank
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.inference.pipeline.plan_types import ModelShape, Plan, PlanOptions
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.api.placement_schema import PlannedRank, PlanView
 from pyagent_node.node.api.schema import LoadRequest
+from pyagent_node.node.guessing import describe
 from pyagent_node.node.planning import Swarm
 
 MAX_RESERVES: Final = 4
@@ -40,9 +41,11 @@ class Draft(msgspec.Struct, frozen=True):
     n_seq: int
     want_standbys: int | None
     want_spares: int | None
+    drafting: Drafting | None
     before: Placement | None
     before_seconds: float | None
     names: dict[PeerId, str]
+    models: dict[Digest, str]
 
 
 def with_reserves(
@@ -193,7 +196,12 @@ def plan_view(draft: Draft) -> PlanView:
         ),
         changes=tuple(_changes(draft, name)),
         explanation=draft.plan.explanation,
+        guessing=describe(draft.drafting, lambda digest: _model(draft, digest), name),
     )
+
+
+def _model(draft: Draft, digest: Digest) -> str:
+    return draft.models.get(digest, digest[:12])
 
 
 def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
@@ -202,6 +210,9 @@ def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
     if before is None:
         return ["the model is not loaded: it would be"]
     lines = []
+    if before.drafting != draft.drafting:
+        guessing = describe(draft.drafting, lambda digest: _model(draft, digest), name)
+        lines.append(f"guessing: {guessing}")
     if (before.n_ctx, before.n_seq) != (draft.n_ctx, draft.n_seq):
         lines.append(f"{draft.n_seq} sessions of {draft.n_ctx} tokens")
     old = {rank.slice: rank for rank in before.ranks}

@@ -91,11 +91,15 @@ async def _until_idle(
 
 
 def _parts(consensus: Consensus, peer: PeerId) -> int:
-    """Return how many ranks, standbys and spares a node holds."""
+    """Return how many ranks, standbys, spares and drafters a node holds."""
+    placements = consensus.state.placements.values()
     return sum(
         peer in (rank.peer_id, *rank.standbys, *rank.spares)
-        for placement in consensus.state.placements.values()
+        for placement in placements
         for rank in placement.ranks
+    ) + sum(
+        placement.drafting is not None and placement.drafting.peer_id == peer
+        for placement in placements
     )
 
 

@@ -254,9 +254,11 @@ class NodeModels:
         """
         await self._catch_up()
         state = self._consensus.state
-        if digest in state.placements:
+        placements = state.placements.values()
+        drafts = any(p.drafting is not None and p.drafting.drafter == digest for p in placements)
+        if digest in state.placements or drafts:
             raise Conflict(
-                "The model is loaded.",
+                "The model drafts for a loaded one." if drafts else "The model is loaded.",
                 code="model_placed",
                 remedy="Unload it first: 'pyagent-node model unload'.",
             )

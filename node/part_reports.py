@@ -115,12 +115,13 @@ def head_report(placement: Placement, kept: Kept[T]) -> HeadReport:
     )
 
 
-def not_hosted(rank: int, peer: PeerId) -> Unavailable:
-    """Return the error for a rank that its node does not report."""
+def not_hosted(what: str, peer: PeerId, *, rank: int | None = None) -> Unavailable:
+    """Return the error for a part that its node does not report."""
+    facts: dict[str, int] = {} if rank is None else {"rank": rank}
     return Unavailable(
-        f"Node {peer} does not answer for rank {rank}.",
+        f"Node {peer} does not answer for {what}.",
         code="peer_lost",
         remedy="Check that it runs and is connected: 'pyagent-node peers'.",
-        rank=rank,
         peer_id=peer,
+        **facts,
     )

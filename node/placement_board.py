@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -13,7 +13,6 @@ from pyagent_node.base.errors import (
     Conflict,
     CorruptData,
     DeadlineExceeded,
-    ErrorInfo,
     InvalidRequest,
     LimitExceeded,
     NotFound,
@@ -22,25 +21,23 @@ from pyagent_node.base.errors import (
     error_from_info,
 )
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement, Rank
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.api.schema import (
     PlacementView,
     Progress,
-    RankState,
-    RankView,
-    ReserveState,
-    ReserveView,
 )
 from pyagent_node.node.drafts import same_cut
 from pyagent_node.node.part_reports import not_hosted
 from pyagent_node.node.placement_messages import (
     AskPlacements,
+    DrafterReport,
     HeadReport,
     PlacementReports,
     RankReport,
     ReserveReport,
 )
+from pyagent_node.node.placement_views import drafter_view, rank_view, reserve_of, reserve_view
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
@@ -101,51 +98,59 @@ class PlacementBoard:
         """Return every placement with its ranks' states, as ``status`` shows them."""
         placements = list(self._consensus.state.placements.values())
         reports = await self.reports(
-            peer
-            for placement in placements
-            for rank in placement.ranks
-            for peer in (rank.peer_id, *rank.standbys, *rank.spares)
+            peer for placement in placements for peer in _holders(placement)
         )
         return tuple(self._view(placement, reports) for placement in placements)
 
     def _view(self, placement: Placement, reports: dict[PeerId, PlacementReports]) -> PlacementView:
         state = self._consensus.state
-        record = state.models.get(placement.model)
 
         def name(peer: PeerId) -> str:
             member = state.members.get(peer)
             return member.name if member is not None else peer[-8:]
 
+        def model(digest: Digest) -> str:
+            known = state.models.get(digest)
+            return known.name if known is not None else digest[:12]
+
         ranks = []
         for rank in placement.ranks:
-            view = _rank_view(rank, name(rank.peer_id), _report_of(placement, rank, reports))
+            view = rank_view(rank, name(rank.peer_id), _report_of(placement, rank, reports))
             ranks.append(
                 msgspec.structs.replace(
                     view,
                     standbys=tuple(
-                        _reserve_view(placement, rank, peer, name(peer), reports.get(peer))
+                        reserve_view(placement, rank, peer, name(peer), reports.get(peer))
                         for peer in rank.standbys
                     ),
                     spares=tuple(
-                        _reserve_view(placement, rank, peer, name(peer), reports.get(peer))
+                        reserve_view(placement, rank, peer, name(peer), reports.get(peer))
                         for peer in rank.spares
                     ),
                 )
             )
+        drafting = placement.drafting or Drafting()
         return PlacementView(
             model=placement.model,
-            name=record.name if record is not None else placement.model[:12],
+            name=model(placement.model),
             epoch=placement.epoch,
             n_ctx=placement.n_ctx,
             n_seq=placement.n_seq,
             ready=all(rank.state == "ready" for rank in ranks),
             ranks=tuple(ranks),
+            speculation=drafting.speculation,
+            draft_length=drafting.length,
+            draft_depth=drafting.depth,
+            drafter=drafter_view(placement, _drafter_of(placement, reports), model, name),
         )
 
-    async def wait_ready(self, placement: Placement, report: Report) -> Placement:
+    async def wait_ready(
+        self, placement: Placement, report: Report, *, drafter: bool = False
+    ) -> Placement:
         """Wait until every rank, and the head on this node, is ready; return what is then placed.
 
-        That is another epoch than at first when ranks were moved to other nodes meanwhile.
+        ``drafter``: until the drafter rank is, too, if there is one.  What is returned has another
+        epoch than at first when ranks were moved to other nodes meanwhile.
         Raises the error of a rank that cannot get ready (facts ``rank`` and ``peer_id``),
         :class:`Unavailable` (``peer_lost``) for a node that does not answer, :class:`Conflict`
         (``stale_epoch``) when the model is placed anew meanwhile, and :class:`DeadlineExceeded`.
@@ -160,7 +165,11 @@ class PlacementBoard:
                     "The model was unloaded or placed anew meanwhile.", code="stale_epoch"
                 )
             placement = current
+            drafting = placement.drafting if drafter else None
+            guesser = drafting.peer_id if drafting is not None else None
             peers = {rank.peer_id for rank in placement.ranks} | {self._mesh.peer_id}
+            if guesser is not None:
+                peers.add(guesser)
             started = trio.current_time()
             reports = await self.reports(peers)
             now = trio.current_time()
@@ -171,21 +180,30 @@ class PlacementBoard:
             head = _head_of(placement, reports.get(self._mesh.peer_id))
             for rank, found in zip(placement.ranks, ranks, strict=True):
                 if now - heard[rank.peer_id] > LOST_SECONDS:
-                    raise not_hosted(rank.rank, rank.peer_id)
+                    raise not_hosted(f"rank {rank.rank}", rank.peer_id, rank=rank.rank)
                 if found is not None:
                     _raise_if_final(found, f"Rank {rank.rank} on {rank.peer_id}", rank)
             if head is not None:
                 _raise_if_final(head, "The head on this node", None)
-            ready = [r is not None and r.state == "ready" for r in ranks]
-            _tell(report, [r for r in (*ranks, head) if r is not None], sum(ready), len(ranks))
+            if guesser is not None:
+                if now - heard[guesser] > LOST_SECONDS:
+                    raise not_hosted("the drafter", guesser)
+                drafts = _drafter_of(placement, reports)
+                if drafts is not None:
+                    _raise_if_final(drafts, f"The drafter on {guesser}", None)
+                parts = [*ranks, drafts]
+            else:
+                parts = [*ranks]
+            ready = [r is not None and r.state == "ready" for r in parts]
+            _tell(report, [r for r in (*parts, head) if r is not None], sum(ready), len(parts))
             if all(ready) and head is not None and head.state == "ready":
                 return placement
-            picture = [(r.state, r.done, r.failures) if r else None for r in (*ranks, head)]
+            picture = [(r.state, r.done, r.failures) if r else None for r in (*parts, head)]
             if picture != last:
                 moved, last = now, picture
             if now - moved > STALL_SECONDS:
                 raise DeadlineExceeded(
-                    f"{sum(ready)} of {len(ranks)} ranks are ready, and nothing has moved for"
+                    f"{sum(ready)} of {len(parts)} ranks are ready, and nothing has moved for"
                     f" {STALL_SECONDS:.0f} s.",
                     code="load_stalled",
                     remedy="See the logs of the nodes whose ranks are not ready.",
@@ -213,7 +231,7 @@ class PlacementBoard:
                 if peer not in rank.standbys:
                     loaded += 1  # the mesh wants no standbys: it is loaded when it gets the rank
                     continue
-                found = _reserve_of(current, rank, peer, told.get(peer))
+                found = reserve_of(current, rank, peer, told.get(peer))
                 if found is not None:
                     _raise_if_final(found, f"Rank {at} on {peer}", rank)
                     loaded += found.state == "ready"
@@ -231,10 +249,11 @@ class PlacementBoard:
 
     async def memory(self, placement: Placement) -> dict[PeerId, int]:
         """Return the bytes that runners of ``placement`` take on their nodes."""
-        peers = {peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys)}
+        peers = set(_holders(placement))
         used: dict[PeerId, int] = {}
         for peer, told in (await self.reports(peers)).items():
-            held: list[RankReport | ReserveReport] = [*told.ranks, *told.reserves]
+            held: list[RankReport | ReserveReport | DrafterReport]
+            held = [*told.ranks, *told.reserves, *told.drafters]
             used[peer] = sum(
                 part.memory_bytes or 0 for part in held if part.model == placement.model
             )
@@ -242,17 +261,40 @@ class PlacementBoard:
 
     async def wait_gone(self, placement: Placement) -> None:
         """Wait until no node that answers still holds a part of ``placement``."""
-        peers = {peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys)}
+        peers = set(_holders(placement))
         peers.add(self._mesh.peer_id)
         while True:
             reports = await self.reports(peers)
             wanted = (placement.model, placement.epoch)
             ranks = [(r.model, r.epoch) for told in reports.values() for r in told.ranks]
             heads = [(h.model, h.epoch) for told in reports.values() for h in told.heads]
+            heads += [(d.model, d.epoch) for told in reports.values() for d in told.drafters]
             leaving = sum(told.leaving for told in reports.values())
             if wanted not in (*ranks, *heads) and not leaving:
                 return
             await trio.sleep(POLL_SECONDS)
+
+
+def _holders(placement: Placement) -> Iterator[PeerId]:
+    """Iterate over the nodes that hold a part of a placement."""
+    for rank in placement.ranks:
+        yield from (rank.peer_id, *rank.standbys, *rank.spares)
+    if placement.drafting is not None and placement.drafting.peer_id is not None:
+        yield placement.drafting.peer_id
+
+
+def _drafter_of(
+    placement: Placement, reports: Mapping[PeerId, PlacementReports]
+) -> DrafterReport | None:
+    drafting = placement.drafting
+    if drafting is None or drafting.peer_id is None:
+        return None
+    told = reports.get(drafting.peer_id)
+    wanted = (placement.model, placement.epoch, drafting.drafter)
+    for found in told.drafters if told is not None else ():
+        if (found.model, found.epoch, found.drafter) == wanted:
+            return found
+    return None
 
 
 def _report_of(
@@ -274,7 +316,7 @@ def _head_of(placement: Placement, told: PlacementReports | None) -> HeadReport 
 
 
 def _raise_if_final(
-    found: RankReport | HeadReport | ReserveReport, who: str, rank: Rank | None
+    found: RankReport | HeadReport | ReserveReport | DrafterReport, who: str, rank: Rank | None
 ) -> None:
     if found.state != "failed" or found.error is None:
         return
@@ -287,7 +329,9 @@ def _raise_if_final(
     raise error
 
 
-def _tell(report: Report, parts: list[RankReport | HeadReport], ready: int, count: int) -> None:
+def _tell(
+    report: Report, parts: list[RankReport | HeadReport | DrafterReport], ready: int, count: int
+) -> None:
     fetching = [p for p in parts if p.state == "fetching" and p.total]
     if fetching:
         report(
@@ -307,63 +351,3 @@ def _tell(report: Report, parts: list[RankReport | HeadReport], ready: int, coun
             unit="ranks",
         )
     )
-
-
-def _rank_view(rank: Rank, name: str, found: RankReport | None) -> RankView:
-    state: RankState = "unknown"
-    detail: str | None = "its node has not answered"
-    if found is not None:
-        state = found.state if found.state in ("ready", "failed") else "loading"
-        detail = _detail(found.error, found)
-    load = found.load if found is not None else None
-    return RankView(
-        rank=rank.rank,
-        layers=(rank.slice.first, rank.slice.last),
-        head=rank.slice.head,
-        peer_id=rank.peer_id,
-        name=name,
-        state=state,
-        detail=detail,
-        sessions=load.sessions if load is not None else None,
-        queued=load.queued if load is not None else None,
-        memory_bytes=found.memory_bytes if found is not None else None,
-        tokens_per_second=found.tokens_per_second if load is not None and found else None,
-    )
-
-
-def _reserve_of(
-    placement: Placement, rank: Rank, peer: PeerId, told: PlacementReports | None
-) -> ReserveReport | None:
-    wanted = (placement.model, rank.slice, peer in rank.standbys)
-    for found in told.reserves if told is not None else ():
-        if (found.model, found.slice, found.loaded) == wanted:
-            return found
-    return None
-
-
-def _reserve_view(
-    placement: Placement, rank: Rank, peer: PeerId, name: str, told: PlacementReports | None
-) -> ReserveView:
-    found = _reserve_of(placement, rank, peer, told)
-    if found is None:
-        return ReserveView(peer_id=peer, name=name, state="unknown", detail="no report of it")
-    state: ReserveState = "missing"
-    if found.state == "ready":
-        state = "hot" if found.loaded else "disk"
-    elif found.state != "fetching":
-        state = found.state
-    return ReserveView(
-        peer_id=peer,
-        name=name,
-        state=state,
-        detail=found.error.message if found.error is not None else None,
-        memory_bytes=found.memory_bytes,
-    )
-
-
-def _detail(error: ErrorInfo | None, found: RankReport) -> str | None:
-    if error is not None:
-        return error.message
-    if found.state == "fetching":
-        return f"fetching, {found.done} of {found.total or '?'} bytes"
-    return found.state if found.state != "ready" else None

@@ -23,7 +23,7 @@ from pyagent_node.base.errors import (
     Unsupported,
 )
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import PeerId, Placement
+from pyagent_node.base.types import Drafting, PeerId, Placement
 from pyagent_node.consensus.checks import MAX_STANDBYS
 from pyagent_node.consensus.commands import (
     ModelRecord,
@@ -39,6 +39,7 @@ from pyagent_node.inference.models.transfer import ensure_head_assets
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
+from pyagent_node.node.drafter_placing import DrafterPlacer
 from pyagent_node.node.drafts import (
     Draft,
     as_it_is,
@@ -52,6 +53,7 @@ from pyagent_node.node.drafts import (
     with_reserves,
 )
 from pyagent_node.node.facts import FactsProvider
+from pyagent_node.node.guessing import says
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
 from pyagent_node.node.rpc import Rpc
@@ -94,6 +96,7 @@ class Placer:
         self._board = board
         self._defaults = defaults
         self._find = find
+        self._guessing = DrafterPlacer(mesh, consensus, store, find)
 
     # ---- load, plan, apply -----------------------------------------------------------------
 
@@ -107,6 +110,8 @@ class Placer:
         record = await self._find(request.model)
         current = self._consensus.state.placements.get(record.digest)
         if current is not None and not chooses(request):
+            if says(request):
+                return await self._guess(record, request, current, report)
             return await self._await(current, report)
         draft = await self._draft(record, request, report)
         return await self._carry_out(draft, report)
@@ -125,7 +130,48 @@ class Placer:
         if draft.before is None or not same(draft):
             return await self._carry_out(draft, report)
         await self._reserve(draft, draft.before)
-        return await self._await(draft.before, report)
+        return await self._say(draft.before, draft.drafting, report)
+
+    async def _guess(
+        self, record: ModelRecord, request: LoadRequest, current: Placement, report: Report
+    ) -> PlacementView:
+        """Change how the sessions of a placement guess, and nothing else."""
+        drafting = await self._guessing.drafting(
+            request,
+            record,
+            current.drafting,
+            lambda: self._swarm(record, None),
+            n_ctx=current.n_ctx,
+            n_seq=current.n_seq,
+        )
+        return await self._say(current, drafting, report)
+
+    async def _say(
+        self, before: Placement, drafting: Drafting | None, report: Report
+    ) -> PlacementView:
+        """Propose how sessions guess and wait until it works; else restore what was before."""
+        now = await self._guessing.say(before, drafting)
+        if now.drafting == before.drafting:
+            return await self._await(now, report)
+        done = False
+        try:
+            await self._board.wait_ready(now, report, drafter=True)
+            done = True
+        finally:
+            if not done:
+                with trio.CancelScope(shield=True), trio.move_on_after(TAKE_BACK_SECONDS):
+                    await self._unsay(before.drafting, now)
+        return await self._await(now, report)
+
+    async def _unsay(self, before: Drafting | None, now: Placement) -> None:
+        """Restore how sessions guessed, unless somebody else has changed it since."""
+        current = self._consensus.state.placements.get(now.model)
+        if current is None or current.drafting != now.drafting:
+            return
+        try:
+            await self._guessing.say(current, before)
+        except PyAgentError as error:
+            logger.warning("the drafter of %s was not taken back: %s", now.model[:12], error)
 
     def _current(self, record: ModelRecord) -> Placement | None:
         return self._consensus.state.placements.get(record.digest)
@@ -146,27 +192,43 @@ class Placer:
             options = msgspec.structs.replace(options, ranks=1)
         shape = planner_shape(header, record.name)
         best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
-        names = {node.peer_id: node.name for node in swarm.nodes}
+        ranks = with_reserves(
+            shape,
+            best.ranks,
+            swarm,
+            request,
+            self._consensus.state.settings,
+            before=before,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+        )
+
+        async def measured() -> Swarm:
+            return swarm
+
+        drafting = await self._guessing.drafting(
+            request,
+            record,
+            before.drafting if before is not None else None,
+            measured,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            ranks=best.ranks,
+            shape=shape,
+        )
         return Draft(
             record,
             best,
-            with_reserves(
-                shape,
-                best.ranks,
-                swarm,
-                request,
-                self._consensus.state.settings,
-                before=before,
-                n_ctx=n_ctx,
-                n_seq=n_seq,
-            ),
+            ranks,
             n_ctx,
             n_seq,
             request.standbys,
             request.spares,
+            drafting,
             before,
             token_seconds(shape, before, swarm, self._mesh.peer_id),
-            names,
+            {node.peer_id: node.name for node in swarm.nodes},
+            {model.digest: model.name for model in self._consensus.state.models.values()},
         )
 
     async def _swarm(self, record: ModelRecord, before: Placement | None) -> Swarm:
@@ -218,10 +280,11 @@ class Placer:
         done = False
         try:
             await self._warm_up(draft, report)
-            placement = await self._place(draft)
+            placement = await self._guessing.say(await self._place(draft), draft.drafting)
+            fresh = draft.before is None or placement.drafting != draft.before.drafting
             what = "; ".join(draft.plan.explanation)
             report(Progress(step="place", text=f"placed at epoch {placement.epoch}: {what}"))
-            ready = await self._board.wait_ready(placement, report)
+            ready = await self._board.wait_ready(placement, report, drafter=fresh)
             done = True
             await self._reserve(draft, ready)
         finally:
@@ -309,6 +372,9 @@ class Placer:
                         want_spares=before.want_spares,
                     )
                 )
+                restored = self._consensus.state.placements.get(before.model)
+                if restored is not None:
+                    await self._guessing.say(restored, before.drafting)
         except PyAgentError as error:
             logger.warning("epoch %d was not taken back: %s", now.epoch, error)
 

@@ -124,7 +124,7 @@ def choose_nodes(
     options = PlanOptions(n_ctx=n_ctx, n_seq=n_seq, ranks=request.ranks, boundaries=request.layers)
     if request.nodes is None:
         return swarm.nodes, options
-    chosen = [_resolve(name, swarm.nodes) for name in request.nodes]
+    chosen = [find_node(name, swarm.nodes) for name in request.nodes]
     count = request.ranks if request.layers is None else len(request.layers) + 1
     if count == len(chosen):
         options = PlanOptions(
@@ -137,7 +137,11 @@ def choose_nodes(
     return list({node.peer_id: node for node in chosen}.values()), options
 
 
-def _resolve(name: str, nodes: list[NodeFacts]) -> NodeFacts:
+def find_node(name: str, nodes: list[NodeFacts]) -> NodeFacts:
+    """Return the node of a name or a peer id.
+
+    Raises :class:`InvalidRequest` (``unknown_node``, ``ambiguous_node``).
+    """
     found = [node for node in nodes if name in (node.peer_id, node.name)]
     if len(found) == 1:
         return found[0]

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pyagent_node.base.types import PeerId, Placement, Rank
-from pyagent_node.consensus.commands import SetPlacement, SetStandbys
+from pyagent_node.consensus.commands import SetDrafting, SetPlacement, SetStandbys
 from pyagent_node.inference.pipeline.plan_types import MEMORY_SHARE, ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.detector import Health
@@ -70,7 +70,7 @@ class Outlook(msgspec.Struct, frozen=True):
 class Healing(NamedTuple):
     """What to propose, if anything, why, and what cannot be helped now."""
 
-    command: SetPlacement | SetStandbys | None
+    command: SetPlacement | SetStandbys | SetDrafting | None
     reasons: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -104,7 +104,23 @@ def heal(placement: Placement, outlook: Outlook) -> Healing:
             return Healing(command, tuple(reasons), tuple(problems))
     if any(not trouble.patient for trouble in troubles.values()):
         return Healing(None, (), tuple(problems))
-    return _reserve(placement, outlook, frozenset(troubles), problems)
+    return _undraft(placement, outlook, problems) or _reserve(
+        placement, outlook, frozenset(troubles), problems
+    )
+
+
+def _undraft(placement: Placement, outlook: Outlook, problems: list[str]) -> Healing | None:
+    """Take the drafter rank from a node that shall have nothing; answers do without.
+
+    One whose node is only away stays: it goes on when that is back.
+    """
+    drafting = placement.drafting
+    if drafting is None or drafting.peer_id not in outlook.expelled | outlook.draining:
+        return None
+    rest = msgspec.structs.replace(drafting, drafter=None, peer_id=None)
+    command = SetDrafting(placement.model, rest, placement.epoch)
+    reason = f"{drafting.peer_id} drafts no more: it leaves, or was asked to give its work away"
+    return Healing(command, (reason,), tuple(problems))
 
 
 # ---- what is wrong -------------------------------------------------------------------------

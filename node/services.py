@@ -11,6 +11,7 @@ import psutil
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
+from pyagent_node.inference.drafting.remote_messages import DRAFT_PROTOCOL
 from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
@@ -36,7 +37,12 @@ from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.governance import Governance
 from pyagent_node.node.live_sessions import LiveSessions
-from pyagent_node.node.placement_messages import HeadReport, RankReport, ReserveReport
+from pyagent_node.node.placement_messages import (
+    DrafterReport,
+    HeadReport,
+    RankReport,
+    ReserveReport,
+)
 from pyagent_node.node.runtime import Node
 from pyagent_node.node.self_check import examine
 from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
@@ -249,8 +255,8 @@ class NodeServices:
         """Ranks and heads of this node: their states, failures (each one a restart), memory."""
         told = self._node.models.parts()
         failures: Counter[tuple[str, str]] = Counter()
-        parts: list[RankReport | HeadReport | ReserveReport]
-        parts = [*told.ranks, *told.heads, *told.reserves]
+        parts: list[RankReport | HeadReport | ReserveReport | DrafterReport]
+        parts = [*told.ranks, *told.heads, *told.reserves, *told.drafters]
         for part in parts:
             what = _part_name(part)
             key = (self._model_name(part.model), what)
@@ -264,7 +270,16 @@ class NodeServices:
         text = "Memory of the runner processes of this node's ranks and standbys."
         used = sum(rank.memory_bytes or 0 for rank in told.ranks)
         used += sum(standby.memory_bytes or 0 for standby in told.reserves)
+        used += sum(drafter.memory_bytes or 0 for drafter in told.drafters)
         yield Sample("runner_resident_bytes", text, used, "gauge")
+        for drafter in told.drafters:
+            labels = {"model": self._model_name(drafter.model)}
+            load = drafter.load
+            text = "Sessions that a drafter rank guesses for."
+            yield Sample("drafter_sessions", text, load.sessions, "gauge", labels)
+            text = "Questions that a drafter rank answered."
+            yield Sample("drafter_questions", text, load.questions, labels=labels)
+            yield Sample("drafter_guesses", "Its guesses.", load.guesses, labels=labels)
 
     def _transfer_samples(self) -> Iterator[Sample]:
         stats = self._node.transfers
@@ -293,6 +308,7 @@ class NodeServices:
             (journal_messages.PROTOCOL, node.journals.holder.refused),
             (PIPE_PROTOCOL, node.pipeline.stages.refused),
             (PIPE_PROTOCOL, node.engine.refused),
+            (DRAFT_PROTOCOL, node.pipeline.drafts.refused),
         ):
             for code, count in counted.items():
                 refused[protocol, code] = refused.get((protocol, code), 0) + count
@@ -324,8 +340,10 @@ class NodeServices:
                 yield Sample(name, text, number, labels=labels)
 
 
-def _part_name(part: RankReport | HeadReport | ReserveReport) -> str:
+def _part_name(part: RankReport | HeadReport | ReserveReport | DrafterReport) -> str:
     match part:
+        case DrafterReport():
+            return "drafter"
         case HeadReport():
             return "head"
         case RankReport():

@@ -29,6 +29,7 @@ from pyagent_node.inference.models.blob_client import open_blob_client
 from pyagent_node.inference.models.chunks import chunks_of
 from pyagent_node.inference.models.embeddings import EmbeddingTable, embedding_ranges
 from pyagent_node.inference.models.fetching import ChunkFetch, Progress, TransferStats
+from pyagent_node.inference.models.gguf_header import GgufHeader
 from pyagent_node.inference.models.gguf_types import ByteRange
 from pyagent_node.inference.models.manifest import (
     ModelManifest,
@@ -140,6 +141,19 @@ async def ensure_slice(
         file = await trio.to_thread.run_sync(store.model_file, model.digest)
         await fetch.ranges(slice_plan(file.header, part).copy.needs)
         return await trio.to_thread.run_sync(store.make_slice, model.digest, part)
+
+
+async def ensure_header(
+    mesh: Mesh,
+    store: ModelStore,
+    model: ModelRef,
+    peers: Sequence[PeerId],
+) -> GgufHeader:
+    """Return the model's header, fetching it where it is missing; errors as for slices."""
+    async with store.busy(model.digest):
+        manifest = await _manifest(mesh, store, model, peers, 0)
+        await _Fetch(mesh, store, manifest, peers, progress=None, stats=None, epoch=0).header()
+        return (await trio.to_thread.run_sync(store.model_file, model.digest)).header
 
 
 async def ensure_head_assets(

@@ -88,8 +88,29 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     spares: tuple[ReserveView, ...] = ()
 
 
+class DrafterView(msgspec.Struct, frozen=True, kw_only=True):
+    """The drafter rank of a placement: ``name`` guesses on ``node`` for the heads of the mesh.
+
+    ``guesses`` counts since it was loaded.  Answers do without while it is not ``"ready"``.
+    """
+
+    model: Digest
+    name: str
+    peer_id: PeerId
+    node: str
+    state: RankState
+    detail: str | None = None
+    memory_bytes: int | None = None
+    sessions: int | None = None
+    guesses: int | None = None
+
+
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
-    """A placed model; ``ready`` when every rank is."""
+    """A placed model; ``ready`` when every rank is.
+
+    ``speculation``, ``draft_length`` and ``draft_depth`` hold for requests that do not say; where
+    they are ``None``, the setting of the node that is asked.
+    """
 
     model: Digest
     name: str
@@ -98,6 +119,10 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     n_seq: int
     ready: bool
     ranks: tuple[RankView, ...]
+    speculation: str | None = None
+    draft_length: int | None = None
+    draft_depth: int | None = None
+    drafter: DrafterView | None = None
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,6 +211,11 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     these peer ids or names, in rank order when their number equals the number of ranks.
     ``standbys`` and ``spares`` are how many each rank shall have where nodes and memory allow; the
     mesh's settings say it otherwise.
+
+    ``speculation`` (``auto``, ``none``, a drafter's name, or ``default``: each node's own setting),
+    ``draft_length`` and ``draft_depth`` hold for requests that do not say.  ``drafter`` is a model
+    of the same vocabulary that guesses on a node of its own, as ``NAME`` or ``NAME@NODE``; ``none``
+    takes it away.
     """
 
     model: str
@@ -196,6 +226,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     n_seq: int | None = None
     standbys: int | None = None
     spares: int | None = None
+    speculation: str | None = None
+    draft_length: int | None = None
+    draft_depth: int | None = None
+    drafter: str | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):
