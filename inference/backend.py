@@ -30,6 +30,8 @@ A plain process with the same batch size cuts there too, so its results can be e
 """
 MAX_DECODE_ROWS: Final = 8
 """Up to so many rows count as decoding and may share a batch with other sequences."""
+MAX_CALL_ROWS: Final = 32
+"""Rows of several sequences that may be computed together, guesses included."""
 MAX_DRAFTS: Final = 31
 """Guesses that one step may carry."""
 
@@ -41,6 +43,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     after loading.  ``batch_invariant_widths`` are the batch widths whose logits (or
     activations) were bit-identical to width 1 in the self-test; ``kv_portable`` says whether an
     exported KV range loaded again with identical results.
+    ``joint_shapes`` are pairs (sequences, rows of each) that were bit-identical too.
     """
 
     backend: str
@@ -56,6 +59,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     memory_bytes: int
     batch_invariant_widths: tuple[int, ...]
     kv_portable: bool
+    joint_shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def batch_invariant(self) -> bool:

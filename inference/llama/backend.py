@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import Conflict, CorruptData, InvalidRequest
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
+    MAX_CALL_ROWS,
     MAX_DECODE_ROWS,
     MAX_DRAFTS,
     Activations,
@@ -38,7 +39,13 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.llama import library
-from pyagent_node.inference.llama.batching import Call, Part, StepShape, plan_calls
+from pyagent_node.inference.llama.batching import (
+    Call,
+    CallPlanner,
+    Part,
+    StepShape,
+    preference,
+)
 from pyagent_node.inference.llama.cells import CellStore
 from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
@@ -83,7 +90,7 @@ class LlamaBackend:
         _check_numbers(n_ctx=n_ctx, n_seq=n_seq, threads=threads, n_ctx_train=shape.n_ctx_train)
         _check_slice(header, part, shape.n_layers)
         cells = padded_cells(n_ctx)
-        outputs = max(n_seq, MAX_DECODE_ROWS)
+        outputs = max(MAX_DECODE_ROWS, min(n_seq * MAX_DECODE_ROWS, MAX_CALL_ROWS))
         need = memory_need(
             header, cells=cells, n_seq=n_seq, n_vocab=shape.n_vocab, max_outputs=outputs
         )
@@ -115,7 +122,7 @@ class LlamaBackend:
         except BaseException:
             self._model.close()
             raise
-        self._widths = findings.widths
+        self._shapes = preference(findings.widths, findings.shapes)
         self._lone = findings.lone
         self._logs: list[SequenceLog | None] = [None] * n_seq
         layout = findings.layout if findings.kv_portable else None
@@ -134,6 +141,7 @@ class LlamaBackend:
             memory_bytes=int(psutil.Process().memory_info().rss),
             batch_invariant_widths=findings.widths,
             kv_portable=findings.kv_portable,
+            joint_shapes=findings.shapes,
         )
 
     @property
@@ -259,11 +267,13 @@ class LlamaBackend:
         shapes = [
             StepShape(step.seq, step.position, len(step.tokens), step.drafts) for step in steps
         ]
-        for call in plan_calls(shapes, self._widths):
-            index = call[0].step
-            if steps[index].drafts and _refuted(call[0], steps[index], sampled[index]):
-                continue
+        planner = CallPlanner(shapes, self._shapes)
+        while (call := planner.next()) is not None:
             self._run(call, steps, logs, outs, sampled)
+            for part in call:
+                step = steps[part.step]
+                if step.drafts and _refuted(step, part.offset + part.n, sampled[part.step]):
+                    planner.drop(part.step)
         return [StepOutput(*result) for result in zip(outs, sampled, strict=True)]
 
     def _check_step(self, step: StepInput) -> SequenceLog:
@@ -327,32 +337,34 @@ class LlamaBackend:
             assert whole is not None, "a slice without head gives activations"
             out = whole[first.offset : first.offset + first.n]
         else:
-            out = np.empty((len(call), self._info.n_embd), np.float32)
+            out = np.empty((len(rows.seqs), self._info.n_embd), np.float32)
         self._compute(rows, out, logs[first.step])
         at = 0
         for part in call:
-            step, log = steps[part.step], logs[part.step]
+            step, log, row = steps[part.step], logs[part.step], at
+            at += part.n
             if step.drafts and step.sample:
-                sampled[part.step] += self._verify(step, log, part)
+                sampled[part.step] += self._verify(step, log, part, row)
                 continue
             tokens = step.tokens[part.offset : part.offset + part.n]
             log.append(step.position + part.offset, tokens)
             target = outs[part.step]
             if target is not None and out is not None and len(call) > 1:
-                target[part.offset : part.offset + part.n] = out[at : at + part.n]
-            at += part.n
+                target[part.offset : part.offset + part.n] = out[row:at]
             if step.sample and part.offset + part.n == len(step.tokens):
                 sampled[part.step] = (self._sample(log, self._context.logits(at - 1)),)
 
-    def _verify(self, step: StepInput, log: SequenceLog, part: Part) -> tuple[Sampled, ...]:
-        """Note the rows of a part one by one, up to the first guess that is wrong."""
+    def _verify(
+        self, step: StepInput, log: SequenceLog, part: Part, row: int
+    ) -> tuple[Sampled, ...]:
+        """Note a part's rows, from ``row`` of the call on, up to the first guess that is wrong."""
         got: list[Sampled] = []
         stop = part.offset + part.n
         for index in range(part.offset, stop):
             log.append(step.position + index, step.tokens[index : index + 1])
             if index < len(step.tokens) - step.drafts - 1:
                 continue
-            got.append(self._sample(log, self._context.logits(index - part.offset)))
+            got.append(self._sample(log, self._context.logits(row + index - part.offset)))
             if index + 1 < len(step.tokens) and got[-1].token != step.tokens[index + 1]:
                 if index + 1 < stop:
                     self._context.drop(log.seq, log.end)
@@ -416,12 +428,12 @@ class LlamaBackend:
         self._cells.load(self._log(seq), kv, tokens)
 
 
-def _refuted(part: Part, step: StepInput, sampled: tuple[Sampled, ...]) -> bool:
-    """Return whether a guess before a part, or its first token, turned out to be wrong."""
-    if not sampled:
+def _refuted(step: StepInput, stop: int, sampled: tuple[Sampled, ...]) -> bool:
+    """Return whether a guess among the first ``stop`` tokens, or the next one, is wrong."""
+    if not sampled or stop == len(step.tokens):
         return False
     known = len(step.tokens) - step.drafts + len(sampled) - 1
-    return known < part.offset or sampled[-1].token != int(step.tokens[part.offset])
+    return known < stop or sampled[-1].token != int(step.tokens[stop])
 
 
 def _check_numbers(*, n_ctx: int, n_seq: int, threads: int, n_ctx_train: int) -> None:

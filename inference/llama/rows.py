@@ -7,35 +7,39 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyagent_node.inference.backend import StepInput
-from pyagent_node.inference.llama.batching import Call
+from pyagent_node.inference.llama.batching import Call, Part
 from pyagent_node.inference.llama.context import Rows
 
 
 def call_rows(call: Call, steps: Sequence[StepInput]) -> Rows:
     """Return the rows of one call of the plan for ``steps``."""
     if len(call) == 1:
-        part = call[0]
-        step = steps[part.step]
-        span = slice(part.offset, part.offset + part.n)
-        start = step.position + part.offset
-        wanted = np.zeros(part.n, np.int8)
-        if step.sample:
-            wanted[max(0, len(step.tokens) - step.drafts - 1 - part.offset) :] = 1
-        return Rows(
-            np.full(part.n, step.seq, np.int32),
-            np.arange(start, start + part.n, dtype=np.int32),
-            np.ascontiguousarray(step.tokens[span]) if step.activations is None else None,
-            None if step.activations is None else np.ascontiguousarray(step.activations[span]),
-            wanted,
-        )
-    chosen = [steps[part.step] for part in call]
-    activations = [step.activations for step in chosen if step.activations is not None]
+        return _part_rows(call[0], steps)
+    parts = [_part_rows(part, steps) for part in call]
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    activations = [part.activations for part in parts if part.activations is not None]
     return Rows(
-        np.array([step.seq for step in chosen], np.int32),
-        np.array([step.position for step in chosen], np.int32),
-        None if activations else np.concatenate([step.tokens for step in chosen]),
+        np.concatenate([part.seqs for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate(tokens) if tokens else None,
         np.concatenate(activations) if activations else None,
-        np.array([step.sample for step in chosen], np.int8),
+        np.concatenate([part.wanted for part in parts]),
+    )
+
+
+def _part_rows(part: Part, steps: Sequence[StepInput]) -> Rows:
+    step = steps[part.step]
+    span = slice(part.offset, part.offset + part.n)
+    start = step.position + part.offset
+    wanted = np.zeros(part.n, np.int8)
+    if step.sample:
+        wanted[max(0, len(step.tokens) - step.drafts - 1 - part.offset) :] = 1
+    return Rows(
+        np.full(part.n, step.seq, np.int32),
+        np.arange(start, start + part.n, dtype=np.int32),
+        np.ascontiguousarray(step.tokens[span]) if step.activations is None else None,
+        None if step.activations is None else np.ascontiguousarray(step.activations[span]),
+        wanted,
     )
 
 

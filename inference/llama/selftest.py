@@ -4,13 +4,15 @@ The reference is one row at a time on one thread.  Tried against it, with ``==``
 
 * one row on all threads;
 * 2 to 8 rows of one sequence, and one row each of 2 to 8 sequences;
+* several rows of several sequences (``batching.JOINT_SHAPES``), where both numbers passed;
 * the same beyond :data:`LONG` cells, where llama.cpp's CPU flash attention splits the cells of a
   lone row over the threads, so that its bits depend on their number (they do, with more than one);
 * a row after the cells before it were exported and loaded again.
 
 Only shapes that passed are used, so a kernel that is not invariant costs speed, never bits.
-Measured for SmolLM2-135M Q4_1 (AVX-512): every width passes at every length; a lone row beyond 256
-cells differs by up to 0.7 in its logits between one thread and two.
+Measured on AVX-512: for SmolLM2-135M Q4_1 every shape passes at every length, and a lone row beyond
+256 cells differs by up to 0.7 in its logits between one thread and two; for Qwen2.5-Coder 0.5B and
+1.5B in Q4_K_M what has more than three rows in all does not pass, however they are spread.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.errors import PyAgentError, Unsupported
 from pyagent_node.inference.backend import MAX_DECODE_ROWS
+from pyagent_node.inference.llama.batching import JOINT_SHAPES, Shape
 from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext, Rows
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, build_state, parse_state
 
@@ -30,9 +33,12 @@ LONG: Final = CELL_STEP
 """With more cells than this in a sequence, attention walks over 512 or more."""
 BUDGET_SECONDS: Final = 2.0
 """After so long only widths 8, 4 and 2 are still tried; what was not tried is not used."""
+SHAPES_SECONDS: Final = 1.5
+"""How long shapes of several rows of several sequences are tried, at most."""
 
 _ORDER: Final = (8, 4, 2, 6, 3, 5, 7)
 _NEEDED: Final = (8, 4, 2)
+_MOST_SEQUENCES: Final = max(shape.sequences for shape in JOINT_SHAPES)
 _PREFIX: Final = 1
 _LONG_CELLS: Final = LONG + 40
 _F16: Final = 1
@@ -54,9 +60,13 @@ class LonePolicy(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """``widths`` are safe, 1 among them; ``layout`` is ``None`` when KV cannot be moved."""
+    """``widths`` are safe, 1 among them, and so are ``shapes``.
+
+    ``layout`` is ``None`` when KV cannot be moved.
+    """
 
     widths: tuple[int, ...]
+    shapes: tuple[Shape, ...]
     lone: LonePolicy
     layout: CellLayout | None
     kv_portable: bool
@@ -77,14 +87,12 @@ class _Probe:
     def feed(
         self, seqs: Sequence[int], start: int, rows: Sequence[int], threads: int = 1
     ) -> Outputs:
-        """Compute ``rows`` of the made-up input: of one sequence, or one row of each of several."""
-        n = len(rows)
-        several = len(seqs) > 1
-        positions = np.full(n, start) if several else np.arange(start, start + n)
-        picked = list(rows)
+        """Compute ``rows`` of the made-up input in each of the sequences, one after the other."""
+        n = len(rows) * len(seqs)
+        picked = list(rows) * len(seqs)
         batch = Rows(
-            np.array(seqs if several else [seqs[0]] * n, np.int32),
-            positions.astype(np.int32),
+            np.repeat(np.array(seqs, np.int32), len(rows)),
+            np.tile(np.arange(start, start + len(rows), dtype=np.int32), len(seqs)),
             self._tokens[picked] if self._takes_tokens else None,
             None if self._takes_tokens else self._activations[picked],
             np.ones(n, np.int8),
@@ -115,7 +123,7 @@ def run_self_test(
     every = range(context.n_seq)
     prefix = range(MAX_DECODE_ROWS, MAX_DECODE_ROWS + _PREFIX)
     sharing = min(context.n_seq, MAX_DECODE_ROWS)
-    for seq in range(sharing):
+    for seq in range(min(context.n_seq, _MOST_SEQUENCES)):
         probe.feed([seq], 0, prefix)
     reference = np.concatenate([probe.feed([0], _PREFIX + i, [i]) for i in range(MAX_DECODE_ROWS)])
     layout, portable = _round_trip(context, probe, reference)
@@ -136,18 +144,49 @@ def run_self_test(
         same = np.array_equal(probe.feed([0], _PREFIX, rows), reference[:width])
         probe.drop([0], _PREFIX)
         if same and 1 < width <= sharing:
-            out = probe.feed(range(width), _PREFIX, [0] * width)
+            out = probe.feed(range(width), _PREFIX, [0])
             same = all(np.array_equal(row, reference[0]) for row in out)
             probe.drop(range(width), _PREFIX)
         if same:
             widths.append(width)
+    shapes = _joint(probe, reference, widths, n_seq=context.n_seq, clock=clock)
     probe.drop(every, 0)
 
     lone = LonePolicy(short, 1, companion=False)
     if n_cells >= 2 * CELL_STEP and layout is not None:
-        widths, lone = _long(context, probe, layout, widths, short, clock)
+        widths, shapes, lone = _long(context, probe, layout, widths, shapes, short, clock)
         probe.drop(every, 0)
-    return Findings(tuple(sorted(widths)), lone, layout, portable)
+    return Findings(tuple(sorted(widths)), tuple(sorted(shapes)), lone, layout, portable)
+
+
+def _joint(
+    probe: _Probe,
+    reference: Outputs,
+    widths: Sequence[int],
+    *,
+    n_seq: int,
+    clock: Callable[[], float],
+) -> list[Shape]:
+    """Return the joint shapes that pass behind the prefix, which all sequences hold."""
+    until = clock() + SHAPES_SECONDS
+    kept: list[Shape] = []
+    for shape in JOINT_SHAPES:
+        if clock() > until:
+            break
+        each = {shape.rows, min(shape.sequences, MAX_DECODE_ROWS)}
+        if shape.sequences > n_seq or not each <= set(widths):
+            continue
+        seqs, rows = range(shape.sequences), range(shape.rows)
+        if _all_equal(probe.feed(seqs, _PREFIX, rows), reference[: shape.rows]):
+            kept.append(shape)
+        probe.drop(seqs, _PREFIX)
+    return kept
+
+
+def _all_equal(out: Outputs, reference: Outputs) -> bool:
+    """Return whether each of the sequences in ``out`` got the rows of the reference."""
+    n = len(reference)
+    return all(np.array_equal(out[at : at + n], reference) for at in range(0, len(out), n))
 
 
 def _round_trip(
@@ -176,14 +215,20 @@ def _long(  # noqa: PLR0917 - private, one caller
     probe: _Probe,
     layout: CellLayout,
     widths: list[int],
+    shapes: list[Shape],
     short: int,
     clock: Callable[[], float],
-) -> tuple[list[int], LonePolicy]:
-    """Repeat the tests over made-up cells; return the widths left and how to compute lone rows."""
+) -> tuple[list[int], list[Shape], LonePolicy]:
+    """Repeat the tests over made-up cells; return what is left and how to compute lone rows.
+
+    Of the shapes with equally many rows a sequence only the widest is tried: the number of cells
+    matters to attention alone, where each sequence is by itself.
+    """
     sharing = min(context.n_seq, MAX_DECODE_ROWS)
     if any(kind.type != _F16 for kind in (*layout.keys, *layout.values)):
-        return [1], LonePolicy(short, 1, companion=False)
-    for seq in range(min(sharing, max(widths))):
+        return [1], [], LonePolicy(short, 1, companion=False)
+    most = max((shape.sequences for shape in shapes), default=1)
+    for seq in range(max(most, min(sharing, max(widths)))):
         context.write_state(seq, _made_up_cells(layout, seq=seq, n_streams=context.n_seq))
     start = _LONG_CELLS
     pair = _timed(clock, lambda: probe.feed([0], start, [0, 1], context.threads))
@@ -197,17 +242,32 @@ def _long(  # noqa: PLR0917 - private, one caller
         same = np.array_equal(rows, reference)
         probe.drop([0], start)
         if same and width <= sharing and width in (2, max(widths)):
-            out = probe.feed(range(width), start, [0] * width)
+            out = probe.feed(range(width), start, [0])
             same = all(np.array_equal(row, reference) for row in out)
             probe.drop(range(width), start)
         if same:
             kept.append(width)
+    joint = _joint_long(probe, shapes, kept)
     if context.threads == 1:
-        return kept, LonePolicy(short, 1, companion=False)
+        return kept, joint, LonePolicy(short, 1, companion=False)
     if np.array_equal(probe.feed([0], start, [0], context.threads)[0], reference):
-        return kept, LonePolicy(short, context.threads, companion=False)
+        return kept, joint, LonePolicy(short, context.threads, companion=False)
     companion = 2 in kept and pair[1] < alone[1]
-    return kept, LonePolicy(short, 1, companion=companion)
+    return kept, joint, LonePolicy(short, 1, companion=companion)
+
+
+def _joint_long(probe: _Probe, shapes: Sequence[Shape], widths: Sequence[int]) -> list[Shape]:
+    """Return those of ``shapes`` that pass over long sequences too."""
+    start, kept = _LONG_CELLS, list[Shape]()
+    for rows in {shape.rows for shape in shapes} & set(widths):
+        alike = [shape for shape in shapes if shape.rows == rows]
+        seqs = range(max(shape.sequences for shape in alike))
+        reference = np.concatenate([probe.feed([0], start + i, [i]) for i in range(rows)])
+        probe.drop([0], start)
+        if _all_equal(probe.feed(seqs, start, range(rows)), reference):
+            kept += alike
+        probe.drop(seqs, start)
+    return kept
 
 
 def _timed(clock: Callable[[], float], work: Callable[[], Outputs]) -> tuple[Outputs, float]:
