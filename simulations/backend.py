@@ -187,6 +187,8 @@ class ToyRunner:
         self.failure: RunnerFailed | None = None
         self.widths: list[list[int]] = []
         self.tokens_done = 0
+        self.refused = ""
+        """What it was asked last that a stage must never ask for."""
         self._part = part
         self._whole = whole
         self._slots: dict[int, _Slot] = {}
@@ -219,6 +221,10 @@ class ToyRunner:
         self.failure = RunnerFailed(f"The runner was killed by {reason}.", reason=reason)
         self.failed.set()
 
+    def _refuse(self, why: str) -> InvalidRequest:
+        self.refused = why
+        return InvalidRequest(why)
+
     async def apply(self, ops: Sequence[SequenceOp]) -> None:
         """Carry out sequence operations."""
         await trio.lowlevel.checkpoint()
@@ -230,22 +236,24 @@ class ToyRunner:
     def _apply(self, op: SequenceOp) -> None:
         if isinstance(op, OpenSequence):
             if op.seq in self._slots or not 0 <= op.seq < self.info.n_seq:
-                raise InvalidRequest(f"slot {op.seq} cannot be opened")
+                raise self._refuse(f"slot {op.seq} cannot be opened")
             self._slots[op.seq] = _Slot(self._part.last - self._part.first, op.sampling)
         elif isinstance(op, FreeSequence):
-            del self._slots[op.seq]
+            if self._slots.pop(op.seq, None) is None:
+                raise self._refuse(f"slot {op.seq} is not open")
         elif isinstance(op, ResetSequences):
             self._slots.clear()
         elif isinstance(op, TrimSequence):
-            slot = self._slots[op.seq]
-            if not 0 < op.start < len(slot.history):
-                raise InvalidRequest(f"trimming {len(slot.history)} tokens to {op.start}")
-            slot.trim(op.start)
+            trimmed = self._slots.get(op.seq)
+            held = 0 if trimmed is None else len(trimmed.history)
+            if trimmed is None or not 0 < op.start < held:
+                raise self._refuse(f"trimming {held} tokens to {op.start}")
+            trimmed.trim(op.start)
 
     async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
         """Compute one batch."""
         if self._lock.locked() and not self._abandoned:
-            raise InvalidRequest("two decodes at once")
+            raise self._refuse("two decodes at once")
         async with self._lock:
             await self._drain()
             self._abandoned = (*steps,)
@@ -271,7 +279,7 @@ class ToyRunner:
             return []
         self.widths.append([len(s.tokens) for s in steps])
         if len({s.seq for s in steps}) != len(steps):
-            raise InvalidRequest("one sequence twice in a batch")
+            raise self._refuse("one sequence twice in a batch")
         return [self._step(s) for s in steps]
 
     def _check_alive(self) -> None:
@@ -281,26 +289,31 @@ class ToyRunner:
     def _step(self, step: StepInput) -> StepOutput:
         if not step.parents:
             return self._chain(step)
-        slot, tokens = self._slots[step.seq], step.tokens.tolist()
+        slot, tokens = self._slot(step), step.tokens.tolist()
         check_tree(step.parents, tokens, step.drafts)
         before = slot.history[:]
         output = decode_tree(step, self._chain, slot.trim)
         assert slot.history[: len(before)] == before, "nothing known is taken back"
         return output
 
+    def _slot(self, step: StepInput) -> _Slot:
+        slot = self._slots.get(step.seq)
+        held = -1 if slot is None else len(slot.history)
+        if slot is None or step.position != held:
+            raise self._refuse(f"position {step.position} after {held} tokens")
+        return slot
+
     def _chain(self, step: StepInput) -> StepOutput:
-        slot = self._slots[step.seq]
-        if step.position != len(slot.history):
-            raise InvalidRequest(f"position {step.position} after {len(slot.history)} tokens")
+        slot = self._slot(step)
         if (step.activations is None) != self._whole:
-            raise InvalidRequest("activations are for slices, tokens for a whole model")
+            raise self._refuse("activations are for slices, tokens for a whole model")
         rows = ToyEmbeddings().rows(step.tokens) if self._whole else step.activations
         assert rows is not None, "checked above"
         out = np.empty((len(step.tokens), N_EMBD), dtype=np.float32)
         if step.drafts and not (0 < step.drafts < len(step.tokens) and slot.history):
-            raise InvalidRequest(f"{step.drafts} guesses among {len(step.tokens)} tokens")
+            raise self._refuse(f"{step.drafts} guesses among {len(step.tokens)} tokens")
         if step.sample and not self._part.head:
-            raise InvalidRequest("a slice without the output head cannot sample")
+            raise self._refuse("a slice without the output head cannot sample")
         self.tokens_done += len(step.tokens)
         sampled: list[Sampled] = []
         for i, token in enumerate(step.tokens):

@@ -21,6 +21,7 @@ from pyagent_node.simulations.invariants.moved import RanksMove
 from pyagent_node.simulations.invariants.outsiders import OutsidersStayOut
 from pyagent_node.simulations.invariants.port import Invariant
 from pyagent_node.simulations.invariants.restored import Restored
+from pyagent_node.simulations.invariants.runners import RunnersAreAsked
 from pyagent_node.simulations.invariants.secrets import NoSecrets
 from pyagent_node.simulations.invariants.sessions import OneHeadASession, SessionsStayKnown
 
@@ -43,6 +44,7 @@ def all_invariants() -> list[Invariant]:
         OutsidersStayOut(),
         Bounded(),
         GuessersAreTold(),
+        RunnersAreAsked(),
         NoSecrets(),
         Restored(),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Bug:
     ``plant`` puts it into the program while its context lasts.  ``schedule`` gives what happens
     under a seed; one of the seeds from 0 on, ``within`` of them, must break one of the invariants
     in ``caught_by``.  ``compact`` is the number of entries after which nodes compact their logs,
-    ``asks`` the average time between two requests, in seconds.
+    ``asks`` the average time between two requests, in seconds.  With ``drafters`` every answer is
+    guessed ahead, by one of these.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Bug:
     within: int = 3
     compact: int = 200
     asks: float = 0.8
+    drafters: tuple[str, ...] = ()
 
     def play(self, seed: int, *, planted: bool) -> Outcome:
         """Run one seed, with the bug or without it."""
@@ -45,9 +48,14 @@ class Bug:
             enter(mock.patch.object(run, "HEAL_SECONDS", HEAL_SECONDS))
             enter(mock.patch.object(workload, "SILENCE_SECONDS", SILENCE_SECONDS))
             enter(mock.patch.object(machine, "COMPACT_ENTRIES", self.compact))
+            if self.drafters:
+                enter(mock.patch.object(workload, "draw_guessing", self._guessing))
             if planted:
                 enter(self.plant())
             return Run(seed, self.schedule(seed)).play()
+
+    def _guessing(self, rng: random.Random) -> workload.Guessing:
+        return workload.Guessing(rng.choice(self.drafters), rng.choice((2, 4)), rng.choice((1, 3)))
 
 
 def swap(owner: object, name: str, wrong: object) -> Callable[[], AbstractContextManager[None]]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import log_bugs, placement_bugs, session_bugs
+from . import guess_bugs, log_bugs, placement_bugs, session_bugs
 
-BUGS = (*log_bugs.BUGS, *placement_bugs.BUGS, *session_bugs.BUGS)
+BUGS = (*log_bugs.BUGS, *placement_bugs.BUGS, *session_bugs.BUGS, *guess_bugs.BUGS)
