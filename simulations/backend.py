@@ -209,6 +209,7 @@ class ToyRunner:
             memory_bytes=1,
             batch_invariant_widths=(1, 2, 4, 8),
             kv_portable=False,
+            joint_shapes=((2, 4), (4, 4), (8, 4)),
         )
 
     @property

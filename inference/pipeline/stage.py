@@ -66,11 +66,22 @@ from pyagent_node.inference.pipeline.stage_types import (
 class StageCore:
     """State of one stage; see the module's rules."""
 
-    def __init__(self, spec: StageSpec, limits: StageLimits | None = None) -> None:
+    def __init__(
+        self,
+        spec: StageSpec,
+        limits: StageLimits | None = None,
+        joint_shapes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Make a stage whose runner says ``joint_shapes`` of itself (see ``BackendInfo``)."""
         self.spec = spec
         self._limits = limits or StageLimits()
         self._sessions: dict[SessionId, ServedSession] = {}
-        self._queue = StageQueue(slots=spec.n_seq, width=spec.max_width, sampling=spec.is_tail)
+        self._queue = StageQueue(
+            slots=spec.n_seq,
+            width=max([spec.max_width, *(n for n, rows in joint_shapes if rows == 1)]),
+            sampling=spec.is_tail,
+            guess_rows=max([0, *(n * rows for n, rows in joint_shapes if rows > 1)]),
+        )
         self._tombs: OrderedDict[SessionId, PeerId] = OrderedDict()
         self._stopped: PyAgentError | None = None
         self._batches = 0
@@ -291,7 +302,7 @@ class StageCore:
                     out += self._give_up(session, wrong)
                     continue
                 session.computed(queued, output.sampled)
-                self._queue.finished(session)
+                self._queue.finished(session, message, len(output.sampled))
                 result = Result(
                     message.session,
                     message.model,
@@ -307,7 +318,7 @@ class StageCore:
                 void = message.parent is not None and session.is_void(message, -1, tail=False)
                 if void:
                     session.void = message.step
-                self._queue.finished(session)
+                self._queue.finished(session, message, 0)
                 if void:
                     continue
                 rows = output.activations

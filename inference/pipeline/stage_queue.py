@@ -1,10 +1,16 @@
 """Who gets a slot and what is computed next: the scheduling half of a stage's pure core.
 
 Sessions wait for a slot in order of arrival.  Single tokens of different sessions are computed
-together; a prefill chunk is computed alone, for it takes many times as long, and so is a step with
-guesses, for it gains nothing by company.  Prefill and the rest take turns, and within a kind the
-session that has waited longest goes first.  (What a session gets does not depend on its company:
-see the ``Backend`` port, which is also why the lowest slot goes first.)
+together, and so are steps with guesses where the runner found shapes in which that changes no bit
+(elsewhere it gains nothing); the two kinds do not mix, so that nobody's single token waits for the
+guesses of others in its own batch.  A prefill chunk is computed alone, for it takes many times as
+long.  Prefill and the rest take turns.  (What a session gets does not
+depend on its company: see the ``Backend`` port, which is also why the lowest slot goes first, and
+why only neighbouring slots keep each other company.)
+
+Among those that are ready the session goes first that has been given the fewest rows, counted as in
+start-time fair queueing: one that was idle begins with those that are served now.  So a session
+that sends all the guesses it may gets as many rows as any other, not as many steps.
 
 A step that is void (see ``frames``) is dropped when its turn to become ready comes.
 """
@@ -17,6 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyagent_node.inference.backend import (
+    MAX_DECODE_ROWS,
     Activations,
     FreeSequence,
     OpenSequence,
@@ -45,12 +52,14 @@ class ServedSession:
     cells end after what was given to the runner, ``sure`` where they will end at least, whatever
     queued guesses turn out to be.  ``verdict`` is the last step that sampled and its last token, -1
     if one of its guesses was wrong; ``void`` the last step that was dropped; ``cancelled`` the
-    steps from which to which the head cancelled.
+    steps from which to which the head cancelled.  ``served`` counts its rows on the queue's scale,
+    ``due`` is what that came to when its next step became ready.
     """
 
     __slots__ = (
         "cancelled",
         "closed",
+        "due",
         "end",
         "epoch",
         "first_sample",
@@ -66,6 +75,7 @@ class ServedSession:
         "queue",
         "sampling",
         "seq",
+        "served",
         "settled",
         "sure",
         "sure_step",
@@ -93,6 +103,8 @@ class ServedSession:
         self.verdict: tuple[int, int] = (-1, -1)
         self.void = -1
         self.cancelled: tuple[int, int] = (0, 0)
+        self.served = 0
+        self.due = 0
         self.generated = 0
         self.first_sample: float | None = None
         self.last_seen = now
@@ -142,15 +154,18 @@ class StageQueue:
     """Slots, waiting steps and turns of one stage.
 
     ``sampling`` says whether the runner has the output head: only then it is told sampling
-    parameters and asked for tokens.
+    parameters and asked for tokens.  Up to ``width`` single tokens are computed together, and so
+    many rows of steps with guesses as ``guess_rows`` says, 0 for one step at a time.
     """
 
-    def __init__(self, *, slots: int, width: int, sampling: bool) -> None:
+    def __init__(self, *, slots: int, width: int, sampling: bool, guess_rows: int = 0) -> None:
         self.steps = 0
         self.bytes = 0
         self.dropped = 0
         """Void steps that were not computed."""
         self._width = width
+        self._guess_rows = guess_rows
+        self._served = 0
         self._sampling = sampling
         self._slots: list[int] = list(range(slots))
         self._waiting: deque[ServedSession] = deque()
@@ -182,9 +197,10 @@ class StageQueue:
         if len(session.queue) == 1:
             self._make_ready(session)
 
-    def finished(self, session: ServedSession) -> None:
-        """Note that the step of ``session`` in the last batch was computed."""
+    def finished(self, session: ServedSession, step: Step, sampled: int) -> None:
+        """Note that a step of ``session`` was computed and ``sampled`` tokens came of it."""
         session.in_flight = False
+        session.served = session.due + _rows(step, sampled)
         if session.queue:
             self._make_ready(session)
 
@@ -225,27 +241,20 @@ class StageQueue:
         """Take the work that is due now."""
         work: list[tuple[ServedSession, QueuedStep]] = []
         trims: list[SequenceOp] = []
-        for chunks in (self._chunk_turn, not self._chunk_turn):
-            ready = self._chunks if chunks else self._tokens
-            width = 1 if chunks else self._width
-            while ready and len(work) < width:
-                session = ready[0]
-                alone = session.queue[0].message.n > 1
-                if alone and work:
-                    break
-                ready.popleft()
-                session.in_flight = True
-                step = self._next(session)
-                position = step.message.position
-                if position < session.end:
-                    trims.append(TrimSequence(_slot(session), position))
-                session.end = step.message.stop
-                work.append((session, step))
-                if alone:
-                    break
-            if work:
-                self._chunk_turn = not chunks
-                break
+        if self._chunks and (self._chunk_turn or not self._tokens):
+            self._chunk_turn = False
+            chosen = [self._chunks.popleft()]
+        else:
+            chosen = self._company()
+            self._chunk_turn = self._chunk_turn or bool(chosen)
+        for session in chosen:
+            session.in_flight = True
+            step = self._next(session)
+            position = step.message.position
+            if position < session.end:
+                trims.append(TrimSequence(_slot(session), position))
+            session.end = step.message.stop
+            work.append((session, step))
         if not work and not self._ops:
             return None
         ops = (*self._ops, *trims)
@@ -264,6 +273,37 @@ class StageQueue:
         )
         return Batch(ops, inputs, tuple(work))
 
+    def _company(self) -> list[ServedSession]:
+        """Take the session that is due first and those that are computed with it."""
+        ready = self._tokens
+        if not ready:
+            return []
+        first = min(ready, key=_due)
+        self._served = first.due
+        chosen = [first]
+        message = first.queue[0].message
+        single = message.n == 1
+        room = (self._width if single else self._guess_rows) - message.n
+        if room > 0 and len(ready) > 1 and not message.parents:
+            alike = {
+                _slot(session): session
+                for session in ready
+                if (other := session.queue[0].message).n <= room
+                and (other.n == 1) == single
+                and not other.parents
+            }
+            low = high = _slot(first)
+            while beside := [alike[at] for at in (low - 1, high + 1) if at in alike]:
+                session = min(beside, key=_due)
+                room -= session.queue[0].message.n
+                if room < 0:
+                    break
+                chosen.append(session)
+                low, high = min(low, _slot(session)), max(high, _slot(session))
+        for session in chosen:
+            ready.remove(session)
+        return chosen
+
     def _make_ready(self, session: ServedSession) -> None:
         if session.seq is None or session.in_flight:
             return
@@ -277,6 +317,7 @@ class StageQueue:
             if not queue:
                 return
             message = queue[0].message
+        session.due = max(session.served, self._served)
         chunk = message.n > 1 and not message.drafts
         (self._chunks if chunk else self._tokens).append(session)
 
@@ -302,6 +343,24 @@ def _straight(queued: QueuedStep, sampled: Sequence[Sampled]) -> bool:
     known = queued.message.known
     right: list[int] = queued.tokens[known : known + len(sampled) - 1].tolist()
     return right == [one.token for one in sampled[:-1]]
+
+
+def _rows(step: Step, sampled: int) -> int:
+    """Return what a step counts in its session's share of the rows.
+
+    Prefill counts nothing there, for it has turns of its own.  The last rank computes no more of a
+    step once a guess has turned out wrong.
+    """
+    if step.n > 1 and not step.drafts:
+        return 0
+    if not sampled:
+        return step.n
+    blocks = -(-(step.known + sampled - 1) // MAX_DECODE_ROWS)
+    return min(step.n, blocks * MAX_DECODE_ROWS)
+
+
+def _due(session: ServedSession) -> int:
+    return session.due
 
 
 def _slot(session: ServedSession) -> int:

@@ -92,7 +92,9 @@ class StageService:
                 )
         for other in before:
             self._supersede(other)
-        stage = self._stages[key] = _Stage(StageCore(spec, self._limits), runner)
+        stage = self._stages[key] = _Stage(
+            StageCore(spec, self._limits, runner.info.joint_shapes), runner
+        )
         failure: RunnerFailed | None = None
 
         def fail(error: RunnerFailed) -> None:

@@ -49,8 +49,13 @@ def spec(rank: int = 1, ranks: int = 3, *, n_seq: int = 2, width: int = 8) -> St
 class Driver:
     """One stage and the steps that its sessions are at."""
 
-    def __init__(self, stage: StageSpec, limits: StageLimits | None = None) -> None:
-        self.core = StageCore(stage, limits)
+    def __init__(
+        self,
+        stage: StageSpec,
+        limits: StageLimits | None = None,
+        joint_shapes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.core = StageCore(stage, limits, joint_shapes)
         self.spec = stage
         self.at: dict[str, tuple[int, int]] = {}
         self.now = 0.0

@@ -314,8 +314,8 @@ def test_tokens_are_batched_up_to_the_width_and_the_longest_waiting_go_first() -
     first = driver.batch()
     assert names(first) == ["a", "b"]
     driver.run(first)
-    driver.step("a")
-    assert names(driver.batch()) == ["c", "a"]
+    driver.step("b")
+    assert names(driver.batch()) == ["c", "b"]
 
 
 def test_a_prefill_chunk_is_computed_alone_and_takes_turns_with_tokens() -> None:
