@@ -60,7 +60,7 @@ class DrafterPlacer:
         ``ranks`` are those that are to be loaded besides, of the given ``shape``.  Raises what
         :func:`guessing.check_guessing`, :func:`guessing.check_sizes`, :func:`planning.find_node`
         and :func:`guessing.choose_drafter_node` raise, and :class:`NotFound`
-        (``model_not_found``).
+        (``drafter_not_found``).
         """
         if not says(request):
             return before
@@ -68,7 +68,14 @@ class DrafterPlacer:
         wish = wish_of(request)
         if wish is None:
             return merged(request, before, None)
-        drafter = await self._find(wish.model)
+        try:
+            drafter = await self._find(wish.model)
+        except NotFound as error:
+            raise NotFound(
+                f"There is no model {wish.model[:80]!r} to draft with.",
+                code="drafter_not_found",
+                remedy="Get it with 'pyagent-node model pull'; see 'pyagent-node model list'.",
+            ) from error
         check_sizes(drafter, record)
         taken: dict[PeerId, int] = {}
         for rank in ranks if shape is not None else ():

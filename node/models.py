@@ -256,9 +256,10 @@ class NodeModels:
         state = self._consensus.state
         placements = state.placements.values()
         drafts = any(p.drafting is not None and p.drafting.drafter == digest for p in placements)
-        if digest in state.placements or drafts:
+        loaded = digest in state.placements
+        if loaded or drafts:
             raise Conflict(
-                "The model drafts for a loaded one." if drafts else "The model is loaded.",
+                "The model is loaded." if loaded else "The model drafts for a loaded one.",
                 code="model_placed",
                 remedy="Unload it first: 'pyagent-node model unload'.",
             )
