@@ -178,6 +178,12 @@ async def test_model_verbs(api: SimulatedApi, run: Run) -> None:
     assert api.services.calls[-1] == LoadRequest(
         model="words", layers=(10, 20), nodes=("a", "b", "c")
     )
+    guessing = ("--speculation", "auto", "--draft-length", "4", "--drafter", "small@bob")
+    await on(run, "model", "load", "words", *guessing, "--draft-depth", "2", "--json")
+    assert api.services.calls[-1] == LoadRequest(
+        model="words", speculation="auto", draft_length=4, draft_depth=2, drafter="small@bob"
+    )
+    assert (await on(run, "model", "load", "words", "--draft-length", "-1")).status == 2
     assert (await on(run, "model", "load", "words", "--layers", "x")).status == 2
     assert (await on(run, "model", "unload", "words")).status == 0
     assert (await on(run, "model", "unload", "nothing", "--json")).status == 3

@@ -8,9 +8,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement, Rank, Slice
 from pyagent_node.consensus.checks import check_command
-from pyagent_node.consensus.commands import SetPlacement, SetStandbys
+from pyagent_node.consensus.commands import SetDrafting, SetPlacement, SetStandbys
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.detector import Health
@@ -259,6 +259,20 @@ def test_own_numbers_of_a_placement_count_more_than_the_meshs() -> None:
     assert isinstance(command, SetStandbys)
     assert [len(p) for p in command.standbys] == [0, 0, 0]
     assert [len(p) for p in command.spares] == [2, 2, 2]
+
+
+def test_a_drafter_leaves_only_a_node_that_shall_have_nothing() -> None:
+    drafting = Drafting("auto", 4, None, MODEL, D)
+    placed = msgspec.structs.replace(placement(A, B, C), drafting=drafting)
+    quiet = {"standbys": 0, "spares": 0}
+    assert heal(placed, outlook(placed, **quiet)).command is None
+    dead = outlook(placed, dead=(D,), **quiet)
+    assert heal(placed, dead).command is None  # answers do without until it is back
+    for leaving in ({"draining": frozenset({D})}, {"expelled": frozenset({D})}):
+        seen = msgspec.structs.replace(outlook(placed, **quiet), **leaving)
+        command = heal(placed, seen).command
+        assert command == SetDrafting(MODEL, Drafting("auto", 4), placed.epoch)
+        check_command(command)
 
 
 def test_reserves_share_memory_and_stay_where_they_are() -> None:
