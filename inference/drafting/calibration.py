@@ -1,9 +1,10 @@
 """How often guesses turn out right, by who made them and how sure they said they were: pure.
 
-A drafter's confidence is a claim.  Outcomes are counted by the source of a guess, its place in the
-draft and the confidence claimed, in cells that start from what the wider cell (the same source and
-confidence at any place) says, which starts from the claim itself.  Since a token is sampled by its
-position, whatever was guessed, guesses that were never sent are judged as well.
+A drafter's confidence is a claim.  Outcomes are counted by the source of a guess, its place among
+the guesses since the last token that was known, and the confidence claimed, in cells that start
+from what the wider cell (the same source and confidence at any place) says, which starts from the
+claim itself.  Since a token is sampled by its position, whatever was guessed, guesses that were
+never sent are judged as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CLAIM_WEIGHT: Final = 3.0
 WIDER_WEIGHT: Final = 6.0
 MEMORY: Final = 0.96
 """The same within a session: about the last 25 outcomes count."""
-PLACES: Final = (1, 2, 4, 8)
+PLACES: Final = (1, 2, 4, 8, 16, 32)
 BANDS: Final = 6
 LOWEST: Final = 0.002
 HIGHEST: Final = 0.998
@@ -76,7 +77,7 @@ class Calibration:
         return earlier + self._hits.get(source, 0)
 
     def probability(self, source: str, index: int, claim: float) -> float:
-        """Return how likely guess number ``index`` of a draft is right if those before it are."""
+        """Return how likely a guess is right if all ``index`` since what was known are."""
         claim = min(HIGHEST, max(LOWEST, claim))
         band = _band(claim)
         if self._before is not None:
@@ -88,11 +89,11 @@ class Calibration:
             mean = cell.mean(mean, WIDER_WEIGHT)
         return min(HIGHEST, max(LOWEST, mean))
 
-    def probabilities(self, draft: Draft) -> list[float]:
-        """Return the probabilities of all guesses of a draft."""
+    def probabilities(self, draft: Draft, ahead: int = 0) -> list[float]:
+        """Return the probabilities of all guesses of a draft that comes after ``ahead`` others."""
         return [
             self.probability(draft.source, index, claim)
-            for index, claim in enumerate(draft.confidence)
+            for index, claim in enumerate(draft.confidence, ahead)
         ]
 
     def add(self, source: str, index: int, claim: float, *, hit: bool) -> None:
@@ -108,7 +109,7 @@ class Calibration:
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """A guess and how it turned out."""
+    """A guess, the how manieth since what was known, and how it turned out."""
 
     source: str
     index: int
@@ -154,7 +155,7 @@ class Judge:
                 index = item.judged - item.ahead
                 if index >= 0:
                     claim = item.draft.confidence[index]
-                    outcomes.append(Outcome(item.draft.source, index, claim, alive))
+                    outcomes.append(Outcome(item.draft.source, item.judged, claim, alive))
                 item.judged += 1
             if alive and item.judged < len(item.tokens):
                 self._pending.append(item)

@@ -65,7 +65,7 @@ class CombinedDrafter:
 
     def _calibrated(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         self._judge.wait_for(draft, ahead)
-        odds = self._calibration.probabilities(draft)
+        odds = self._calibration.probabilities(draft, len(ahead))
         return Draft(draft.tokens, tuple(odds), draft.source)
 
     async def aclose(self) -> None:

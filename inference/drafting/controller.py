@@ -15,6 +15,7 @@ stays below a few plain passes and about one percent of the time.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,10 +23,10 @@ from pyagent_node.inference.drafting.calibration import Calibration, Judge
 from pyagent_node.inference.drafting.costs import NEVER
 from pyagent_node.inference.drafting.lessons import Lessons
 from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft, Forecast, Pass, Plan
-from pyagent_node.inference.drafting.profile import Profile, best_plan, plan_rate
+from pyagent_node.inference.drafting.profile import Profile, best_plan, piped_rate
 
 MAX_LENGTH: Final = 16
-MAX_DEPTH: Final = 4
+MAX_DEPTH: Final = 8
 EXPLORE: Final = 0.005
 """The part of the time that may be lost by trying out."""
 EXPLORE_PASSES: Final = 1.25
@@ -47,9 +48,6 @@ CHANCES: Final = 2
 """Drafts in a row that one gets that did not pay, when it is asked again."""
 PROBE: Final = 4
 """Guesses that a drafter that did not pay is asked for when it gets another chance."""
-PIPED_MEMORY: Final = 0.97
-PRIOR_STEPS: Final = 10.0
-MAX_SLOWNESS: Final = 4.0
 CERTAIN: Final = 0.995
 DOUBTFUL: Final = 0.002
 MODEST: Final = 0.15
@@ -61,8 +59,8 @@ CHEAP: Final = 0.01
 EARLY: Final = 12
 LOOK_EVERY: Final = 6
 """Drafts after which the plan is looked at again; after each of the first ``EARLY``."""
-DEPTH_GAIN: Final = 1.05
-"""Several steps in flight must promise that much more than one."""
+WASTE: Final = 0.5
+"""The part of a rank's time for a void step by which it holds up the step that comes instead."""
 
 
 class Controller:
@@ -107,8 +105,9 @@ class Controller:
         self._right = 0
         self._gained = 0
         self._predicted = (0.0, 0.0)
-        self._slowness = self._lessons.slowness
-        self._piped = (0.0, 0.0)
+        self._flying: list[float] = []
+        self._following = Calibration(self._lessons.following)
+        self._claims: deque[tuple[int, float]] = deque(maxlen=MAX_DRAFT)
         self._modesty = 1.0
         self._means = (0.0, 0.0)
 
@@ -128,7 +127,10 @@ class Controller:
             return Plan()
         rate = self.rate
         per_draft = self.costs.draft_seconds
-        floor = min(0.9, rate * (self.costs.token_seconds + per_draft)) ** self._modesty
+        # of a step that follows another, only the time that one rank takes counts
+        share = self._ranks if self._flying else 1
+        price = rate * (self.costs.token_seconds / share + per_draft) / max(NEVER, self._holds)
+        floor = min(0.9, price) ** self._modesty
         cheap = per_draft * rate < CHEAP
         if not self.costs.draft_known:
             return Plan(min(PROBE, self._max_length), 1, floor)
@@ -143,15 +145,31 @@ class Controller:
                 self.costs,
                 ranks=self._ranks,
                 max_length=self._max_length,
-                max_depth=self._max_depth,
-                slowness=self._slowness * DEPTH_GAIN,
+                max_depth=self._max_depth if self.costs.computing_known else 1,
             )
+        if cheap:
+            return Plan(self._max_length, self._depth(0.0), floor)
         best, depth = self._best
-        if depth > 1 and self._affordable():
-            return Plan(best, depth)
+        if depth > 1:  # guesses that take their time are sent in small portions
+            return Plan(best, self._depth(per_draft * (best + 1)), floor)
         # a draft that goes well may be longer than the average one
-        length = self._max_length if cheap else min(self._max_length, 2 * best + 2)
-        return Plan(length, 1, floor)
+        return Plan(min(self._max_length, 2 * best + 2), 1, floor)
+
+    @property
+    def _holds(self) -> float:
+        """How likely all guesses in flight are right."""
+        return math.prod(self._flying)
+
+    def _depth(self, drafting: float) -> int:
+        """Return how many steps may be in flight, if guesses for another take ``drafting``."""
+        if not (self.costs.computing_known and self._affordable()):
+            return 1
+        if not self._flying or not drafting:
+            return self._max_depth
+        # a drafter that is busy with guesses for nothing is late with those that count
+        holds, width = self._holds, self._best[0] + 1
+        saved = self.costs.seconds(width) - self.costs.pace_seconds(width, self._ranks)
+        return self._max_depth if holds * saved > (1.0 - holds) * drafting * WASTE else 1
 
     def _another_chance(self, floor: float) -> Plan:
         """Ask a drafter that did not pay again, after ever longer pauses."""
@@ -174,28 +192,38 @@ class Controller:
         passes = FOUNDED_PASSES if founded else EXPLORE_PASSES
         return self._loss < passes * self.costs.seconds(1) + EXPLORE * self._total
 
-    def choose(self, draft: Draft, ahead: Sequence[int] = ()) -> int:
+    def choose(self, draft: Draft, ahead: Sequence[int] = (), in_flight: int = 0) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
+
+        ``in_flight`` steps are under way; a step that follows them begins with a guess.
 
         Call it for every draft: those that are not sent are judged as well.
         """
         chain = draft.straight
         self._judge.wait_for(chain, ahead)
-        odds = self.calibration.probabilities(chain)
+        odds = self.calibration.probabilities(chain, len(ahead))
         self._note_modesty(chain.confidence, odds)
-        n = self._best_length(odds, self.rate)
-        self._note_worth(n, odds)
-        self._profile.add(odds)
-        n = self._pick(n, draft)
-        self._predict(odds[:n], len(odds))
+        del self._flying[len(ahead) :]
+        if in_flight:
+            right = self._holds * odds[0] if odds else 0.0
+            n = self._pick(self._best_child(odds, right), draft)
+            if n:
+                self._claims.append((in_flight, right))
+                self._predict_child(odds[:n], right, in_flight)
+        else:
+            self._claims.clear()
+            best = self._best_length(odds, self.rate)
+            self._note_worth(best, odds)
+            self._profile.add(odds)
+            n = self._pick(best, draft)
+            self._predict(odds[:n], len(odds))
+        self._flying += odds[:n]
         return n
 
     def _pick(self, best: int, draft: Draft) -> int:
         """Return how many guesses to send where ``best`` promise most."""
         if not self._affordable():
             return 0
-        if self._plan.depth > 1:
-            best = self._plan.length + 1
         trusted = TRUSTED + 2 * self.calibration.hits(draft.source)
         return min(best, trusted, len(draft.tokens), self._max_length + 1)
 
@@ -216,10 +244,19 @@ class Controller:
     def _note_worth(self, n: int, odds: Sequence[float]) -> None:
         """Note what such a draft gains over plain decoding, in tokens."""
         plain = self.costs.seconds(1)
-        took = self.costs.seconds(n + 1) + self.costs.draft_seconds * len(odds)
+        drafting = self.costs.draft_seconds * len(odds)
+        took = self.costs.seconds(n + 1) + drafting
+        tokens = _tokens(odds[:n])
+        worth = tokens - took / plain
+        if n and self._max_depth > 1 and self.costs.computing_known:
+            pace = max(
+                took / self._max_depth, drafting, self.costs.pace_seconds(n + 1, self._ranks)
+            )
+            rate = piped_rate(tokens, math.prod(odds[:n]) * odds[n - 1], took, pace)
+            worth = max(worth, tokens * (1.0 - 1.0 / (rate * plain)))
         self._asked += 1
         share = max(0.15, 1.0 / self._asked)
-        self._worth += (_tokens(odds[:n]) - took / plain - self._worth) * share
+        self._worth += (worth - self._worth) * share
         if self._worth > 0:
             self._pause = FIRST_PAUSE
 
@@ -234,6 +271,22 @@ class Controller:
                 best, best_worth = n, worth
         return best
 
+    def _best_child(self, odds: Sequence[float], right: float) -> int:
+        """Return how many guesses to send in a step that follows those in flight.
+
+        It counts with probability ``right``, that is if they all and its own first are.
+        """
+        rate, together = self.rate, right
+        best, best_worth, tokens = 0, 0.0, 0.0
+        for n, chance in enumerate(odds, 1):
+            together *= chance if n > 1 else 1.0
+            tokens += together
+            pace, wrong = self._child_seconds(n)
+            worth = tokens - rate * (right * pace + (1.0 - right) * wrong)
+            if worth > best_worth:
+                best, best_worth = n, worth
+        return best
+
     def _recheck_due(self) -> bool:
         """Tell whether the time of a plain pass should be measured again."""
         gain = max(1.0, self.rate * self.costs.seconds(1))
@@ -241,16 +294,30 @@ class Controller:
 
     def _predict(self, odds: Sequence[float], drafted: int) -> None:
         """Note what the step that is sent now is expected to add and to take."""
+        seconds = self.costs.seconds(len(odds) + 1) + self.costs.draft_seconds * drafted
         tokens = _tokens(odds)
-        plan = self._plan
-        if plan.depth > 1 and self._profile.known:
-            promised = plan_rate(self._profile, self.costs, plan.length, plan.depth, self._ranks)
-            seconds = tokens * self._slowness / max(NEVER, promised)
-        else:
-            seconds = self.costs.seconds(len(odds) + 1) + self.costs.draft_seconds * drafted
         self._tokens = self._tokens * MEMORY + tokens
         self._seconds = self._seconds * MEMORY + seconds
         self._predicted = self._predicted[0] + tokens, self._predicted[1] + seconds
+
+    def _predict_child(self, odds: Sequence[float], right: float, in_flight: int) -> None:
+        """Note the same of a step that follows others in flight.
+
+        Where one guess is right the next one is likelier to be.  Sending goes by what is sure
+        all the same: what is sent for nothing costs more than it says.
+        """
+        pace, wrong = self._child_seconds(len(odds))
+        tokens = _tokens(odds[1:])
+        self._tokens = self._tokens * MEMORY + right * tokens
+        self._seconds = self._seconds * MEMORY + right * pace + (1.0 - right) * wrong
+        right = self._following.probability("", in_flight, right)
+        known, seconds = self._predicted
+        self._predicted = known + right * tokens, seconds + right * pace + (1.0 - right) * wrong
+
+    def _child_seconds(self, width: int) -> tuple[float, float]:
+        """Return the time that a step costs which follows others, if they are right and if not."""
+        busy = self.costs.busy_seconds(width, self._ranks)
+        return self.costs.pace_seconds(width, self._ranks), WASTE * busy
 
     # ---- after a step ------------------------------------------------------------------------
 
@@ -272,28 +339,20 @@ class Controller:
         if done.drafts or done.draft_seconds or not alone:
             self._loss = max(-MAX_CREDIT * plain, self._loss + took - done.gained * plain)
             self._explored = max(self._explored, self._loss)
-        self._compare_depth(done)
-        if done.drafts or done.draft_seconds > 0:
+        if not alone:
+            if self._claims:
+                before, claim = self._claims.popleft()
+                self._following.add("", before, claim, hit=done.gained > 0)
+            if done.gained:
+                self.costs.add_pace(done.width, done.elapsed, self._ranks)
+        if not done.gained or done.accepted < done.drafts:
+            self._flying.clear()
+        if alone and (done.drafts or done.draft_seconds > 0):
             self.costs.add_draft(max(1, self._profile.last), done.draft_seconds)
-
-    def _compare_depth(self, done: Pass) -> None:
-        """Learn how much slower several steps in flight are than they promise."""
-        plan = self._plan
-        if plan.depth > 1 and self._profile.known:
-            promised = plan_rate(self._profile, self.costs, plan.length, plan.depth, self._ranks)
-            actual, hoped = self._piped
-            actual = actual * PIPED_MEMORY + done.elapsed
-            hoped = hoped * PIPED_MEMORY + done.gained / max(NEVER, promised)
-            self._piped = actual, hoped
-            prior = PRIOR_STEPS * self.costs.seconds(1)
-            slowness = (actual + prior) / (hoped + prior)
-            self._slowness = min(MAX_SLOWNESS, max(1 / MAX_SLOWNESS, slowness))
-            self._lessons.note_slowness(self._slowness)
-        else:
-            self._slowness += (1.0 - self._slowness) * 0.01
 
     def accepted(self, tokens: Sequence[int]) -> None:
         """Take in tokens of the session: the prompt, then what joins the answer."""
+        del self._flying[: len(tokens)]
         for outcome in self._judge.accepted(tokens):
             self._judged += 1
             self.calibration.add(outcome.source, outcome.index, outcome.claim, hit=outcome.hit)

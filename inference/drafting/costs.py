@@ -17,6 +17,8 @@ PRIOR_SPREAD: Final = 3.0
 OUTLIER: Final = 3.0
 """A pass that took longer than this many times the expected counts as so many times."""
 NEVER: Final = 1e-9
+PACE_WEIGHT: Final = 3.0
+"""What ranks say of their computing weighs as much as this many steps that followed another."""
 TOKEN_SHARE: Final = 0.3
 """Expected beforehand: a further token costs this part of a pass's computing (CPUs: 0.15-0.5)."""
 BLIND_SHARE: Final = 0.1
@@ -94,6 +96,7 @@ class CostModel:
     def __init__(self) -> None:
         self._passes = LineFit()
         self._computing = LineFit()
+        self._pace = LineFit()
         self._drafted = 0.0
         self._draft_seconds = 0.0
 
@@ -101,6 +104,7 @@ class CostModel:
         """Return a model of the same passes, shared from now on, whose guesses cost otherwise."""
         other = CostModel()
         other._passes, other._computing = self._passes, self._computing
+        other._pace = self._pace
         return other
 
     @property
@@ -132,9 +136,30 @@ class CostModel:
         """Return the time from sending a step of ``width`` tokens to its result."""
         return self._passes.seconds(width)
 
+    @property
+    def computing_known(self) -> bool:
+        """Whether ranks have told how long they computed."""
+        return self._computing.count > 0
+
     def busy_seconds(self, width: int, ranks: int) -> float:
         """Return for how long such a step keeps one rank from taking the next; 0 if unknown."""
         return self._computing.seconds(width) / ranks if self._computing.count else 0.0
+
+    def pace_seconds(self, width: int, ranks: int) -> float:
+        """Return how long after the result before it that of such a step comes.
+
+        The step was sent while that one was in flight.  As far as that was not seen yet, it is the
+        time that one of the ranks needs.
+        """
+        busy, seen = self.busy_seconds(width, ranks), self._pace.count
+        if not seen:
+            return busy
+        return (PACE_WEIGHT * busy + seen * self._pace.seconds(width)) / (PACE_WEIGHT + seen)
+
+    def add_pace(self, width: int, seconds: float, ranks: int) -> None:
+        """Take in how long after the result before it that of a step came."""
+        self._pace.add(width, seconds)
+        self._pace.expect(self._computing.slope / ranks)
 
     def add_pass(self, width: int, seconds: float, compute_seconds: float) -> None:
         """Take in a step that was alone in flight."""

@@ -1,8 +1,7 @@
 """What a node's sessions with one drafter have taught, for those that begin later: pure.
 
-It holds no text: what passes and guesses take, how often guesses turned out right, and how much
-slower several steps in flight were than they promised.  A session goes by it from its first step
-on, and by what it sees itself as soon as that says more.
+It holds no text: what passes and guesses take, and how often guesses turned out right.  A session
+goes by it from its first step on, and by what it sees itself as soon as that says more.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ CALIBRATION_MEMORY: Final = 0.99
 """What is left of an outcome's weight in the calibration of all sessions after the next."""
 PROFILE_SHARE: Final = 0.05
 """How much of the average over all sessions the newest draft makes up."""
-SLOWNESS_SHARE: Final = 0.05
 
 
 class Lessons:
@@ -33,13 +31,9 @@ class Lessons:
     def __init__(self, costs: CostModel | None = None) -> None:
         self.costs = costs or CostModel()
         self.calibration = Calibration(memory=CALIBRATION_MEMORY)
+        self.following = Calibration(memory=CALIBRATION_MEMORY)
+        """How often steps counted that were sent before the one they follow was answered."""
         self.profile = Profile(share=PROFILE_SHARE)
-        self.slowness = 1.0
-        """By how much several steps in flight are slower than they promise."""
-
-    def note_slowness(self, slowness: float) -> None:
-        """Take in what a session found."""
-        self.slowness += (slowness - self.slowness) * SLOWNESS_SHARE
 
 
 class Archive:
@@ -71,4 +65,5 @@ class Archive:
                 lessons.costs = other.costs.of_another_drafter()
             if name == drafter:
                 lessons.calibration, lessons.profile = other.calibration, other.profile
+                lessons.following = other.following
         return lessons

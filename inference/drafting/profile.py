@@ -1,11 +1,11 @@
-"""What plans promise, by how likely guesses have been of late: pure."""
+"""What lengths of drafts promise, by how likely guesses have been of late: pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
-from pyagent_node.inference.drafting.costs import NEVER, CostModel
+from pyagent_node.inference.drafting.costs import CostModel
 
 SHARE: Final = 0.2
 """How much of the average the newest draft makes up."""
@@ -57,72 +57,35 @@ class Profile:
         return min(CERTAIN, self._odds[min(index, len(self._odds) - 1)])
 
 
-class _Times(NamedTuple):
-    """What a step takes that is alone in flight, one rank for it, and the guessing."""
-
-    alone: float
-    busy: float
-    drafting: float
-
-
-def _times(costs: CostModel, length: int, ranks: int) -> _Times:
-    return _Times(
-        costs.draft_seconds * length + costs.seconds(length + 1),
-        costs.busy_seconds(length + 1, ranks),
-        costs.draft_seconds * (length + 1),
-    )
-
-
-def plan_rate(profile: Profile, costs: CostModel, length: int, depth: int, ranks: int) -> float:
-    """Return the tokens a second that a plan promises.
-
-    With several steps in flight each begins with a guess of the token that the one before it ends
-    with.  As long as all guesses hold, results come at the pace of the slowest of: the trip shared
-    by the steps in flight, a rank's computing, the guessing.  A wrong one is answered after a whole
-    trip, and what was sent behind it is lost.
-    """
-    tokens, together = 1.0, 1.0
-    for index in range(length):
-        together *= profile.chance(index)
-        tokens += together
-    times = _times(costs, length, ranks)
-    return _rate(times, depth, tokens, together * profile.chance(length))
-
-
 def best_plan(
-    profile: Profile,
-    costs: CostModel,
-    *,
-    ranks: int,
-    max_length: int,
-    max_depth: int,
-    slowness: float,
+    profile: Profile, costs: CostModel, *, ranks: int, max_length: int, max_depth: int
 ) -> tuple[int, int]:
-    """Return the length and the depth that promise most.
+    """Return the length of drafts that promises most tokens a second, and the steps in flight.
 
-    What is promised for more than one step in flight is divided by ``slowness``.
+    These are one or ``max_depth``.  With several in flight each begins with a guess of the token
+    that the one before it ends with.  As long as all guesses hold, results come at the pace of the
+    slowest of: the trip shared by the steps in flight, a rank's computing, the guessing.  A wrong
+    one is answered after a whole trip, and what was sent behind it is lost.
     """
-    best, best_rate = (0, 1), plan_rate(profile, costs, 0, 1, ranks)
+    best, best_rate = (0, 1), 1.0 / costs.seconds(1)
     tokens, together = 1.0, 1.0
-    for length in range(max_length + 1):
-        if length:
-            together *= profile.chance(length - 1)
-            tokens += together
-        times = _times(costs, length, ranks)
-        holds = together * profile.chance(length)
-        for depth in range(1, (max_depth if length else 1) + 1):
-            rate = _rate(times, depth, tokens, holds)
-            if depth > 1:
-                rate /= slowness
-            if rate > best_rate:
-                best, best_rate = (length, depth), rate
+    for length in range(1, max_length + 1):
+        together *= profile.chance(length - 1)
+        tokens += together
+        alone = costs.draft_seconds * length + costs.seconds(length + 1)
+        if tokens / alone > best_rate:
+            best, best_rate = (length, 1), tokens / alone
+        if max_depth <= 1:
+            continue
+        drafting = costs.draft_seconds * (length + 1)
+        pace = max(alone / max_depth, costs.pace_seconds(length + 1, ranks), drafting)
+        rate = piped_rate(tokens, together * profile.chance(length), alone, pace)
+        if rate > best_rate:
+            best, best_rate = (length, max_depth), rate
     return best
 
 
-def _rate(times: _Times, depth: int, tokens: float, holds: float) -> float:
-    """Return the rate where a step adds ``tokens`` and the next holds that often."""
-    if depth <= 1:
-        return tokens / max(NEVER, times.alone)
-    pace = max(times.alone / depth, times.busy, times.drafting)
-    steps = 1.0 / (1.0 - holds)
-    return tokens * steps / max(NEVER, times.alone + pace * (steps - 1.0))
+def piped_rate(tokens: float, holds: float, alone: float, pace: float) -> float:
+    """Return the tokens a second where a step adds ``tokens`` and the next holds that often."""
+    steps = 1.0 / (1.0 - min(CERTAIN, holds))
+    return tokens * steps / (alone + pace * (steps - 1.0))

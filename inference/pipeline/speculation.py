@@ -234,7 +234,7 @@ class Speculation:
             return None
         late = bool(draft.tokens) and not guesses.tokens
         # that a drafter has nothing to say is told, that it was overtaken is not
-        count = 0 if late else self.controller.choose(guesses, ahead)
+        count = 0 if late else self.controller.choose(guesses, ahead, flying)
         room = attempt.room - len(ahead)
         guesses = guesses.cut(min(count, MAX_DRAFTS))
         guesses = usable_tree(guesses, deepest=room) if guesses.parents else guesses.cut(room)

@@ -56,7 +56,9 @@ class PipedWorld(msgspec.Struct, frozen=True):
                 limit = plan.length + bool(flights) if plan.length else 0
                 if flights and (not limit or len(flights) >= plan.depth):
                     break
-                sent = self._choose(controller, right[made : start + limit], start - made, limit)
+                sent = self._choose(
+                    controller, right[made : start + limit], start - made, limit, len(flights)
+                )
                 now += self.d * limit
                 if flights and not sent:
                     break
@@ -83,12 +85,14 @@ class PipedWorld(msgspec.Struct, frozen=True):
                 flights.clear()
         return made / now
 
-    def _choose(self, controller: Controller, right: list[bool], ahead: int, limit: int) -> int:
+    def _choose(  # noqa: PLR0917
+        self, controller: Controller, right: list[bool], ahead: int, limit: int, flying: int
+    ) -> int:
         if not limit:
             return 0
         tokens = tuple(RIGHT if ok else WRONG for ok in right)
         draft = Draft(tokens[ahead:], (self.chance,) * limit, "world")
-        return controller.choose(draft, tokens[:ahead])
+        return controller.choose(draft, tokens[:ahead], flying)
 
     def _pass(self, flight: Flight, now: float, gained: int, elapsed: float) -> Pass:
         return Pass(

@@ -76,7 +76,8 @@ def test_guesses_are_judged_whether_sent_or_not() -> None:
     first = judge.accepted([3])
     assert [(o.source, o.index, o.claim, o.hit) for o in first] == [("a", 0, 0.9, True)]
     rest = [(o.source, o.index, o.hit) for o in judge.accepted([4, 5, 6])]
-    # a's last guess followed a wrong one, c's was made after tokens that never came
-    assert rest == [("a", 1, True), ("a", 2, False), ("b", 0, True)]
+    # a's last guess followed a wrong one, c's was made after tokens that never came; b's is the
+    # third since what was known
+    assert rest == [("a", 1, True), ("a", 2, False), ("b", 2, True)]
     assert judge.accepted([7, 8]) == []
     assert judge.position == 8
