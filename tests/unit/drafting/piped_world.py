@@ -85,7 +85,7 @@ class PipedWorld(msgspec.Struct, frozen=True):
                 flights.clear()
         return made / now
 
-    def _choose(  # noqa: PLR0917
+    def _choose(
         self, controller: Controller, right: list[bool], ahead: int, limit: int, flying: int
     ) -> int:
         if not limit:
