@@ -120,6 +120,12 @@ def merged(
     return None if drafting == Drafting() else drafting
 
 
+def moved(before: Drafting | None, after: Drafting | None) -> bool:
+    """Whether the drafter rank is another one, or elsewhere."""
+    then, now = before or Drafting(), after or Drafting()
+    return (then.drafter, then.peer_id) != (now.drafter, now.peer_id)
+
+
 def check_sizes(drafter: ModelRecord, target: ModelRecord) -> None:
     """Refuse a drafter that cannot have the tokens of ``target``, by what the mesh knows of both.
 

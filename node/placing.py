@@ -53,7 +53,7 @@ from pyagent_node.node.drafts import (
     with_reserves,
 )
 from pyagent_node.node.facts import FactsProvider
-from pyagent_node.node.guessing import says
+from pyagent_node.node.guessing import moved, says
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
 from pyagent_node.node.rpc import Rpc
@@ -155,7 +155,8 @@ class Placer:
             return await self._await(now, report)
         done = False
         try:
-            await self._board.wait_ready(now, report, drafter=True)
+            fresh = moved(before.drafting, now.drafting)
+            await self._board.wait_ready(now, report, drafter=fresh)
             done = True
         finally:
             if not done:
@@ -281,7 +282,7 @@ class Placer:
         try:
             await self._warm_up(draft, report)
             placement = await self._guessing.say(await self._place(draft), draft.drafting)
-            fresh = draft.before is None or placement.drafting != draft.before.drafting
+            fresh = moved(draft.before.drafting if draft.before else None, placement.drafting)
             what = "; ".join(draft.plan.explanation)
             report(Progress(step="place", text=f"placed at epoch {placement.epoch}: {what}"))
             ready = await self._board.wait_ready(placement, report, drafter=fresh)

@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import InvalidRequest, RunnerFailed
-from pyagent_node.base.types import Drafting, PeerId, Placement
+from pyagent_node.base.errors import InvalidRequest, RunnerFailed, Unsupported
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement
 from pyagent_node.base.wire import Frame
-from pyagent_node.consensus.commands import SetDrafting
+from pyagent_node.consensus.commands import ModelRecord, RegisterModel, SetDrafting
 from pyagent_node.inference.drafting.remote import REST_SECONDS
 from pyagent_node.inference.drafting.remote_messages import (
     DRAFT_PROTOCOL,
@@ -32,9 +32,17 @@ from pyagent_node.inference.generation import (
     SpeculationUsage,
 )
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.keeping import HostProgress
+from pyagent_node.node.placement_parts import HeadParts
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.pipeline import MODEL, NAME, peer
-from pyagent_node.simulations.placements import N_LAYERS, HostingWorld, open_hosting_world
+from pyagent_node.simulations.placements import (
+    N_LAYERS,
+    RECORD,
+    HostingWorld,
+    ToyHead,
+    open_hosting_world,
+)
 
 PARAMS = SamplingParams(seed=3, temperature=0.7)
 PROMPT = list(range(40))
@@ -336,3 +344,55 @@ async def test_whatever_happens_on_the_way(autojump_clock: MockClock, how: str) 
         again = await ask(world)
         assert again is not None
         assert again.acceptance > 0.95
+
+
+async def test_another_vocabulary_is_refused_by_name(autojump_clock: MockClock) -> None:
+    """Its node finds out before it loads the model, and whoever waits for it is told."""
+    other = msgspec.structs.replace(RECORD, digest=Digest("9" * 64), name="other")
+    async with drafted() as world:
+        node, consensus = world.nodes[DRAFTER], world.nodes[0].consensus
+        loading = node.assets.head
+
+        @asynccontextmanager
+        async def head(
+            model: ModelRecord, epoch: int, progress: HostProgress
+        ) -> AsyncIterator[HeadParts]:
+            async with loading(model, epoch, progress) as parts:
+                assert isinstance(parts, ToyHead)
+                pieces = (*parts.vocabulary.pieces[:65], b"?", *parts.vocabulary.pieces[66:])
+                strange = msgspec.structs.replace(parts.vocabulary, pieces=pieces)
+                yield parts._replace(vocabulary=strange)
+
+        node.assets.head = head  # type: ignore[method-assign]
+        await consensus.propose(RegisterModel(other))
+        placement = consensus.state.placements[MODEL]
+        drafting = Drafting("auto", drafter=other.digest, peer_id=peer(DRAFTER))
+        await consensus.propose(SetDrafting(MODEL, drafting, placement.epoch))
+        placement = consensus.state.placements[MODEL]
+        with pytest.raises(Unsupported, match="other cannot draft for this model: its token 65"):
+            await world.nodes[0].board.wait_ready(placement, ignore, drafter=True)
+        await world.nodes[0].board.wait_ready(placement, ignore)  # the ranks are fine
+        (view,) = await world.nodes[1].board.views()
+        assert view.ready
+        assert view.speculation == "auto"
+        assert view.drafter is not None
+        assert (view.drafter.name, view.drafter.node) == ("other", peer(DRAFTER)[-8:])
+        assert view.drafter.state == "failed"
+        assert "vocabulary" in (view.drafter.detail or "") or "token 65" in (
+            view.drafter.detail or ""
+        )
+        assert not node.assets.runners  # it was never loaded
+        failed = await ask(world, speculation="other")
+        assert failed is not None
+        assert failed.failed
+
+
+async def test_unloaded_with_its_model(autojump_clock: MockClock) -> None:
+    async with drafted() as world:
+        placement = world.nodes[0].consensus.state.placements[MODEL]
+        assert len(world.nodes[DRAFTER].assets.runners) == 1
+        assert (await world.nodes[0].board.memory(placement)).keys() >= {peer(DRAFTER)}
+        await world.unplace()
+        with trio.fail_after(20):
+            await world.nodes[0].board.wait_gone(placement)
+        assert not any(node.assets.runners for node in world.nodes)
