@@ -17,11 +17,7 @@ CHECKED := $(SOURCES) tests tools
 CARGO = PYO3_PYTHON="$$PWD/$(BIN)/python" \
   LD_LIBRARY_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR") or "")'):$$LD_LIBRARY_PATH" \
   cargo
-# On virtual time and a core each, as many at once as there are cores; and one after the other, what
-# runs real models and daemons, which take all cores.
-VIRTUAL := tests/unit tests/sim tests/conformance
-REAL := tests/integration tests/interop
-# With PYTEST_FLAGS="-k something" one of the two may have no test (5).
+# With PYTEST_FLAGS="-k something" one of the two runs may have no test (5).
 none_ok = $(if $(PYTEST_FLAGS),|| [ $$? -eq 5 ])
 step = @printf '\n--- %s\n' "$(1)"
 
@@ -64,10 +60,10 @@ lint: setup-dev
 test: lint
 	$(call step,cargo test)
 	@$(CARGO) test --quiet --locked
-	$(call step,pytest: units and simulations)
-	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal $(VIRTUAL) $(PYTEST_FLAGS) $(none_ok)
-	$(call step,pytest: real models and daemons)
-	@$(BIN)/pytest $(REAL) $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: as many tests at once as there are cores)
+	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not alone" $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: tests that must be alone)
+	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
 
 format: setup-dev
 	@$(BIN)/ruff check --fix $(CHECKED)

@@ -247,6 +247,7 @@ def test_slices_equal_the_whole_for_eight_sessions(
             assert chain.run(work, together=False) == expected
 
 
+@pytest.mark.alone
 def test_threads_change_nothing(make_chain: MakeChain, plain: PlainProcess) -> None:
     work = jobs((260, 254), n=4)
     expected = [plain.run(job) for job in work]
@@ -255,6 +256,7 @@ def test_threads_change_nothing(make_chain: MakeChain, plain: PlainProcess) -> N
         assert chain.run(work, together=False) == expected
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "policy", [LonePolicy(2, 1, companion=False), LonePolicy(1, 1, companion=True)]
 )
@@ -273,7 +275,9 @@ def test_every_way_to_compute_a_lone_row_is_the_same(
         assert chain.run(work, together=False) == expected
 
 
-@pytest.mark.parametrize(("threads", "lengths"), [(1, (503, 3)), (2, (250,))])
+@pytest.mark.parametrize(
+    ("threads", "lengths"), [(1, (503, 3)), pytest.param(2, (250,), marks=pytest.mark.alone)]
+)
 def test_a_journal_fed_again_in_short_steps_gives_the_very_next_token(
     make_chain: MakeChain, plain: PlainProcess, threads: int, lengths: tuple[int, ...]
 ) -> None:

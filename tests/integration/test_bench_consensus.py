@@ -15,6 +15,8 @@ from pyagent_node.benchmarks.consensus_node import ENGINES, EngineName, Vote
 from pyagent_node.cli import bench_consensus
 from pyagent_node.cli.main import cli
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", get_args(EngineName))

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.main import cli
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 @pytest.mark.model

@@ -23,7 +23,7 @@ from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
 from pyagent_node.node.client import Answer, Ask, Piece
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
 QUESTION = "Name three rivers."
 MESSAGES = [{"role": "user", "content": QUESTION}]

@@ -22,7 +22,7 @@ from pyagent_node.node.profiles import mesh_ids
 from .daemons import Daemon
 from .waiting import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 
 class Swarm:

@@ -18,7 +18,7 @@ from pyagent_node.node.client import Answer, Ask
 
 from .waiting import until, votes_settled
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(240)]
 
 TOKENS = 60
 STALL_SECONDS = 20.0

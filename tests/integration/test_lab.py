@@ -21,6 +21,7 @@ from pyagent_node.simulations.lab.control import LabNetwork, open_network
 from pyagent_node.simulations.lab.scenario import parse_scenario
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.timeout(300),

@@ -39,6 +39,8 @@ from pyagent_node.node.mesh.wire import WireClosed
 from .mesh_kit import LOOPBACK, PSK, Guard, Nodes, attacker, down, drain, echo, nodes_of, raw
 from .waiting import eventually
 
+pytestmark = pytest.mark.alone
+
 QUICK = MeshLimits(handshake_seconds=0.3, join_seconds=0.6, dial_seconds=5.0)
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 from multiaddr import Multiaddr
 
@@ -18,6 +19,8 @@ from pyagent_node.base.wire import Frame, FrameDecoder, frame_prefix
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.mesh import MeshConfig, open_mesh
 from pyagent_node.node.mesh.authoriser import PeerAdmission
+
+pytestmark = pytest.mark.alone
 
 JOIN = "/pyagent/join/1"
 SIZES = (0, 1, 2304, 16_000)

@@ -139,6 +139,15 @@ def test_tests_do_not_sleep_and_use_no_network_beyond_loopback() -> None:
                 raise AssertionError(f"{path}:{node.lineno} sleeps")
 
 
+def test_tests_with_daemons_run_alone() -> None:
+    """Daemons notice each other's death by time: nothing else may keep the machine busy."""
+    starts = re.compile(r"\b(local_swarm|Daemon|two_hosts|two_halves|open_mesh)\(")
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text()
+        if path != Path(__file__) and starts.search(text):
+            assert "pytest.mark.alone" in text, f"{path} starts daemons"
+
+
 def test_the_changelog_and_licence_are_there() -> None:
     assert "Keep a Changelog" in (ROOT / "CHANGELOG.md").read_text()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
