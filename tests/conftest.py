@@ -120,9 +120,10 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the developer's own ``PYAGENT_*`` settings out of the tests."""
+    """Keep the developer's own settings and the terminal's size out of the tests."""
     for name in list(os.environ):
-        if name.startswith("PYAGENT_") and name != "PYAGENT_TEST_MODEL":
+        ours = name.startswith("PYAGENT_") and name != "PYAGENT_TEST_MODEL"
+        if ours or name in ("COLUMNS", "LINES"):
             monkeypatch.delenv(name)
 
 

@@ -13,7 +13,7 @@ from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.node.api.schema import DrafterView, LoadRequest, PullRequest
 from pyagent_node.node.client import Answer, Ask
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
 ASK = Ask(
     model="",

@@ -72,7 +72,7 @@ class Vocabulary:
 class LlamaSlice(Vocabulary):
     """One loaded file.  ``tap`` is the local number of the layer whose output is read, if any."""
 
-    def __init__(self, path: Path, tap: int | None = None, threads: int = 2) -> None:
+    def __init__(self, path: Path, tap: int | None = None, threads: int = 1) -> None:
         super().__init__(path, vocab_only=False)
         params = api.llama_context_default_params()
         params.n_ctx = N_CTX

@@ -64,7 +64,7 @@ def run(model: Any, callback: Any, user_data: int, n_ubatch: int) -> NDArray[np.
     """Decode ``TOKENS`` with the callback in place; return the last token's logits."""
     params = api.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 64, 64, n_ubatch
-    params.n_threads = params.n_threads_batch = 2
+    params.n_threads = params.n_threads_batch = 1
     params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cb_eval = callback
     params.cb_eval_user_data = user_data
