@@ -233,6 +233,10 @@ class Client:
             if line.status is not None:
                 yield line.status
 
+    def metrics(self) -> str:
+        """Return the node's metrics, in the text form of Prometheus."""
+        return self._api.request("GET", "/metrics", None).decode()
+
     def doctor(self) -> DoctorReply:
         """Let the daemon examine itself."""
         return self._api.get("/doctor", DoctorReply)
