@@ -88,6 +88,7 @@ class Controller:
         self._max_depth = MAX_DEPTH if max_depth is None else max(1, max_depth)
         self._plan = Plan()
         self._best = (0, 1)
+        self._plain = self.costs.seconds(1)
         self._tokens = 0.0
         self._seconds = 0.0
         self._loss = 0.0
@@ -113,32 +114,34 @@ class Controller:
 
     # ---- before a step -----------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """Say what the next step is to be."""
-        self._plan = self._decide()
-        if not self._plan.length and self.costs.known:
+    def plan(self, in_flight: int = 0) -> Plan:
+        """Say what the next step is to be, where so many are in flight."""
+        self._plain = self.costs.seconds(1)
+        self._plan = self._decide(in_flight)
+        if not (self._plan.length or in_flight) and self.costs.known:
             self._predict((), 0)
         return self._plan
 
-    def _decide(self) -> Plan:
+    def _decide(self, in_flight: int) -> Plan:
         if self._max_length < 1 or not self.costs.known:
             return Plan()
-        if self._recheck_due():
+        if not in_flight and self._recheck_due():
             return Plan()
         rate = self.rate
         per_draft = self.costs.draft_seconds
         # of a step that follows another, only the time that one rank takes counts
-        share = self._ranks if self._flying else 1
+        share = self._ranks if in_flight else 1
         price = rate * (self.costs.token_seconds / share + per_draft) / max(NEVER, self._holds)
         floor = min(0.9, price) ** self._modesty
         cheap = per_draft * rate < CHEAP
         if not self.costs.draft_known:
             return Plan(min(PROBE, self._max_length), 1, floor)
-        if not cheap:
-            if self._asked >= 3 and self._worth < 0:
-                return self._another_chance(floor)
-            if not self._affordable():
-                return Plan()
+        if cheap:
+            return Plan(self._max_length, self._depth(0.0), floor)
+        if self._asked >= 3 and self._worth < 0:
+            return self._another_chance(floor)
+        if not self._affordable():
+            return Plan()
         if self._profile.known and (self._asked <= EARLY or self._asked % LOOK_EVERY == 0):
             self._best = best_plan(
                 self._profile,
@@ -147,8 +150,6 @@ class Controller:
                 max_length=self._max_length,
                 max_depth=self._max_depth if self.costs.computing_known else 1,
             )
-        if cheap:
-            return Plan(self._max_length, self._depth(0.0), floor)
         best, depth = self._best
         if depth > 1:  # guesses that take their time are sent in small portions
             return Plan(best, self._depth(per_draft * (best + 1)), floor)
@@ -190,7 +191,7 @@ class Controller:
         # where guesses were judged and promise a gain all the same, a loss is likely bad luck
         founded = self._worth > 0 and self._judged >= ENOUGH_JUDGED
         passes = FOUNDED_PASSES if founded else EXPLORE_PASSES
-        return self._loss < passes * self.costs.seconds(1) + EXPLORE * self._total
+        return self._loss < passes * self._plain + EXPLORE * self._total
 
     def choose(self, draft: Draft, ahead: Sequence[int] = (), in_flight: int = 0) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
@@ -243,7 +244,7 @@ class Controller:
 
     def _note_worth(self, n: int, odds: Sequence[float]) -> None:
         """Note what such a draft gains over plain decoding, in tokens."""
-        plain = self.costs.seconds(1)
+        plain = self._plain
         drafting = self.costs.draft_seconds * len(odds)
         took = self.costs.seconds(n + 1) + drafting
         tokens = _tokens(odds[:n])
@@ -261,7 +262,7 @@ class Controller:
             self._pause = FIRST_PAUSE
 
     def _best_length(self, odds: Sequence[float], rate: float) -> int:
-        best, best_worth = 0, 1.0 - rate * self.costs.seconds(1)
+        best, best_worth = 0, 1.0 - rate * self._plain
         tokens, together = 1.0, 1.0
         for n, chance in enumerate(odds, 1):
             together *= chance
@@ -289,8 +290,8 @@ class Controller:
 
     def _recheck_due(self) -> bool:
         """Tell whether the time of a plain pass should be measured again."""
-        gain = max(1.0, self.rate * self.costs.seconds(1))
-        return self._plan.depth == 1 and self._since_plain > RECHECK * gain * gain
+        gain = max(1.0, self.rate * self._plain)
+        return self._since_plain > RECHECK * gain * gain
 
     def _predict(self, odds: Sequence[float], drafted: int) -> None:
         """Note what the step that is sent now is expected to add and to take."""
@@ -331,7 +332,7 @@ class Controller:
         self._drafted += done.drafts
         self._right += done.accepted
         self._gained += done.gained
-        plain = self.costs.seconds(1)
+        plain = self._plain = self.costs.seconds(1)
         # what such a pass usually takes: one that was held up by chance says nothing of guessing
         took = self.costs.seconds(done.width) + done.draft_seconds if alone else done.elapsed
         self._total += took
@@ -362,7 +363,7 @@ class Controller:
     @property
     def rate(self) -> float:
         """Tokens a second that can be had, as far as is known; never less than plain decoding's."""
-        plain = 1.0 / self.costs.seconds(1)
+        plain = 1.0 / self._plain
         return max(plain, self._tokens / self._seconds) if self._seconds > 0 else plain
 
     def forecast(self) -> Forecast:
@@ -398,7 +399,7 @@ class FixedController(Controller):
         super().__init__(ranks=ranks, max_length=plan.length, max_depth=plan.depth)
         self._fixed = plan
 
-    def _decide(self) -> Plan:
+    def _decide(self, in_flight: int) -> Plan:
         return self._fixed
 
     def _pick(self, best: int, draft: Draft) -> int:

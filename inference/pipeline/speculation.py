@@ -192,7 +192,7 @@ class Speculation:
             flying >= min(self._plan.depth, MAX_DEPTH) or self._dry == (known, attempt.position)
         ):
             return None
-        self._plan = plan = self.controller.plan()
+        self._plan = plan = self.controller.plan(flying)
         if flying >= min(plan.depth, MAX_DEPTH):
             return None
         ahead = attempt.ahead

@@ -51,7 +51,7 @@ class PipedWorld(msgspec.Struct, frozen=True):
         while made < self.tokens:
             plan = Plan()
             while not flights or len(flights) < plan.depth:
-                plan = controller.plan()
+                plan = controller.plan(len(flights))
                 start = flights[-1].start + flights[-1].guesses if flights else made
                 limit = plan.length + bool(flights) if plan.length else 0
                 if flights and (not limit or len(flights) >= plan.depth):
