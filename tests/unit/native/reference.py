@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,12 +157,10 @@ def gumbel(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log((bits + 0.5) / 2**52))
 
 
-def sample(
+def kept(
     logits: NDArray[np.float32],
     history: NDArray[np.int32],
-    position: int,
     *,
-    seed: int,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -171,8 +170,8 @@ def sample(
     presence_penalty: float,
     bias_tokens: NDArray[np.int32],
     bias_values: NDArray[np.float32],
-) -> int:
-    """The chosen token."""
+) -> dict[int, float]:
+    """The tokens that may be chosen, likeliest first, with the logarithms of their weights."""
     x = [float(value) for value in logits]
     for token, bias in zip(bias_tokens.tolist(), bias_values.tolist(), strict=True):
         x[token] += bias
@@ -183,7 +182,7 @@ def sample(
         (token for token in range(len(x)) if x[token] > -math.inf), key=lambda t: (-x[t], t)
     )
     if temperature == 0:
-        return ranked[0]
+        return {ranked[0]: 0.0}
     peak = x[ranked[0]]
     log_weight = {token: (x[token] - peak) / temperature for token in ranked}
     if top_k > 0:
@@ -192,15 +191,46 @@ def sample(
         whole = 0.0
         for token in sorted(ranked):
             whole += math.exp(log_weight[token])
-        goal, total, kept = top_p * whole, 0.0, 0
-        while kept < len(ranked) and (kept == 0 or total < goal):
-            total += math.exp(log_weight[ranked[kept]])
-            kept += 1
-        ranked = ranked[:kept]
-    if min_p > 0:
-        ranked = [token for token in ranked if math.exp(log_weight[token]) >= min_p]
-    score = {token: log_weight[token] + gumbel(seed, position, token) for token in ranked}
-    return min(ranked, key=lambda t: (-score[t], t))
+        goal, total, count = top_p * whole, 0.0, 0
+        while count < len(ranked) and (count == 0 or total < goal):
+            total += math.exp(log_weight[ranked[count]])
+            count += 1
+        ranked = ranked[:count]
+    return {
+        token: log_weight[token]
+        for token in ranked
+        if min_p <= 0 or math.exp(log_weight[token]) >= min_p
+    }
+
+
+def sample(
+    logits: NDArray[np.float32],
+    history: NDArray[np.int32],
+    position: int,
+    *,
+    seed: int,
+    **shape: Any,
+) -> int:
+    """The chosen token."""
+    score = {
+        token: weight + gumbel(seed, position, token)
+        for token, weight in kept(logits, history, **shape).items()
+    }
+    return min(score, key=lambda t: (-score[t], t))
+
+
+def distribution(
+    logits: NDArray[np.float32], history: NDArray[np.int32], **shape: Any
+) -> dict[int, float]:
+    """The exact probabilities of the tokens that may be chosen, likeliest first."""
+    weights = {t: math.exp(weight) for t, weight in kept(logits, history, **shape).items()}
+    whole = math.fsum(weights.values())
+    return {token: weight / whole for token, weight in weights.items()}
+
+
+def chi_squared_bound(freedom: int) -> float:
+    """What chi-squared exceeds once in a million times (Wilson and Hilferty's quantile)."""
+    return freedom * (1 - 2 / (9 * freedom) + 4.7534 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
 def logprobs(logits: NDArray[np.float32]) -> list[float]:
