@@ -103,15 +103,17 @@ async def test_the_relay_holds_back_what_passes_through_either_way(
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, echo, listeners)
         port = listeners[0].socket.getsockname()[1]
-        async with delaying_relay(port, 3.0) as relayed:
-            async with await trio.open_tcp_stream("127.0.0.1", relayed) as stream:
-                began = trio.current_time()
-                for data in (b"one", b"two"):
-                    await stream.send_all(data)
-                    assert await stream.receive_some(10) == data
-                assert 12.0 <= trio.current_time() - began < 13.0
-                await stream.send_eof()
-                assert await stream.receive_some(10) == b""
+        async with (
+            delaying_relay(port, 3.0) as relayed,
+            await trio.open_tcp_stream("127.0.0.1", relayed) as stream,
+        ):
+            began = trio.current_time()
+            for data in (b"one", b"two"):
+                await stream.send_all(data)
+                assert await stream.receive_some(10) == data
+            assert 12.0 <= trio.current_time() - began < 13.0
+            await stream.send_eof()
+            assert await stream.receive_some(10) == b""
         nursery.cancel_scope.cancel()
 
 
