@@ -122,7 +122,9 @@ class LlamaBackend:
         except BaseException:
             self._model.close()
             raise
-        self._shapes = preference(findings.widths, findings.shapes)
+        self._shapes = preference(
+            [width for width in findings.widths if width not in findings.slow], findings.shapes
+        )
         self._lone = findings.lone
         self._logs: list[SequenceLog | None] = [None] * n_seq
         layout = findings.layout if findings.kv_portable else None

@@ -9,7 +9,9 @@ The reference is one row at a time on one thread.  Tried against it, with ``==``
   lone row over the threads, so that its bits depend on their number (they do, with more than one);
 * a row after the cells before it were exported and loaded again.
 
-Only shapes that passed are used, so a kernel that is not invariant costs speed, never bits.
+Only shapes that passed are used, so a kernel that is not invariant costs speed, never bits.  Two or
+three rows that take longer together than one by one are not used either (llama.cpp's way with a
+single row is a special one).
 Measured on AVX-512: for SmolLM2-135M Q4_1 every shape passes at every length, and a lone row beyond
 256 cells differs by up to 0.7 in its logits between one thread and two; for Qwen2.5-Coder 0.5B and
 1.5B in Q4_K_M what has more than three rows in all does not pass, however they are spread.
@@ -18,6 +20,7 @@ Measured on AVX-512: for SmolLM2-135M Q4_1 every shape passes at every length, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -38,6 +41,9 @@ SHAPES_SECONDS: Final = 1.5
 
 _ORDER: Final = (8, 4, 2, 6, 3, 5, 7)
 _NEEDED: Final = (8, 4, 2)
+_TRIES: Final = 3
+_DOUBTFUL: Final = (2, 3)
+"""Widths that may take longer than as many single rows."""
 _MOST_SEQUENCES: Final = max(shape.sequences for shape in JOINT_SHAPES)
 _PREFIX: Final = 1
 _LONG_CELLS: Final = LONG + 40
@@ -60,12 +66,13 @@ class LonePolicy(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """``widths`` are safe, 1 among them, and so are ``shapes``.
+    """``widths`` are safe, 1 among them, and so are ``shapes``; ``slow`` are widths not worth it.
 
     ``layout`` is ``None`` when KV cannot be moved.
     """
 
     widths: tuple[int, ...]
+    slow: frozenset[int]
     shapes: tuple[Shape, ...]
     lone: LonePolicy
     layout: CellLayout | None
@@ -125,7 +132,10 @@ def run_self_test(
     sharing = min(context.n_seq, MAX_DECODE_ROWS)
     for seq in range(min(context.n_seq, _MOST_SEQUENCES)):
         probe.feed([seq], 0, prefix)
-    reference = np.concatenate([probe.feed([0], _PREFIX + i, [i]) for i in range(MAX_DECODE_ROWS)])
+    ones = [
+        _timed(clock, partial(probe.feed, [0], _PREFIX + i, [i])) for i in range(MAX_DECODE_ROWS)
+    ]
+    reference = np.concatenate([out for out, _ in ones])
     layout, portable = _round_trip(context, probe, reference)
     probe.drop([0], _PREFIX)
 
@@ -149,6 +159,10 @@ def run_self_test(
             probe.drop(range(width), _PREFIX)
         if same:
             widths.append(width)
+    one = min(seconds for _, seconds in ones)
+    slow = frozenset(
+        width for width in _DOUBTFUL if width in widths and _slow(probe, clock, width, one)
+    )
     shapes = _joint(probe, reference, widths, n_seq=context.n_seq, clock=clock)
     probe.drop(every, 0)
 
@@ -156,7 +170,16 @@ def run_self_test(
     if n_cells >= 2 * CELL_STEP and layout is not None:
         widths, shapes, lone = _long(context, probe, layout, widths, shapes, short, clock)
         probe.drop(every, 0)
-    return Findings(tuple(sorted(widths)), tuple(sorted(shapes)), lone, layout, portable)
+    return Findings(tuple(sorted(widths)), slow, tuple(sorted(shapes)), lone, layout, portable)
+
+
+def _slow(probe: _Probe, clock: Callable[[], float], width: int, one: float) -> bool:
+    """Return whether so many rows take longer than as many single ones, of ``one`` second each."""
+    tries: list[float] = []
+    for _ in range(_TRIES):
+        tries.append(_timed(clock, partial(probe.feed, [0], _PREFIX, range(width)))[1])
+        probe.drop([0], _PREFIX)
+    return min(tries) > width * one
 
 
 def _joint(
