@@ -18,8 +18,9 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llama_cpp
 import msgspec
@@ -32,6 +33,13 @@ from pyagent_node.native import gumbel
 
 BATCH = 512
 """Tokens of the prompt that are decoded at once."""
+
+
+class Guess(NamedTuple):
+    """A token that a model would have said, and how probable it found it."""
+
+    token: int
+    probability: float
 
 
 class Reference:
@@ -98,6 +106,18 @@ class Reference:
                 return
             yield token
             logits = self._decode([token])
+
+    def guesses(self, prompt: list[int], answer: Sequence[int], job: Job) -> list[Guess]:
+        """Return what this model would have said at each place of another one's answer."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._llama.ctx), True)
+        found: list[Guess] = []
+        logits = self._decode(prompt)
+        for position, token in enumerate(answer, len(prompt)):
+            guess = choose(logits, job.temperature, job.seed, position)
+            wide = (logits.astype(np.float64) - logits[guess]) / (job.temperature or 1.0)
+            found.append(Guess(guess, float(1.0 / np.exp(np.minimum(wide, 50.0)).sum())))
+            logits = self._decode([token])
+        return found
 
     def _decode(self, tokens: list[int]) -> NDArray[np.float32]:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
