@@ -20,7 +20,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     noise and argmax.  ``temperature == 0`` is a plain argmax after bias and penalties.
     ``seed`` is an unsigned 64-bit integer; ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` mean
     off.  ``top_logprobs`` asks for that many alternatives (log-probabilities are of the
-    model's own distribution, before bias, penalties, temperature and truncation).
+    model's own distribution, before bias, penalties, temperature and truncation): the likeliest, or
+    with ``noisy_top`` those that the noise puts first, as a drafter wants them.
     """
 
     seed: int = 0
@@ -34,6 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     logprobs: bool = False
     top_logprobs: int = 0
+    noisy_top: bool = False
 
     def check(self, n_vocab: int) -> None:
         """Check every field against its range.
@@ -70,7 +72,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One sampled token; ``top`` holds (token, log-probability) pairs, likeliest first."""
+    """One sampled token; ``top`` holds (token, log-probability) pairs, best first."""
 
     token: int
     logprob: float | None = None

@@ -479,6 +479,16 @@ class SuffixIndex:
         tokens and for each the probability that it is right given that those before it are.
         """
 
+    def alternatives(
+        self, ahead: Sequence[int], limit: int, min_match: int, floor: float = 0.0
+    ) -> tuple[list[int], list[float]]:
+        """Guess the token after the text and ``ahead`` in up to ``limit`` ways.
+
+        What followed the longest suffix that has occurred before, the most frequent first, then
+        what followed shorter ones, down to ``min_match`` tokens.  Ends where a guess is less likely
+        than ``floor``.  Returns the tokens and for each the probability that it is right.
+        """
+
     def __len__(self) -> int:
         """How many tokens are remembered."""
 
@@ -593,6 +603,7 @@ def sample(
     bias_tokens: NDArray[np.int32],
     bias_values: NDArray[np.float32],
     top_logprobs: int,
+    noisy: bool = False,
 ) -> tuple[int, float, list[tuple[int, float]]]:
     """Choose the token at ``position``, as a function of the arguments alone.
 
@@ -615,7 +626,9 @@ def sample(
     Ties go to the lowest token.  ``top_logprobs == -1`` returns ``(token, nan, [])``; otherwise the
     second element is the log-probability of the token and the third the ``top_logprobs`` likeliest
     tokens with theirs, likeliest first (fewer when fewer have a finite logit), all of the
-    softmax of ``logits`` as given, before any step.
+    softmax of ``logits`` as given, before any step.  With ``noisy`` the third element has the tokens
+    that step 7 puts first, the winner and those after it, instead of the likeliest; where nothing
+    is truncated, runners-up are looked for among the 256 likeliest.
 
     Raises ``ValueError`` for a value out of range (NaN or +inf logits, no logits, nothing but -inf,
     a token outside the vocabulary, a parameter outside its range) and ``TypeError`` for a wrong

@@ -118,6 +118,7 @@ def toy_sample(
         bias_tokens=np.array([t for t, _ in bias], dtype=np.int32),
         bias_values=np.array([b for _, b in bias], dtype=np.float32),
         top_logprobs=params.top_logprobs if params.logprobs else -1,
+        **({"noisy": True} if params.noisy_top else {}),
     )
     return Sampled(token, logprob if params.logprobs else None, tuple(top))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyagent_node.inference.drafting.calibration import Calibration, Judge
+from pyagent_node.inference.drafting.growth import merged
 from pyagent_node.inference.drafting.port import Draft, Drafter, DrafterFactory, PreparedDrafter
 from pyagent_node.inference.drafting.suffix import SuffixDrafter, SuffixDrafters, expected
 from pyagent_node.inference.sampling import SamplingParams
@@ -62,6 +63,15 @@ class CombinedDrafter:
         share = max(SHARE, 1.0 / self._asked)
         self._promise += (expected(thought) - self._promise) * share
         return seen if expected(seen) > expected(thought) else thought
+
+    def expect_trees(self) -> None:
+        """Do nothing: it makes trees of chains."""
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Return the best guesses of both drafters' chains, a branch each."""
+        seen = self._calibrated(self._suffix.look(ahead, limit, floor=floor), ahead)
+        thought = self._calibrated(await self._model.propose(ahead, limit, floor=floor), ahead)
+        return merged((seen, thought), limit, self._name)
 
     def _calibrated(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         self._judge.wait_for(draft, ahead)

@@ -27,8 +27,11 @@ from pyagent_node.inference.backend import (
     StepOutput,
     TrimSequence,
 )
+from pyagent_node.inference.drafting.calibration import Calibration, Judge
+from pyagent_node.inference.drafting.growth import WIDTH, Candidate, Growth
 from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft
-from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.inference.drafting.tree import ROOT
+from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 MAX_PADDING: Final = 1024
 """Models of one vocabulary differ by so many unused tokens at its end, at most."""
@@ -95,6 +98,8 @@ class ModelDrafter:
         self._slots = slots
         self._seq: int | None = seq
         self._sampling = msgspec.structs.replace(sampling, logprobs=True, top_logprobs=0)
+        self._judge = Judge()
+        self._calibration = Calibration()
         self._open = False
         self._history: list[int] = []
         self._held: list[int] = []
@@ -112,6 +117,8 @@ class ModelDrafter:
         """Take in accepted tokens, the prompt first."""
         self._history.extend(int(token) for token in tokens)
         self._agree()
+        for outcome in self._judge.accepted(tokens):
+            self._calibration.add(outcome.source, outcome.index, outcome.claim, hit=outcome.hit)
 
     def _agree(self) -> None:
         """Note what of the sequence is known to be right; tokens may come while one is awaited."""
@@ -140,16 +147,49 @@ class ModelDrafter:
         text = [*self._history, *(int(token) for token in ahead)]
         together = 1.0
         while text and len(tokens) < min(limit, MAX_DRAFT):
-            token, chance = await self._feed(text, sample=True)
+            sampled = await self._feed(text, sample=True)
+            chance = _chance(sampled.logprob)
             together *= chance
             if tokens and together < floor:
                 break
-            tokens.append(token)
+            tokens.append(sampled.token)
             confidence.append(chance)
-            text.append(token)
+            text.append(sampled.token)
         return Draft(tuple(tokens), tuple(confidence), self._name)
 
-    async def _feed(self, text: list[int], *, sample: bool) -> tuple[int, float]:
+    def expect_trees(self) -> None:
+        """Have the model say what comes next after its first choice, from the first token on."""
+        self._sampling = msgspec.structs.replace(
+            self._sampling, top_logprobs=WIDTH, noisy_top=True
+        )
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Return what the model would say, and what it would say instead; see the port.
+
+        Raises what :meth:`propose` raises.  Takes no more passes than a chain of as many guesses.
+        """
+        text = [*self._history, *(int(token) for token in ahead)]
+        growth = Growth(limit, floor=floor)
+        at: int | None = ROOT
+        for _ in range(min(limit, MAX_DRAFT) if text else 0):
+            path = growth.path(at)
+            sampled = await self._feed([*text, *path], sample=True)
+            growth.add(at, self._candidates(sampled, (*ahead, *path)))
+            at = growth.next()
+            if at is None:
+                break
+        return growth.draft(self._name)
+
+    def _candidates(self, sampled: Sampled, before: Sequence[int]) -> list[Candidate]:
+        """Return the choices for one place by how often such choices were right of late."""
+        found: list[Candidate] = []
+        for rank, (token, logprob) in enumerate(sampled.top):
+            chance = _chance(logprob)
+            self._judge.wait_for(Draft((token,), (chance,), str(rank)), before)
+            found.append(Candidate(token, self._calibration.probability(str(rank), 0, chance)))
+        return found
+
+    async def _feed(self, text: list[int], *, sample: bool) -> Sampled:
         """Make the sequence hold ``text``; return the token after it and its probability."""
         seq = self._seq
         if seq is None:
@@ -187,11 +227,11 @@ class ModelDrafter:
             keep = cut
         self._agree()
         if not sample:
-            return 0, 0.0
+            return Sampled(0)
         if not output.sampled:
             raise CorruptData("The drafter's runner gave no token.", code="malformed_message")
         (sampled,) = output.sampled
-        return sampled.token, math.exp(min(0.0, sampled.logprob or 0.0))
+        return sampled
 
     async def _put_back(self, seq: int, keep: int) -> None:
         """Drop what the sequence holds beyond ``keep`` tokens; begin anew if that is none."""
@@ -220,6 +260,10 @@ class ModelDrafter:
                 self._slots.used.discard(seq)
         finally:
             self._slots.free.append(seq)
+
+
+def _chance(logprob: float | None) -> float:
+    return math.exp(min(0.0, logprob or 0.0))
 
 
 class ModelDrafters:

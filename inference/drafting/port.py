@@ -113,6 +113,10 @@ class PreparedDrafter(Protocol):
 class TreeDrafter(Protocol):
     """A drafter whose guesses can form a tree."""
 
+    def expect_trees(self) -> None:
+        """Make ready for :meth:`propose_tree`; called before anything else, if at all."""
+        ...
+
     async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
         """Return up to ``limit`` guesses that form a tree; otherwise as ``propose``."""
         ...

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.inference.drafting.growth import WIDTH, Candidate, Growth
 from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft
+from pyagent_node.inference.drafting.tree import ROOT
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.native import SuffixCorpus, SuffixIndex
 
@@ -72,6 +74,28 @@ class SuffixDrafter:
             return own
         past = _draft(self._corpus.propose([*self._tail, *ahead], limit, MIN_CORPUS_MATCH, floor))
         return past if expected(past) > expected(own) else own
+
+    def expect_trees(self) -> None:
+        """Do nothing: it is always ready."""
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Return what followed the longest matches, in several ways."""
+        return self.look_tree(ahead, limit, floor=floor)
+
+    def look_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Do what :meth:`propose_tree` does."""
+        growth = Growth(limit, floor=floor)
+        at: int | None = ROOT
+        while at is not None:
+            place = (*ahead, *growth.path(at))
+            found = self._index.alternatives(place, WIDTH, MIN_MATCH)
+            growth.add(at, [Candidate(*guess) for guess in zip(*found, strict=True)])
+            at = growth.next()
+        own = growth.draft(NAME)
+        if self._corpus is None:
+            return own
+        past = self.look(ahead, limit, floor=floor)
+        return past if expected(past) > expected(own.straight) else own
 
     async def aclose(self) -> None:
         """Leave the session's text to the corpus, if there is one; idempotent."""

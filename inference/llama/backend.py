@@ -405,6 +405,7 @@ class LlamaBackend:
                 bias_tokens=log.bias.tokens,
                 bias_values=log.bias.values,
                 top_logprobs=params.top_logprobs if params.logprobs else _NO_LOGPROB,
+                **({"noisy": True} if params.noisy_top else {}),
             )
         except ValueError as error:
             raise CorruptData(f"No token can be sampled: {error}.", code="not_finite") from None

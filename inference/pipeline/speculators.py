@@ -118,6 +118,8 @@ class Speculators:
         drafter = self._drafter(request, model)
         if drafter is None:
             return None
+        if request.draft_tree and isinstance(drafter, TreeDrafter):
+            drafter.expect_trees()
         vocabulary = model.vocabulary
         return Speculation(
             drafter,

@@ -148,6 +148,22 @@ impl Choice<'_> {
         winner.map(|(token, _)| token)
     }
 
+    /// The first `count` of `candidates` once each has its noise, best first.
+    pub fn ranked(&self, candidates: &[Candidate], noise: Noise, count: usize) -> Vec<u32> {
+        let mut scores: Vec<Candidate> = candidates
+            .iter()
+            .map(|Candidate { token, value }| Candidate {
+                token: *token,
+                value: self.log_weight(*value) + noise.gumbel(*token),
+            })
+            .collect();
+        scores.sort_unstable_by_key(|candidate| candidate.token);
+        best(scores.into_iter(), count)
+            .iter()
+            .map(|candidate| candidate.token)
+            .collect()
+    }
+
     /// The winner among all tokens, without computing the noise of those that cannot win.
     ///
     /// A token whose log-weight lies `gap` below the best score so far needs a noise of at least

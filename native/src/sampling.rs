@@ -19,6 +19,9 @@ use crate::select::best;
 /// Penalties beyond this are refused, so that no logit can overflow.
 const MAX_PENALTY: f64 = 1e9;
 
+/// How many of the likeliest tokens may be runners-up where nothing is truncated.
+const LIKELY: usize = 256;
+
 /// What shapes the choice.
 pub struct Params<'a> {
     pub seed: u64,
@@ -187,6 +190,57 @@ pub fn choose(
     })
 }
 
+/// The tokens that come next after the chosen one at `position`, `count` in all with that one.
+///
+/// Where nothing is truncated only the [`LIKELY`] likeliest are looked at for others than the chosen
+/// one.
+pub fn runners_up(
+    logits: &[f32],
+    history: &[i32],
+    position: u64,
+    params: &Params<'_>,
+    count: usize,
+) -> Result<Vec<u32>, Problem> {
+    let chosen = choose(logits, history, position, params)?;
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.x.clear();
+        scratch.x.extend(logits.iter().map(|x| f64::from(*x) + 0.0));
+        shape(scratch, history, params)?;
+        let x = scratch.x.as_slice();
+        let choice = Choice {
+            x,
+            max: argmax(x).1,
+            temperature: params.temperature,
+        };
+        let mut ranked = if params.temperature == 0.0 {
+            best(choice.all(), count).iter().map(|c| c.token).collect()
+        } else {
+            let limits = Truncation {
+                top_k: params.top_k,
+                top_p: params.top_p,
+                min_p: params.min_p,
+            };
+            let kept = choice
+                .truncate(&limits)
+                .unwrap_or_else(|| best(choice.all(), LIKELY));
+            choice.ranked(&kept, Noise::new(params.seed, position), count)
+        };
+        ranked.retain(|token| *token != chosen);
+        ranked.insert(0, chosen);
+        ranked.truncate(count);
+        Ok(ranked)
+    })
+}
+
+/// Log-probabilities of the model's own distribution, of `tokens`.
+fn logprobs_of(logits: &[f32], tokens: &[u32]) -> Vec<(u32, f64)> {
+    let (first, _) = logprobs(logits, tokens[0], 0);
+    let x = |token: u32| f64::from(logits[token as usize]);
+    // of the same sum: what they differ by is what the logits differ by
+    let logprob = |token: &u32| (*token, first + (x(*token) - x(tokens[0])));
+    tokens.iter().map(logprob).collect()
+}
+
 /// Log-probabilities of the model's own distribution: of `token`, and of the `top` likeliest tokens.
 pub fn logprobs(logits: &[f32], token: u32, top: usize) -> (f64, Vec<(u32, f64)>) {
     SCRATCH.with_borrow_mut(|scratch| {
@@ -218,7 +272,7 @@ type Chosen = (u32, f64, Vec<(u32, f64)>);
 #[pyfunction]
 #[pyo3(signature = (
     logits, history, position, *, seed, temperature, top_k, top_p, min_p, repetition_penalty,
-    frequency_penalty, presence_penalty, bias_tokens, bias_values, top_logprobs
+    frequency_penalty, presence_penalty, bias_tokens, bias_values, top_logprobs, noisy = false
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn sample(
@@ -237,6 +291,7 @@ pub fn sample(
     bias_tokens: &Bound<'_, PyAny>,
     bias_values: &Bound<'_, PyAny>,
     top_logprobs: &Bound<'_, PyAny>,
+    noisy: bool,
 ) -> PyResult<Chosen> {
     let logits = vector::<f32>("logits", logits)?;
     let history = vector::<i32>("history", history)?;
@@ -261,6 +316,11 @@ pub fn sample(
     };
     let (logits, history) = (logits.as_slice()?, history.as_slice()?);
     py.detach(|| {
+        if let (Some(count), true) = (top_logprobs, noisy) {
+            let ranked = runners_up(logits, history, position, &params, count.max(1))?;
+            let top = logprobs_of(logits, &ranked);
+            return Ok((top[0].0, top[0].1, top));
+        }
         let token = choose(logits, history, position, &params)?;
         let (logprob, top) = match top_logprobs {
             Some(top) => logprobs(logits, token, top),
@@ -296,6 +356,28 @@ mod tests {
         assert_eq!(choose(&[1.0, 3.0, 3.0], &[], 0, &greedy), Ok(1));
         assert_eq!(choose(&[-0.0, 0.0], &[], 0, &greedy), Ok(0));
         assert_eq!(choose(&[f32::NEG_INFINITY, -1.0], &[], 0, &greedy), Ok(1));
+    }
+
+    #[test]
+    fn runners_up_are_those_that_win_without_the_ones_before_them() {
+        let mut logits = [0.3, 2.0, 1.5, 1.9, -4.0, 0.0, 1.0];
+        for temperature in [0.0, 0.7] {
+            let params = Params {
+                temperature,
+                presence_penalty: 0.4,
+                ..PLAIN
+            };
+            for position in 0..100 {
+                let kept = logits;
+                let ranked = runners_up(&logits, &[2, 2], position, &params, 4).unwrap();
+                assert_eq!(ranked.len(), 4);
+                for token in ranked {
+                    assert_eq!(choose(&logits, &[2, 2], position, &params), Ok(token));
+                    logits[token as usize] = f32::NEG_INFINITY;
+                }
+                logits = kept;
+            }
+        }
     }
 
     #[test]

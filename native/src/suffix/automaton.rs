@@ -17,6 +17,9 @@ pub const ROOT: u32 = 0;
 const MAX_CONTEXTS: usize = 64;
 /// States with more edges than this are looked up by hash.
 const WIDE: u32 = 8;
+/// How many contexts, and edges of each, are looked at for other continuations than the likeliest.
+const SUFFIXES: usize = 6;
+const EDGES: usize = 32;
 const NONE: u32 = u32::MAX;
 
 #[derive(Clone, Copy)]
@@ -187,6 +190,60 @@ impl Automaton {
             state = link;
             length = self.states[link as usize].len;
         }
+    }
+
+    /// What came after the longest suffixes of `context`, up to `count` different tokens.
+    ///
+    /// Those of longer contexts come first, of one context those that came more often, or of equals
+    /// more recently. Contexts shorter than `min_match` are not looked at, nor more than [`SUFFIXES`].
+    pub fn alternatives(
+        &self,
+        context: Context,
+        count: usize,
+        min_match: u32,
+    ) -> Vec<Continuation> {
+        let mut found: Vec<Continuation> = Vec::new();
+        let Context {
+            mut state,
+            mut length,
+        } = context;
+        for _ in 0..SUFFIXES {
+            if length < min_match || found.len() >= count {
+                break;
+            }
+            let State {
+                first_edge,
+                followed,
+                link,
+                ..
+            } = self.states[state as usize];
+            let from = found.len();
+            let mut at = first_edge;
+            for _ in 0..EDGES {
+                if at == NONE {
+                    break;
+                }
+                let edge = self.edges[at as usize];
+                if edge.count > 0 && found.iter().all(|other| other.token != edge.token) {
+                    found.push(Continuation {
+                        token: edge.token,
+                        count: edge.count,
+                        total: followed,
+                        context: Context { state, length },
+                        target: edge.target,
+                    });
+                }
+                at = edge.next;
+            }
+            found[from..].sort_by_key(|other| std::cmp::Reverse(other.count));
+            if link == NONE {
+                break;
+            }
+            state = link;
+            length = self.states[link as usize].len;
+        }
+        found.truncate(count);
+        found
     }
 
     /// Append `token`, in constant time over the whole text.
@@ -391,6 +448,25 @@ mod tests {
                 assert!(all.iter().all(|t| of(*t) <= of(found.token)));
             }
         }
+    }
+
+    #[test]
+    fn alternatives_come_from_longer_contexts_first() {
+        let mut automaton = Automaton::new();
+        for token in [1, 2, 3, 9, 2, 3, 8, 5, 3, 7, 5, 3, 7, 1, 2, 3] {
+            automaton.push(token);
+        }
+        let context = automaton.context();
+        assert_eq!(context.length, 3);
+        let tokens = |count, min_match| {
+            let found = automaton.alternatives(context, count, min_match);
+            found.iter().map(|c| c.token).collect::<Vec<_>>()
+        };
+        assert_eq!(tokens(9, 1), [9, 8, 7]);
+        assert_eq!(tokens(2, 1), [9, 8]);
+        assert_eq!(tokens(9, 2), [9, 8]);
+        assert_eq!(tokens(9, 3), [9]);
+        assert_eq!(tokens(0, 1), []);
     }
 
     #[test]

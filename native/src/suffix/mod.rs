@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::buffers::{integer, type_name};
-use automaton::{Automaton, SEPARATOR};
+use automaton::{Automaton, Context, SEPARATOR};
 use trust::{Guess, Trust, Wish};
 
 pub use corpus::SuffixCorpus;
@@ -47,13 +47,40 @@ impl Index {
         }
     }
 
-    fn guesses(&self, ahead: &[u32], wish: Wish) -> Vec<Guess> {
-        let context = ahead
+    fn context(&self, ahead: &[u32]) -> Context {
+        ahead
             .iter()
             .fold(self.automaton.context(), |context, token| {
                 self.automaton.advance(context, *token)
+            })
+    }
+
+    fn guesses(&self, ahead: &[u32], wish: Wish) -> Vec<Guess> {
+        self.trust
+            .guesses(&self.automaton, self.context(ahead), wish)
+    }
+
+    /// Up to `wish.limit` tokens for the same place.
+    fn alternatives(&self, ahead: &[u32], wish: Wish) -> Vec<Guess> {
+        let context = self.context(ahead);
+        let found = self
+            .automaton
+            .alternatives(context, wish.limit, wish.min_match);
+        let mut left = 1.0;
+        let mut guesses = Vec::new();
+        for other in &found {
+            // each one only counts where those before it are wrong
+            let confidence = left * self.trust.confidence(other);
+            if confidence < wish.floor {
+                break;
+            }
+            left -= confidence;
+            guesses.push(Guess {
+                token: other.token,
+                confidence,
             });
-        self.trust.guesses(&self.automaton, context, wish)
+        }
+        guesses
     }
 }
 
@@ -102,6 +129,21 @@ impl SuffixIndex {
         let ahead = token_list("ahead", ahead)?;
         Ok(unzip(
             self.0.guesses(&ahead, wish(limit, min_match, floor)?),
+        ))
+    }
+
+    /// Guess the token after the text and `ahead` in several ways.
+    #[pyo3(signature = (ahead, limit, min_match, floor = 0.0))]
+    fn alternatives(
+        &self,
+        ahead: &Bound<'_, PyAny>,
+        limit: &Bound<'_, PyAny>,
+        min_match: &Bound<'_, PyAny>,
+        floor: f64,
+    ) -> PyResult<(Vec<u32>, Vec<f64>)> {
+        let ahead = token_list("ahead", ahead)?;
+        Ok(unzip(
+            self.0.alternatives(&ahead, wish(limit, min_match, floor)?),
         ))
     }
 
