@@ -51,9 +51,7 @@ class Growth:
 
     def add(self, parent: int, candidates: Sequence[Candidate]) -> None:
         """Take in guesses that follow guess number ``parent``; :data:`ROOT` for the text."""
-        value, depth = (
-            (1.0, 0) if parent == ROOT else (self._values[parent], self._depths[parent])
-        )
+        value, depth = (1.0, 0) if parent == ROOT else (self._values[parent], self._depths[parent])
         if depth == len(self._layers):
             self._layers.append(0.0)
         for token, confidence in candidates:
@@ -72,9 +70,9 @@ class Growth:
         """Return the guess to look further from; ``None`` when the best are found."""
         if not self._open:
             return None
-        value, index = self._open[0]
+        value = -self._open[0][0]
         enough = heapq.nlargest(self._limit, self._values)
-        if len(enough) == self._limit and (not enough or -value <= enough[-1]):
+        if len(enough) == self._limit and (not enough or value <= enough[-1]):
             return None
         return heapq.heappop(self._open)[1]
 

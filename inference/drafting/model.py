@@ -159,9 +159,7 @@ class ModelDrafter:
 
     def expect_trees(self) -> None:
         """Have the model say what comes next after its first choice, from the first token on."""
-        self._sampling = msgspec.structs.replace(
-            self._sampling, top_logprobs=WIDTH, noisy_top=True
-        )
+        self._sampling = msgspec.structs.replace(self._sampling, top_logprobs=WIDTH, noisy_top=True)
 
     async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
         """Return what the model would say, and what it would say instead; see the port.
@@ -170,22 +168,30 @@ class ModelDrafter:
         """
         text = [*self._history, *(int(token) for token in ahead)]
         growth = Growth(limit, floor=floor)
-        at: int | None = ROOT
+        told = self._judge.position
+        at = ROOT
         for _ in range(min(limit, MAX_DRAFT) if text else 0):
             path = growth.path(at)
             sampled = await self._feed([*text, *path], sample=True)
-            growth.add(at, self._candidates(sampled, (*ahead, *path)))
-            at = growth.next()
-            if at is None:
+            # what has come meanwhile is not what the guesses were made for
+            judged = (*ahead, *path) if self._judge.position == told else None
+            growth.add(at, self._candidates(sampled, judged))
+            following = growth.next()
+            if following is None:
                 break
+            at = following
         return growth.draft(self._name)
 
-    def _candidates(self, sampled: Sampled, before: Sequence[int]) -> list[Candidate]:
-        """Return the choices for one place by how often such choices were right of late."""
+    def _candidates(self, sampled: Sampled, before: Sequence[int] | None) -> list[Candidate]:
+        """Return the choices for one place by how often such choices were right of late.
+
+        They are judged when it is known what came ``before`` them and then.
+        """
         found: list[Candidate] = []
         for rank, (token, logprob) in enumerate(sampled.top):
             chance = _chance(logprob)
-            self._judge.wait_for(Draft((token,), (chance,), str(rank)), before)
+            if before is not None:
+                self._judge.wait_for(Draft((token,), (chance,), str(rank)), before)
             found.append(Candidate(token, self._calibration.probability(str(rank), 0, chance)))
         return found
 

@@ -14,7 +14,7 @@ from pyagent_node.base.types import Digest
 from pyagent_node.inference.backend import MAX_DRAFTS
 from pyagent_node.inference.drafting.controller import Controller, FixedController
 from pyagent_node.inference.drafting.lessons import Archive
-from pyagent_node.inference.drafting.port import Drafter, DrafterFactory, Plan
+from pyagent_node.inference.drafting.port import Drafter, DrafterFactory, Plan, TreeDrafter
 from pyagent_node.inference.generation import (
     AUTO_SPECULATION,
     NO_SPECULATION,
