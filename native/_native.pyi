@@ -626,9 +626,9 @@ def sample(
     Ties go to the lowest token.  ``top_logprobs == -1`` returns ``(token, nan, [])``; otherwise the
     second element is the log-probability of the token and the third the ``top_logprobs`` likeliest
     tokens with theirs, likeliest first (fewer when fewer have a finite logit), all of the
-    softmax of ``logits`` as given, before any step.  With ``noisy`` the third element has the tokens
-    that step 7 puts first, the winner and those after it, instead of the likeliest; where nothing
-    is truncated, runners-up are looked for among the 256 likeliest.
+    softmax of ``logits`` as given, before any step.  With ``noisy`` the third element has the
+    tokens that step 7 puts first, the winner and those after it, instead of the likeliest; where
+    nothing is truncated, runners-up are looked for among the 256 likeliest.
 
     Raises ``ValueError`` for a value out of range (NaN or +inf logits, no logits, nothing but -inf,
     a token outside the vocabulary, a parameter outside its range) and ``TypeError`` for a wrong
