@@ -36,6 +36,8 @@ logger = logging.getLogger("pyagent_node.pipeline")
 
 EXPIRE_SECONDS: Final = 5.0
 """How often stages look for idle sessions."""
+WIPE_SECONDS: Final = 2.0
+"""How long the end of a stage may take to empty its runner."""
 
 
 class _Stage:
@@ -61,6 +63,8 @@ class StageService:
         self._peer_id = peer_id
         self._limits = limits
         self._stages: dict[tuple[Digest, int], _Stage] = {}
+        self._wiping: dict[int, trio.Event] = {}
+        """By the identity of runners: set when nothing is left in them."""
         self._links: PipeLinks | None = None
 
     def attach(self, links: PipeLinks) -> None:
@@ -115,10 +119,26 @@ class StageService:
             if self._stages.get(key) is stage:
                 del self._stages[key]
             self._send(stage.core.stop(failure or _ended(spec)))
+            if not any(other.runner is runner for other in self._stages.values()):
+                await self._wipe(runner)
 
-    def uses(self, runner: StageRunner) -> bool:
-        """Whether a stage is served with ``runner``; else it may hold what an ended one left."""
-        return any(stage.runner is runner for stage in self._stages.values())
+    async def _wipe(self, runner: StageRunner) -> None:
+        """Drop what a runner holds that serves no stage any more, and may go on as a standby.
+
+        Nothing else uses it meanwhile (see :meth:`_feed`).  Where that takes too long, as in a
+        runner that hangs, it is dropped when the runner serves again.
+        """
+        if runner.failed.is_set() or id(runner) in self._wiping:
+            return
+        done = self._wiping[id(runner)] = trio.Event()
+        try:
+            with trio.move_on_after(WIPE_SECONDS, shield=True):
+                await runner.apply([ResetSequences()])
+        except PyAgentError as error:
+            logger.debug("a runner was not wiped, it is going: %s", error)
+        finally:
+            del self._wiping[id(runner)]
+            done.set()
 
     def _supersede(self, stage: _Stage) -> None:
         """End a stage before anything else can use its runner.
@@ -206,6 +226,8 @@ class StageService:
     async def _feed(self, stage: _Stage, fail: Callable[[RunnerFailed], None]) -> None:
         core, runner = stage.core, stage.runner
         try:
+            while (wiping := self._wiping.get(id(runner))) is not None:
+                await wiping.wait()
             await runner.apply([ResetSequences()])
             while True:
                 batch = core.next_batch()

@@ -49,13 +49,10 @@ class Bounded:
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
-            stages = machine.parts.pipeline.stages
-            left = stages.sessions()
+            left = machine.parts.pipeline.stages.sessions()
             if left:
                 yield f"node {machine.number} still serves {len(left)} sessions"
             if machine.assets is not None:
-                # A standby may hold what it computed last: it is wiped before it serves again.
-                serving = filter(stages.uses, machine.assets.runners)
-                slots = sum(runner.open_slots for runner in serving)
+                slots = sum(runner.open_slots for runner in machine.assets.runners)
                 if slots:
                     yield f"runners of node {machine.number} still hold {slots} slots"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,10 +10,12 @@ import trio
 from trio.testing import MockClock
 
 from pyagent_node.base.errors import Conflict
-from pyagent_node.base.types import Slice
-from pyagent_node.inference.backend import OpenSequence
-from pyagent_node.inference.pipeline.stage_service import StageService
+from pyagent_node.base.types import SessionId, Slice
+from pyagent_node.inference.backend import OpenSequence, SequenceOp
+from pyagent_node.inference.pipeline.frames import OpenSession
+from pyagent_node.inference.pipeline.stage_service import WIPE_SECONDS, StageService
 from pyagent_node.inference.pipeline.stage_types import StageSpec
+from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.backend import N_EMBD, N_VOCAB, ToyRunner
 from pyagent_node.simulations.pipeline import MODEL, open_pipeline_world, peer
 
@@ -45,18 +47,23 @@ class Serving:
     def __init__(self, service: StageService, nursery: trio.Nursery) -> None:
         self.service = service
         self.ended: list[tuple[int, int, str]] = []
+        self.scopes: list[trio.CancelScope] = []
         self._nursery = nursery
 
     async def serve(self, stage: StageSpec, runner: ToyRunner) -> None:
         """Begin to serve, and let it happen."""
+        scope = trio.CancelScope()
+        self.scopes.append(scope)
 
         async def run() -> None:
             try:
-                failure = await self.service.serve(stage, runner)
+                with scope:
+                    failure = await self.service.serve(stage, runner)
             except Conflict as error:
                 self.ended.append((stage.epoch, stage.rank, error.code))
             else:
-                self.ended.append((stage.epoch, stage.rank, failure.code))
+                if not scope.cancelled_caught:
+                    self.ended.append((stage.epoch, stage.rank, failure.code))
 
         self._nursery.start_soon(run)
         await trio.sleep(0.1)
@@ -81,6 +88,58 @@ async def test_a_stage_finds_its_runner_empty(autojump_clock: MockClock) -> None
         await runner.apply([OpenSequence(0), OpenSequence(3)])
         await one.serve(spec(1), runner)
         assert runner.open_slots == 0
+
+
+async def test_a_runner_that_serves_no_more_is_left_empty(autojump_clock: MockClock) -> None:
+    """It may go on as a standby, for as long as nothing fails."""
+    async with serving() as one:
+        runner = ToyRunner(PART, seconds=0.5)
+        await one.serve(spec(1), runner)
+        await runner.apply([OpenSequence(0), OpenSequence(3)])
+        one.scopes[-1].cancel()
+        await trio.sleep(0.01)
+        assert one.serves == []
+        assert runner.open_slots == 0
+
+
+class _Sluggish(ToyRunner):
+    """Takes its time over operations."""
+
+    pause = 0.0
+
+    async def apply(self, ops: Sequence[SequenceOp]) -> None:
+        """Begin, wait, and do it."""
+        await trio.sleep(self.pause)
+        await super().apply(ops)
+
+
+async def test_a_runner_is_not_emptied_under_its_next_stage(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        runner = _Sluggish(PART)
+        await one.serve(spec(1), runner)
+        runner.pause = 1.0
+        one.scopes[-1].cancel()
+        await trio.sleep(0.01)
+        runner.pause = 0.0
+        await one.serve(spec(2), runner)
+        opening = OpenSession(SessionId("5" * 32), MODEL, 2, 0, peer(1), 10, 5, SamplingParams())
+        one.service.receive(peer(1), opening, b"")
+        await trio.sleep(0.5)
+        assert runner.open_slots == 0  # still waiting for the wipe
+        await trio.sleep(1.0)
+        assert runner.open_slots == 1
+
+
+async def test_a_runner_that_hangs_holds_up_nobody_for_long(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        runner = _Sluggish(PART)
+        await one.serve(spec(1), runner)
+        runner.pause = 1e6
+        one.scopes[-1].cancel()
+        await trio.sleep(WIPE_SECONDS + 0.1)
+        runner.pause = 0.0
+        await one.serve(spec(2), runner)
+        assert one.serves == [(2, 0)]
 
 
 async def test_a_newer_epoch_ends_the_older_one_at_once(autojump_clock: MockClock) -> None:
