@@ -6,14 +6,18 @@ costs nothing: the model is asked only when it usually promises more than the te
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Final
 
+from pyagent_node.base.errors import PyAgentError
 from pyagent_node.inference.drafting.calibration import Calibration, Judge
 from pyagent_node.inference.drafting.growth import merged
 from pyagent_node.inference.drafting.port import Draft, Drafter, DrafterFactory, PreparedDrafter
 from pyagent_node.inference.drafting.suffix import SuffixDrafter, SuffixDrafters, expected
 from pyagent_node.inference.sampling import SamplingParams
+
+logger = logging.getLogger("pyagent_node.drafter")
 
 ENOUGH: Final = 0.8
 """A draft that is had for nothing may promise so much less than one of the model."""
@@ -30,6 +34,7 @@ class CombinedDrafter:
         self._model = model
         self._judge = Judge()
         self._calibration = Calibration()
+        self._model_works = True
         self._promise = 0.0
         self._asked = 0
 
@@ -48,17 +53,32 @@ class CombinedDrafter:
     async def prepare(self) -> None:
         """Let the model read the session's tokens so far, if it takes time for that."""
         if isinstance(self._model, PreparedDrafter):
-            await self._model.prepare()
+            try:
+                await self._model.prepare()
+            except PyAgentError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: PyAgentError) -> None:
+        """Go on with the text alone."""
+        self._model_works = False
+        logger.warning("%s fails, the session's own text is left to guess: %s", self._name, error)
 
     async def propose(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
         """Return the draft that promises more; see the port.
 
-        Its confidences are calibrated.  Errors are the model's.
+        Its confidences are calibrated.  A model that fails is not asked again.
         """
         seen = self._calibrated(self._suffix.look(ahead, limit, floor=floor), ahead)
+        if not self._model_works:
+            return seen
         if self._asked >= FEW and expected(seen) >= ENOUGH * self._promise and seen.tokens:
             return seen
-        thought = self._calibrated(await self._model.propose(ahead, limit, floor=floor), ahead)
+        try:
+            made = await self._model.propose(ahead, limit, floor=floor)
+        except PyAgentError as error:
+            self._give_up(error)
+            return seen
+        thought = self._calibrated(made, ahead)
         self._asked += 1
         share = max(SHARE, 1.0 / self._asked)
         self._promise += (expected(thought) - self._promise) * share

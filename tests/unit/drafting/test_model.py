@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -243,6 +244,24 @@ async def test_a_model_that_is_never_right_loses_to_the_text() -> None:
         sources.append((await drafter.propose([], 3)).source)
         drafter.extend([(2 + i) % 5 + 1])
     assert set(sources[-20:]) == {"suffix"}
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_model_that_fails_leaves_the_text_to_guess(early: bool) -> None:
+    runner = toy()
+    model = ModelDrafters("toy", runner, PIECES).for_model(PIECES, COLD)
+    drafter = CombinedDrafter("both", SuffixDrafter(), model)
+    drafter.extend([*range(60), 7, 8, 9, 10])
+    if early:
+        runner.kill()
+    await drafter.prepare()
+    if not early:
+        runner.kill()
+    for _ in range(3):
+        draft = await drafter.propose([], 3)
+        assert (draft.tokens, draft.source) == ((11, 12, 13), "suffix")
+    with contextlib.suppress(RunnerFailed):  # there is nothing left to free
+        await drafter.aclose()
 
 
 async def test_both_together_are_made_for_a_model() -> None:
