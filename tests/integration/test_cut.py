@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import pytest
 
@@ -28,44 +28,54 @@ BEGINNING = 60
 """Bytes of an answer that show it is well under way."""
 
 
-@pytest.fixture
-def halves(tmp_path: Path, bundled_model: Path) -> Iterator[Halves]:
-    """Three hosts on one side and two on the other, one mesh, ranks on both sides."""
-    with two_halves(tmp_path, left=3, right=2) as made, ExitStack() as stack:
-        first, *others = made.hosts
+class Mesh(NamedTuple):
+    """Three hosts on one side of the cable and two on the other, one mesh."""
+
+    halves: Halves
+    peers: list[str]
+    model: str
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Iterator[Mesh]:
+    folder = tmp_path_factory.mktemp("hosts")
+    with two_halves(folder, left=3, right=2) as halves, ExitStack() as stack:
+        first, *others = halves.hosts
         first.ask("mesh", "create", "five")
-        peers = [stack.enter_context(first.daemon())["peer_id"]]
+        peers = [str(stack.enter_context(first.daemon())["peer_id"])]
         for number, host in enumerate(others, start=1):
             host.ask("join", str(first.ask("invite")["ticket"]), "--name", f"host{number}")
-            peers.append(stack.enter_context(host.daemon())["peer_id"])
-        settle(first, str(peers[0]))
+            peers.append(str(stack.enter_context(host.daemon())["peer_id"]))
         pulled = first.ask("model", "pull", str(bundled_model))["model"]
         assert isinstance(pulled, dict)
-        nodes = ",".join(str(peers[i]) for i in (1, 3, 2))
-        first.ask(
-            "model",
-            "load",
-            str(pulled["digest"]),
-            "--layers",
-            "10,20",
-            "--nodes",
-            nodes,
-            timeout=200,
-        )
-        yield made
+        yield Mesh(halves, peers, str(pulled["digest"]))
 
 
-def settle(host: Host, peer: str) -> None:
-    """Wait until all five hosts vote and this one, on the larger side, leads."""
+@pytest.fixture
+def halves(mesh: Mesh) -> Iterator[Halves]:
+    """The mesh in good order, with ranks on both sides."""
+    first = mesh.halves.hosts[0]
+    settle(first, mesh.peers)
+    nodes = ",".join(mesh.peers[i] for i in (1, 3, 2))
+    first.ask("model", "load", mesh.model, "--layers", "10,20", "--nodes", nodes, timeout=200)
+    yield mesh.halves
+    mesh.halves.heal()
+
+
+def settle(first: Host, peers: list[str]) -> None:
+    """Wait until all five hosts are there and vote, and the first, on the larger side, leads."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        consensus = host.ask("status")["consensus"]
+        status = first.ask("status")
+        consensus, others = status["consensus"], status["peers"]
         assert isinstance(consensus, dict)
-        if len(consensus["voters"]) == 5 and consensus["leader"] and not consensus["joint"]:
-            if consensus["leader"] == peer:
-                return
-            host.ask("raft", "transfer", peer)
-        assert time.monotonic() < deadline, consensus
+        assert isinstance(others, list)
+        whole = len(others) == 4 and len(consensus["voters"]) == 5 and not consensus["joint"]
+        if whole and consensus["leader"] == peers[0]:
+            return
+        if whole and consensus["leader"]:
+            first.ask("raft", "transfer", peers[0])
+        assert time.monotonic() < deadline, status
 
 
 def answer(host: Host) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -127,11 +128,14 @@ def test_a_lost_majority_and_a_new_beginning(tmp_path: Path) -> None:
         it.kill("b", "c")
         it.until(lambda: it.raft("a").missing == 1, "the loss shows")
         with it.daemons["a"].client() as client:
-            with pytest.raises(PyAgentError) as caught:
-                client.mesh.change_setting("standbys", 2)
-            assert caught.value.code in ("no_leader", "propose_timeout")
-            with pytest.raises(PyAgentError):
-                client.mesh.set_voters(())
+            with ThreadPoolExecutor(2) as at_once:
+                change = at_once.submit(client.mesh.change_setting, "standbys", 2)
+                voters = at_once.submit(client.mesh.set_voters, ())
+                with pytest.raises(PyAgentError) as caught:
+                    change.result()
+                assert caught.value.code in ("no_leader", "propose_timeout")
+                with pytest.raises(PyAgentError):
+                    voters.result()
             assert client.status().node.name == "a"
         with pytest.raises(Conflict):
             recover_log(it.home("a"))
