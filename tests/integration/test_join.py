@@ -113,7 +113,7 @@ def created(home: Home, clock: Clock, visibility: Visibility = "private") -> Mes
 
 
 async def peers_become(mesh: Libp2pMesh, names: list[str]) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with mesh.events() as events:
             while [peer.name for peer in mesh.peers()] != names:
                 await anext(aiter(events))
@@ -333,7 +333,7 @@ async def test_certificate_is_renewed(homes: Callable[[str], Home], clock: Clock
                         renewed=lambda profile: done.set(),
                     )
                 )
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await done.wait()
                 saved = load_profile(node.home, profile.mesh_id)
                 assert saved.certificate == node.membership.profile.certificate

@@ -118,14 +118,15 @@ async def test_planning_changes_nothing_and_applying_does(
         assert "layers 15-30+head move from n1 to n2" in plan.changes
         assert placement(a).epoch == 1
         answers: list[list[int]] = []
+        begun = trio.Event()
 
         async def ask() -> None:
-            answers.append(await a.ask(name, 60))
+            answers.append(await a.ask(name, 60, seen=lambda _: begun.set()))
 
         expected = await a.ask(name, 60)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            await trio.sleep(0.1)
+            await begun.wait()
             view = await b.models.apply(moved, ignore)
         assert view.epoch == 2
         assert answers == [expected]

@@ -125,7 +125,7 @@ async def test_closing_the_iterator_cancels(api):
         return piece
 
     assert (await using(api, first)).text
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await api.engine.idle.wait()
     assert api.engine.cancelled == 1
 

@@ -58,7 +58,7 @@ class Raw:
         return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
     async def until(self, mark: bytes) -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while mark not in self.data:
                 more = await self.stream.receive_some()
                 assert more, self.data
@@ -88,7 +88,7 @@ async def lose(api, path: str = "/v1/chat/completions", after: int = 5, **change
     client = await post(api, body, path)
     await client.until(b'"token_count":%d' % after)
     await client.stream.aclose()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while any(live.reader for live in api.services.live._live.values()):
             await trio.lowlevel.checkpoint()
     api.engine.gate = None
@@ -101,7 +101,7 @@ async def back(api, session: str, after: object = 0) -> httpx.Response:
 
 
 async def gone(api) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while api.engine.running:
             await trio.lowlevel.checkpoint()
 
