@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -16,17 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def bootstrap(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools" / "bootstrap.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bootstrap", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("bootstrap")
 
 
-def test_this_machine_has_what_is_needed(bootstrap: ModuleType) -> None:
-    bootstrap.check_system()
+@pytest.fixture
+def needs(bootstrap: ModuleType) -> ModuleType:
+    return importlib.import_module("system_needs")
+
+
+def test_this_machine_has_what_is_needed(needs: ModuleType) -> None:
+    needs.check_system()
 
 
 @pytest.mark.parametrize(
@@ -38,39 +38,39 @@ def test_this_machine_has_what_is_needed(bootstrap: ModuleType) -> None:
     ],
 )
 def test_a_missing_package_is_named_with_its_command(
-    tool: str, command: str, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tool: str, command: str, needs: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "has_header", lambda *_: False)
+    monkeypatch.setattr(needs, "has_header", lambda *_: False)
     monkeypatch.setattr(
-        bootstrap.shutil, "which", lambda name: f"/usr/bin/{name}" if name in (tool, "cc") else None
+        needs.shutil, "which", lambda name: f"/usr/bin/{name}" if name in (tool, "cc") else None
     )
-    monkeypatch.setattr(bootstrap, "compiler", lambda _: ["cc"])
-    with pytest.raises(bootstrap.SetupError, match=r"Missing: the GMP headers \(gmp.h\)") as info:
-        bootstrap.check_system()
+    monkeypatch.setattr(needs, "compiler", lambda _: ["cc"])
+    with pytest.raises(needs.SetupError, match=r"Missing: the GMP headers \(gmp.h\)") as info:
+        needs.check_system()
     assert command in str(info.value)
 
 
 def test_without_a_known_package_manager_every_name_is_told(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+    needs: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "cargo_version", lambda: None)
-    monkeypatch.setattr(bootstrap.shutil, "which", lambda _: None)
-    monkeypatch.setattr(bootstrap, "compiler", lambda _: ["cc"])
-    monkeypatch.setattr(bootstrap, "has_header", lambda *_: True)
-    with pytest.raises(bootstrap.SetupError, match="cargo") as info:
-        bootstrap.check_system()
+    monkeypatch.setattr(needs, "cargo_version", lambda: None)
+    monkeypatch.setattr(needs.shutil, "which", lambda _: None)
+    monkeypatch.setattr(needs, "compiler", lambda _: ["cc"])
+    monkeypatch.setattr(needs, "has_header", lambda *_: True)
+    with pytest.raises(needs.SetupError, match="cargo") as info:
+        needs.check_system()
     assert "brew install rust" in str(info.value)
 
 
-def test_an_old_cargo_is_refused(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "cargo_version", lambda: (1, 63))
-    with pytest.raises(bootstrap.SetupError, match=r"cargo 1\.63 is too old; 1\.\d+"):
-        bootstrap.check_system()
+def test_an_old_cargo_is_refused(needs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "cargo_version", lambda: (1, 63))
+    with pytest.raises(needs.SetupError, match=r"cargo 1\.63 is too old; 1\.\d+"):
+        needs.check_system()
 
 
-def test_cargo_needed_is_what_the_crate_says(bootstrap: ModuleType) -> None:
+def test_cargo_needed_is_what_the_crate_says(needs: ModuleType) -> None:
     text = (ROOT / "native" / "Cargo.toml").read_text()
-    major, minor = bootstrap.CARGO_NEEDED
+    major, minor = needs.CARGO_NEEDED
     assert f'rust-version = "{major}.{minor}"' in text
 
 
