@@ -12,15 +12,19 @@ import trio
 import trio.testing
 
 from pyagent_node.base.errors import Refused
+from pyagent_node.base.limits import MAX_HEADER
 from pyagent_node.base.mesh import FrameStream, PeerEvents
 from pyagent_node.base.types import PeerId
+from pyagent_node.base.wire import Frame
 from pyagent_node.node.addresses import peer_of
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.mesh.authoriser import PeerAdmission
 from pyagent_node.node.mesh.channels import Channel, Link
 from pyagent_node.node.mesh.handshake import Identity, secure
+from pyagent_node.node.mesh.negotiation import propose
 from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits, MeshMetrics
+from pyagent_node.node.mesh.streams import ChannelStream
 from pyagent_node.node.mesh.wire import StreamCipher, Wire
 from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
@@ -214,3 +218,22 @@ async def attacker(
 
 
 Serve = Callable[[FrameStream], Awaitable[None]]
+
+
+async def frames(link: Link, protocol: str, mesh: Libp2pMesh) -> ChannelStream:
+    """Open a stream of frames as an attacker."""
+    channel = link.open()
+    await propose(channel, protocol)
+    return ChannelStream(channel, mesh.metrics, max_header=MAX_HEADER, max_tail=MAX_HEADER)
+
+
+async def serves(mesh: Libp2pMesh, nodes: Nodes) -> None:
+    """Check that ``mesh`` still serves an honest peer."""
+    if "/test/alive/1" not in mesh.handlers:
+        mesh.handle("/test/alive/1", echo)
+    honest = await nodes.start()
+    await honest.connect(mesh.addresses[0])
+    stream = await honest.open(mesh.peer_id, "/test/alive/1")
+    await stream.send(Frame(b"alive"))
+    assert await stream.receive() == Frame(b"alive", b"")
+    await nodes.stop(honest)

@@ -1,8 +1,7 @@
-"""Everything that a hostile or mistaken peer may do to a node, each refused by name."""
+"""Whom a node does not let in, each refused by name; what members do is in ``test_mesh_floods``."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import AsyncIterator
@@ -14,29 +13,36 @@ import trio.testing
 
 from pyagent_node.base.errors import (
     ConfigError,
-    DeadlineExceeded,
     LimitExceeded,
     PyAgentError,
     Refused,
     Unavailable,
 )
-from pyagent_node.base.limits import MAX_HEADER, MAX_STREAMS_PER_PEER
-from pyagent_node.base.mesh import FrameStream
 from pyagent_node.base.types import PeerId
-from pyagent_node.base.wire import PREFIX, Frame
+from pyagent_node.base.wire import Frame
 from pyagent_node.node.identity import NodeKey
-from pyagent_node.node.mesh import auth, yamux
+from pyagent_node.node.mesh import auth
 from pyagent_node.node.mesh.authoriser import MAX_CREDENTIALS, PeerAdmission
-from pyagent_node.node.mesh.channels import Channel, Link
 from pyagent_node.node.mesh.handshake import Identity
 from pyagent_node.node.mesh.libp2p_light import ID, NoiseTransport, create_new_noise_key_pair
 from pyagent_node.node.mesh.negotiation import BANNER, EndOfBytes, encode_line, propose
-from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
+from pyagent_node.node.mesh.service import open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig, MeshLimits
-from pyagent_node.node.mesh.streams import ChannelStream
-from pyagent_node.node.mesh.wire import WireClosed
 
-from .mesh_kit import LOOPBACK, PSK, Guard, Nodes, attacker, down, drain, echo, nodes_of, raw
+from .mesh_kit import (
+    LOOPBACK,
+    PSK,
+    Guard,
+    Nodes,
+    attacker,
+    down,
+    drain,
+    echo,
+    frames,
+    nodes_of,
+    raw,
+    serves,
+)
 from .waiting import eventually
 
 pytestmark = pytest.mark.alone
@@ -48,18 +54,6 @@ QUICK = MeshLimits(handshake_seconds=0.3, join_seconds=0.6, dial_seconds=5.0)
 async def nodes() -> AsyncIterator[Nodes]:
     async with nodes_of("libp2p") as nodes:
         yield nodes
-
-
-async def serves(mesh: Libp2pMesh, nodes: Nodes) -> None:
-    """Check that ``mesh`` still serves an honest peer."""
-    if "/test/alive/1" not in mesh.handlers:
-        mesh.handle("/test/alive/1", echo)
-    honest = await nodes.start()
-    await honest.connect(mesh.addresses[0])
-    stream = await honest.open(mesh.peer_id, "/test/alive/1")
-    await stream.send(Frame(b"alive"))
-    assert await stream.receive() == Frame(b"alive", b"")
-    await nodes.stop(honest)
 
 
 # Before the connection is secured -----------------------------------------------------------------
@@ -295,12 +289,6 @@ async def test_who_does_not_authorise_itself_is_sent_away(nodes: Nodes) -> None:
     await eventually(lambda: mesh.metrics.refused["handshake_timeout"] == 1)
 
 
-async def frames(link: Link, protocol: str, mesh: Libp2pMesh) -> ChannelStream:
-    channel = link.open()
-    await propose(channel, protocol)
-    return ChannelStream(channel, mesh.metrics, max_header=MAX_HEADER, max_tail=MAX_HEADER)
-
-
 @pytest.mark.parametrize(
     ("message", "code"),
     [
@@ -425,222 +413,7 @@ async def test_a_psk_of_the_wrong_length_is_a_mistake_of_the_user() -> None:
     assert "short" not in repr(config)
 
 
-# Streams and frames of an authorised peer ---------------------------------------------------------
-
-
-async def member(link: Link, mesh: Libp2pMesh) -> None:
-    """Authorise an attacker: it is a member that lost its manners."""
-    stream = await frames(link, auth.PROTOCOL, mesh)
-    await auth.exchange(stream, Guard())
-    await eventually(lambda: len(mesh.peers()) == 1)
-
-
-async def test_a_flood_of_streams_is_cut_off(nodes: Nodes) -> None:
-    mesh = await nodes.real()
-    mesh.handle("/test/echo/1", echo)
-    async with attacker(mesh.addresses[0]) as link:
-        await member(link, mesh)
-        for _ in range(1000):
-            link.mux.open()
-        link.flush()
-        await eventually(
-            lambda: mesh.metrics.refused["too_many_streams"] >= 1000 - MAX_STREAMS_PER_PEER
-        )
-        assert len(link.mux.streams) - link.mux.inbound <= MAX_STREAMS_PER_PEER
-        assert not link.ended.is_set()
-    await serves(mesh, nodes)
-
-
-async def test_a_flood_before_authorisation_is_cut_off_sooner(nodes: Nodes) -> None:
-    mesh = await nodes.real()
-    async with attacker(mesh.addresses[0]) as link:
-        for _ in range(200):
-            link.mux.open()
-        link.flush()
-        await eventually(lambda: mesh.metrics.refused["too_many_streams"] >= 190)
-    await serves(mesh, nodes)
-
-
-async def taken(nodes: Nodes) -> tuple[Libp2pMesh, list[str]]:
-    """Start a node that notes how the streams of ``/test/sink/1`` end."""
-    mesh = await nodes.real()
-    ends: list[str] = []
-
-    async def sink(stream: FrameStream) -> None:
-        try:
-            while await stream.receive() is not None:
-                pass
-            ends.append("end")
-        except PyAgentError as error:
-            ends.append(error.code)
-            raise
-
-    mesh.handle("/test/sink/1", sink)
-    return mesh, ends
-
-
-async def opened(link: Link, mesh: Libp2pMesh) -> Channel:
-    await member(link, mesh)
-    channel = link.open()
-    await propose(channel, "/test/sink/1")
-    return channel
-
-
-async def test_an_oversized_frame_is_refused_at_its_prefix(nodes: Nodes) -> None:
-    mesh, ends = await taken(nodes)
-    async with attacker(mesh.addresses[0]) as link:
-        channel = await opened(link, mesh)
-        await channel.write(PREFIX.pack(MAX_HEADER + 1, 0))
-        with pytest.raises(Unavailable), trio.fail_after(20):
-            await channel.read()
-        await eventually(lambda: bool(ends))
-    assert ends == ["frame_too_large"]
-    assert mesh.metrics.refused["frame_too_large"] == 1
-
-
-async def test_good_frames_before_an_oversized_one_are_served(nodes: Nodes) -> None:
-    mesh, ends = await taken(nodes)
-    before = mesh.metrics.frames_in
-    async with attacker(mesh.addresses[0]) as link:
-        channel = await opened(link, mesh)
-        count = mesh.metrics.frames_in
-        await channel.write(PREFIX.pack(1, 0) + b"a" + PREFIX.pack(1, 0xFFFFFFFF))
-        await eventually(lambda: bool(ends))
-        assert mesh.metrics.frames_in >= count + 1 > before
-    assert ends == ["frame_too_large"]
-
-
-async def test_a_half_written_frame_is_an_error_of_its_stream(nodes: Nodes) -> None:
-    mesh, ends = await taken(nodes)
-    async with attacker(mesh.addresses[0]) as link:
-        channel = await opened(link, mesh)
-        await channel.write(PREFIX.pack(10, 0) + b"half")
-        channel.finish()
-        await eventually(lambda: bool(ends))
-        assert ends == ["stream_closed"]
-        assert not link.ended.is_set()
-
-
-async def test_a_connection_cut_in_a_frame_ends_its_streams(nodes: Nodes) -> None:
-    mesh, ends = await taken(nodes)
-    async with attacker(mesh.addresses[0]) as link:
-        channel = await opened(link, mesh)
-        await channel.write(PREFIX.pack(10, 0) + b"half")
-        await trio.testing.wait_all_tasks_blocked(0.02)
-        link.wire.close()
-        await eventually(lambda: bool(ends))
-    assert ends == ["stream_closed"]
-    await eventually(lambda: not mesh.peers())
-    await serves(mesh, nodes)
-
-
-@pytest.mark.parametrize(
-    "packets",
-    [
-        yamux.HEADER.pack(1, yamux.PING, yamux.SYN, 0, 0),
-        yamux.HEADER.pack(0, 9, 0, 0, 0),
-        yamux.HEADER.pack(0, yamux.DATA, yamux.SYN, 2, 0),
-        yamux.HEADER.pack(0, yamux.DATA, yamux.SYN, 9999, 2**32 - 1),
-        yamux.HEADER.pack(0, yamux.DATA, 0, 7777, 2**31),
-    ],
-)
-async def test_a_peer_that_breaks_the_muxer_is_disconnected(nodes: Nodes, packets: bytes) -> None:
-    mesh, _ = await taken(nodes)
-    async with attacker(mesh.addresses[0]) as link:
-        await member(link, mesh)
-        link.send(packets)
-        with trio.fail_after(20):
-            await link.ended.wait()
-        assert link.mux.gone_away == yamux.PROTOCOL_ERROR
-    await eventually(lambda: not mesh.peers())
-    await serves(mesh, nodes)
-
-
-async def test_data_past_the_window_is_disconnected(nodes: Nodes) -> None:
-    mesh, _ = await taken(nodes)
-    stuck = trio.Event()
-
-    async def never_reads(stream: FrameStream) -> None:
-        await stuck.wait()
-
-    mesh.handle("/test/stuck/1", never_reads)
-    async with attacker(mesh.addresses[0]) as link:
-        await member(link, mesh)
-        channel = link.open()
-        await propose(channel, "/test/stuck/1")
-        packet = yamux.HEADER.pack(0, yamux.DATA, 0, channel._stream.id, 60_000) + bytes(60_000)
-        with trio.fail_after(20), contextlib.suppress(WireClosed):
-            while not link.ended.is_set():
-                if not link.wire.congested:
-                    link.send(packet)
-                await trio.lowlevel.checkpoint()
-    await eventually(lambda: not mesh.peers())
-
-
-async def test_a_peer_that_asks_and_never_reads_is_dropped(nodes: Nodes) -> None:
-    """A flood of pings must not fill our memory with answers."""
-    mesh, _ = await taken(nodes)
-    async with attacker(mesh.addresses[0]) as link:
-        await member(link, mesh)
-        pings = yamux.HEADER.pack(0, yamux.PING, yamux.SYN, 0, 1) * 5000
-
-        async def deaf(scratch: bytearray | None = None) -> bytes:
-            await trio.sleep_forever()
-            return b""
-
-        link.wire.receive = deaf  # type: ignore[method-assign]
-        link.send(yamux.HEADER.pack(0, yamux.PING, yamux.SYN, 0, 1))  # wakes its last receive
-        with trio.fail_after(30):
-            while mesh.peers():
-                if not link.wire.closed and not link.wire.congested:
-                    link.send(pings)
-                await trio.testing.wait_all_tasks_blocked(0.0)
-    await serves(mesh, nodes)
-
-
-async def test_a_send_cancelled_inside_a_frame_resets_its_stream(nodes: Nodes) -> None:
-    a, b = await nodes.real(), await nodes.real()
-    codes: list[str] = []
-    proceed = trio.Event()
-
-    async def slow(stream: FrameStream) -> None:
-        await proceed.wait()
-        try:
-            while await stream.receive() is not None:
-                pass
-        except PyAgentError as error:
-            codes.append(error.code)
-
-    a.handle("/test/slow/1", slow)
-    await b.connect(a.addresses[0])
-    stream = await b.open(a.peer_id, "/test/slow/1")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stream.send, Frame(b"big", bytes(8_000_000)))
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        nursery.cancel_scope.cancel()
-    with pytest.raises(Unavailable) as caught:
-        await stream.send(Frame(b"next"))
-    assert caught.value.code == "stream_closed"
-    proceed.set()
-    await eventually(lambda: bool(codes))
-    assert codes == ["stream_closed"]
-
-
-async def test_a_peer_that_takes_a_stream_and_says_nothing_runs_into_the_deadline(
-    nodes: Nodes,
-) -> None:
-    mesh = await nodes.real(limits=MeshLimits(handshake_seconds=0.3, dial_seconds=0.2))
-    channels: list[Channel] = []
-    async with attacker(mesh.addresses[0], on_accept=channels.append) as link:
-        await member(link, mesh)
-        with pytest.raises(DeadlineExceeded) as caught:
-            await mesh.open(link_peer(mesh), "/test/echo/1")
-        assert caught.value.code == "peer_timeout"
-
-
-def link_peer(mesh: Libp2pMesh) -> PeerId:
-    (info,) = mesh.peers()
-    return info.peer_id
+# Ourselves ----------------------------------------------------------------------------------------
 
 
 async def test_a_listening_address_must_be_free_and_ours(nodes: Nodes) -> None:
