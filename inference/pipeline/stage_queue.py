@@ -2,15 +2,18 @@
 
 Sessions wait for a slot in order of arrival.  Single tokens of different sessions are computed
 together, and so are steps with guesses where the runner found shapes in which that changes no bit
-(elsewhere it gains nothing); the two kinds do not mix, so that nobody's single token waits for the
-guesses of others in its own batch.  A prefill chunk is computed alone, for it takes many times as
-long.  Prefill and the rest take turns.  (What a session gets does not
-depend on its company: see the ``Backend`` port, which is also why the lowest slot goes first, and
-why only neighbouring slots keep each other company.)
+(elsewhere it gains nothing).  The two kinds do not mix, so that nobody's single token waits for the
+guesses of others in its own batch, unless many wait: then large batches are better for all of them,
+and short steps go together whatever they hold.  A prefill chunk is computed alone, for it takes
+many times as long.  Prefill and the rest take turns.  (What a session gets does not depend on its
+company: see the ``Backend`` port, which is also why the lowest slot goes first, and why only
+neighbouring slots keep each other company.)
 
-Among those that are ready the session goes first that has been given the fewest rows, counted as in
-start-time fair queueing: one that was idle begins with those that are served now.  So a session
-that sends all the guesses it may gets as many rows as any other, not as many steps.
+Among those that are ready the session goes first that will have been given the fewest rows by the
+end of its step, as in weighted fair queueing; one that was idle begins with those that are served
+now.  So a session that sends all the guesses it may gets as many rows as any other, not as many
+steps, and it is its own wide steps that wait while others do: whoever measures what a pass takes by
+its width (see ``drafting``) learns how busy the ranks are.
 
 A step that is void (see ``frames``) is dropped when its turn to become ready comes.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pyagent_node.inference.backend import (
     MAX_DECODE_ROWS,
@@ -34,6 +37,9 @@ from pyagent_node.inference.backend import (
 )
 from pyagent_node.inference.pipeline.frames import OpenSession, Step
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+
+CROWD: Final = 8
+"""When so many steps wait, short ones are computed together whether they hold guesses or not."""
 
 
 class QueuedStep(NamedTuple):
@@ -278,23 +284,24 @@ class StageQueue:
         ready = self._tokens
         if not ready:
             return []
-        first = min(ready, key=_due)
-        self._served = first.due
+        first = min(ready, key=_finish)
+        self._served = max(self._served, first.due)
         chosen = [first]
         message = first.queue[0].message
         single = message.n == 1
-        room = (self._width if single else self._guess_rows) - message.n
+        mixed = self._guess_rows > 0 and len(ready) >= CROWD and message.n <= MAX_DECODE_ROWS
+        room = (self._width if single and not mixed else self._guess_rows) - message.n
         if room > 0 and len(ready) > 1 and not message.parents:
             alike = {
                 _slot(session): session
                 for session in ready
                 if (other := session.queue[0].message).n <= room
-                and (other.n == 1) == single
+                and (other.n <= MAX_DECODE_ROWS if mixed else (other.n == 1) == single)
                 and not other.parents
             }
             low = high = _slot(first)
             while beside := [alike[at] for at in (low - 1, high + 1) if at in alike]:
-                session = min(beside, key=_due)
+                session = min(beside, key=_finish)
                 room -= session.queue[0].message.n
                 if room < 0:
                     break
@@ -359,8 +366,8 @@ def _rows(step: Step, sampled: int) -> int:
     return min(step.n, blocks * MAX_DECODE_ROWS)
 
 
-def _due(session: ServedSession) -> int:
-    return session.due
+def _finish(session: ServedSession) -> int:
+    return session.due + session.queue[0].message.n
 
 
 def _slot(session: ServedSession) -> int:

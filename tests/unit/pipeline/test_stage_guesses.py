@@ -68,7 +68,7 @@ def test_more_or_fewer_tokens_than_asked_for_are_the_runners_fault(n: int) -> No
     assert errors(driver.verdict(*range(n))) == [(HEAD, "s", "runner_protocol")]
 
 
-def test_a_step_with_guesses_is_computed_alone_between_single_tokens() -> None:
+def test_steps_with_guesses_are_computed_alone_and_the_shorter_first() -> None:
     driver = Driver(spec(1, 3, n_seq=8))
     for name in "abcd":
         prompted(driver, name)
@@ -81,7 +81,7 @@ def test_a_step_with_guesses_is_computed_alone_between_single_tokens() -> None:
         batch = driver.batch()
         got.append(names(batch))
         driver.run(batch)
-    assert got == [["a"], ["b"], ["c"], ["d"]]
+    assert got == [["a"], ["c"], ["d"], ["b"]]
 
 
 # ---- steps before the verdict ----------------------------------------------------------------
