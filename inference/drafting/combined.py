@@ -73,12 +73,9 @@ class CombinedDrafter:
             return seen
         if self._asked >= FEW and expected(seen) >= ENOUGH * self._promise and seen.tokens:
             return seen
-        try:
-            made = await self._model.propose(ahead, limit, floor=floor)
-        except PyAgentError as error:
-            self._give_up(error)
+        thought = await self._think(ahead, limit, floor)
+        if thought is None:
             return seen
-        thought = self._calibrated(made, ahead)
         self._asked += 1
         share = max(SHARE, 1.0 / self._asked)
         self._promise += (expected(thought) - self._promise) * share
@@ -90,8 +87,17 @@ class CombinedDrafter:
     async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
         """Return the best guesses of both drafters' chains, a branch each."""
         seen = self._calibrated(self._suffix.look(ahead, limit, floor=floor), ahead)
-        thought = self._calibrated(await self._model.propose(ahead, limit, floor=floor), ahead)
-        return merged((seen, thought), limit, self._name)
+        thought = await self._think(ahead, limit, floor) if self._model_works else None
+        return merged((seen, thought) if thought is not None else (seen,), limit, self._name)
+
+    async def _think(self, ahead: Sequence[int], limit: int, floor: float) -> Draft | None:
+        """Return the model's draft; ``None`` when it has failed."""
+        try:
+            made = await self._model.propose(ahead, limit, floor=floor)
+        except PyAgentError as error:
+            self._give_up(error)
+            return None
+        return self._calibrated(made, ahead)
 
     def _calibrated(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         self._judge.wait_for(draft, ahead)

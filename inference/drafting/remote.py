@@ -124,6 +124,7 @@ class RemoteDrafter:
         self._core = AskerCore()
         self._stream: FrameStream | None = None
         self._over = False
+        self._trees = False
 
     @property
     def name(self) -> str:
@@ -146,11 +147,24 @@ class RemoteDrafter:
         (``drafter_unavailable``, ``stream_closed``), :class:`CorruptData` for an answer that makes
         no sense, and what the rank refuses with.
         """
+        return await self._propose(ahead, limit, floor, tree=False)
+
+    def expect_trees(self) -> None:
+        """Tell the rank, when it is first asked, that trees will be asked for."""
+        self._trees = True
+
+    async def propose_tree(self, ahead: Sequence[int], limit: int, *, floor: float = 0.0) -> Draft:
+        """Return what the rank guesses as a tree; raises as :meth:`propose` does."""
+        return await self._propose(ahead, limit, floor, tree=True)
+
+    async def _propose(
+        self, ahead: Sequence[int], limit: int, floor: float, *, tree: bool
+    ) -> Draft:
         if limit <= 0:
             return Draft(source=self.name)
         with self._ending_on_failure():
             with trio.move_on_after(ANSWER_SECONDS):
-                return await self._exchange(ahead, limit, floor)
+                return await self._exchange(ahead, limit, floor, tree=tree)
             raise DeadlineExceeded(
                 f"The drafter {self.name} gave no draft within {ANSWER_SECONDS} s.",
                 code="draft_deadline",
@@ -176,7 +190,9 @@ class RemoteDrafter:
         if isinstance(error, PyAgentError):
             self._owner.rest()
 
-    async def _exchange(self, ahead: Sequence[int], limit: int, floor: float) -> Draft:
+    async def _exchange(
+        self, ahead: Sequence[int], limit: int, floor: float, *, tree: bool = False
+    ) -> Draft:
         """Tell what is new, and ask; a long history takes several turns."""
         stream = await self._opened()
         gaps = 0
@@ -187,7 +203,7 @@ class RemoteDrafter:
             if (place.peer_id, place.drafter) != (self._place.peer_id, self._place.drafter):
                 raise Unavailable(f"The drafter {self.name} was moved.", code="drafter_unavailable")
             more = self._core.lags()
-            ask, tail = self._core.ask(place.epoch, ahead, limit, floor)
+            ask, tail = self._core.ask(place.epoch, ahead, limit, floor, tree=tree)
             reply = await self._answer(stream, ask, tail)
             if isinstance(reply, NotNow):
                 if reply.epoch != ask.epoch:
@@ -207,7 +223,9 @@ class RemoteDrafter:
         place = self._where() or self._place
         with trio.move_on_after(DIAL_SECONDS):
             self._stream = await self._mesh.open(place.peer_id, DRAFT_PROTOCOL)
-            opening = OpenDraft(place.model, place.epoch, place.drafter, self._sampling)
+            opening = OpenDraft(
+                place.model, place.epoch, place.drafter, self._sampling, self._trees
+            )
             await self._stream.send(Frame(TO_DRAFTER.encode(opening)))
             return self._stream
         raise DeadlineExceeded(

@@ -44,19 +44,22 @@ class OpenDraft(msgspec.Struct, frozen=True, tag="open_draft"):
     """Begin a session of the placed ``model``, for which ``drafter`` is to guess.
 
     ``sampling`` are the session's own parameters, so that the guesses are made with its noise.
+    ``trees`` says that guesses may be asked for that form a tree.
     """
 
     model: Digest
     epoch: int
     drafter: Digest
     sampling: SamplingParams
+    trees: bool = False
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask_draft"):
     """Ask for up to ``limit`` guesses; 0 only tells what the session's tokens are.
 
     The tail holds accepted tokens from position ``start`` on (see :func:`pack_tokens`) and then
-    ``ahead`` tokens in flight.  ``request`` counts the questions; the answer names it.
+    ``ahead`` tokens in flight.  ``request`` counts the questions; the answer names it.  ``tree``
+    asks for guesses that form a tree.
     """
 
     request: int
@@ -65,15 +68,17 @@ class Ask(msgspec.Struct, frozen=True, tag="ask_draft"):
     ahead: int
     limit: int
     floor: float = 0.0
+    tree: bool = False
 
 
 class Drafted(msgspec.Struct, frozen=True, tag="drafted"):
-    """The guesses; ``held`` accepted tokens are known to the rank."""
+    """The guesses; ``held`` accepted tokens are known to the rank.  See ``port.Draft``."""
 
     request: int
     held: int
     tokens: tuple[int, ...] = ()
     confidence: tuple[float, ...] = ()
+    parents: tuple[int, ...] = ()
 
 
 class NotNow(msgspec.Struct, frozen=True, tag="not_now"):
@@ -155,6 +160,7 @@ class Question(msgspec.Struct, frozen=True):
     ahead: tuple[int, ...]
     limit: int
     floor: float
+    tree: bool = False
 
 
 class DeskCore:
@@ -199,7 +205,9 @@ class DeskCore:
                 n_ctx=self._n_ctx,
             )
         self._history += fresh
-        return Question(ask.request, tuple(fresh), tuple(ahead), min(ask.limit, room), ask.floor)
+        return Question(
+            ask.request, tuple(fresh), tuple(ahead), min(ask.limit, room), ask.floor, ask.tree
+        )
 
     def _split(self, ask: Ask, tokens: list[int]) -> tuple[list[int], list[int]]:
         told = len(tokens) - ask.ahead
@@ -238,7 +246,9 @@ class AskerCore:
         """Whether more is to be told than one question takes."""
         return len(self._history) - self._told > MAX_TOLD
 
-    def ask(self, epoch: int, ahead: Sequence[int], limit: int, floor: float) -> tuple[Ask, bytes]:
+    def ask(
+        self, epoch: int, ahead: Sequence[int], limit: int, floor: float, *, tree: bool = False
+    ) -> tuple[Ask, bytes]:
         """Return the next question and its tail; one that only tells, while there is much to tell.
 
         Raises :class:`LimitExceeded` (``too_many_tokens``) for more in flight than can be named.
@@ -254,7 +264,7 @@ class AskerCore:
         whole = not self.lags()
         flying = [int(token) for token in ahead] if whole and limit else []
         count = min(limit, MAX_DRAFT) if whole else 0
-        ask = Ask(self._requests, epoch, self._told, len(flying), count, floor)
+        ask = Ask(self._requests, epoch, self._told, len(flying), count, floor, tree)
         return ask, pack_tokens([*new, *flying])
 
     def answer(self, ask: Ask, reply: FromDrafter, name: str) -> Draft | NotNow | None:
@@ -270,6 +280,7 @@ class AskerCore:
         good = reply.request == ask.request and 0 <= reply.held <= len(self._history)
         if isinstance(reply, Drafted):
             good = good and len(reply.tokens) == len(reply.confidence) <= ask.limit
+            good = good and len(reply.parents) == (len(reply.tokens) if ask.tree else 0)
         if not good:
             raise CorruptData(
                 f"The drafter {name} answered what was not asked.", code="malformed_message"
@@ -277,7 +288,7 @@ class AskerCore:
         self._told = reply.held
         if isinstance(reply, NotNow):
             return reply
-        return Draft(reply.tokens, reply.confidence, name)
+        return Draft(reply.tokens, reply.confidence, name, reply.parents)
 
 
 def _refusal(info: ErrorInfo, name: str) -> PyAgentError:

@@ -21,12 +21,19 @@ from pyagent_node.base.errors import (
     LimitExceeded,
     PyAgentError,
     Unavailable,
+    Unsupported,
 )
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, RPC_SECONDS
 from pyagent_node.base.mesh import FrameStream, Mesh
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.base.wire import Frame
-from pyagent_node.inference.drafting.port import Drafter, DrafterFactory, PreparedDrafter, usable
+from pyagent_node.inference.drafting.port import (
+    Drafter,
+    DrafterFactory,
+    PreparedDrafter,
+    TreeDrafter,
+    usable,
+)
 from pyagent_node.inference.drafting.remote_messages import (
     DRAFT_PROTOCOL,
     FROM_DRAFTER,
@@ -42,6 +49,7 @@ from pyagent_node.inference.drafting.remote_messages import (
     ToDrafter,
     read_frame,
 )
+from pyagent_node.inference.drafting.tree import usable_tree
 
 logger = logging.getLogger("pyagent_node.drafter")
 
@@ -125,6 +133,8 @@ class DraftService:
                 limit=MAX_SESSIONS_PER_PEER,
             )
         drafter = offer.factory.for_model(offer.pieces, opening.sampling, tenant=stream.peer)
+        if opening.trees and isinstance(drafter, TreeDrafter):
+            drafter.expect_trees()
         self._sessions[key] += 1
         try:
             await self._answer_all(stream, offer, drafter)
@@ -168,9 +178,16 @@ class DraftService:
             if isinstance(drafter, PreparedDrafter):
                 await drafter.prepare()
             return Drafted(question.request, held)
-        made = await drafter.propose(question.ahead, question.limit, floor=question.floor)
-        draft = usable(made, n_vocab=n_vocab, limit=question.limit)
-        return Drafted(question.request, held, draft.tokens, draft.confidence)
+        ahead, limit, floor = question.ahead, question.limit, question.floor
+        if not question.tree:
+            made = await drafter.propose(ahead, limit, floor=floor)
+            draft = usable(made, n_vocab=n_vocab, limit=limit)
+        elif isinstance(drafter, TreeDrafter):
+            made = await drafter.propose_tree(ahead, limit, floor=floor)
+            draft = usable_tree(made, n_vocab=n_vocab, limit=limit)
+        else:
+            raise Unsupported("The drafter here makes no trees.", code="no_trees")
+        return Drafted(question.request, held, draft.tokens, draft.confidence, draft.parents)
 
     def _find(self, opening: OpenDraft) -> DraftOffer:
         offer = self._offers.get(opening.model)

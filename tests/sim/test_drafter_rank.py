@@ -93,7 +93,12 @@ async def drafted(*, latency: float = 0.001) -> AsyncIterator[HostingWorld]:
 
 
 async def ask(
-    world: HostingWorld, number: int = 0, speculation: str | None = NAME, **options: int
+    world: HostingWorld,
+    number: int = 0,
+    speculation: str | None = NAME,
+    *,
+    tree: bool | None = None,
+    **options: int,
 ) -> SpeculationUsage | None:
     """Ask a node; the answer must be the one of plain decoding.  Return what guessing came to."""
     options = options or FIXED
@@ -105,6 +110,7 @@ async def ask(
         speculation=speculation,
         draft_length=options.get("draft_length"),
         draft_depth=options.get("draft_depth"),
+        draft_tree=tree,
     )
     tokens: list[int] = []
     usage = None
@@ -131,6 +137,22 @@ async def test_it_guesses_for_every_head(autojump_clock: MockClock, head: int) -
         assert report.load.guesses >= usage.drafted
         await trio.sleep(0.1)
         assert world.nodes[DRAFTER].controller.reports().drafters[0].load.sessions == 0
+
+
+async def test_a_tree_that_is_none(autojump_clock: MockClock) -> None:
+    async with drafted() as world:
+        world.network.meddler = Meddling("tangled")
+        await ask(world, tree=True, draft_length=4, draft_depth=2)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_its_guesses_may_form_trees(autojump_clock: MockClock, depth: int) -> None:
+    async with drafted() as world:
+        usage = await ask(world, 1, tree=True, draft_length=6, draft_depth=depth)
+        assert usage is not None
+        assert not usage.failed
+        assert usage.tokens_per_pass > 2
+        assert not world.nodes[DRAFTER].pipeline.drafts.refused
 
 
 async def test_several_steps_in_flight_and_several_sessions(autojump_clock: MockClock) -> None:
@@ -304,6 +326,10 @@ class Meddling:
                 reply = NotNow(reply.request, 0, 1)
             case "boasts":
                 reply = msgspec.structs.replace(reply, held=1 << 40)
+            case "tangled":
+                reply = Drafted(
+                    reply.request, reply.held, (5, 5, 6, 7), (1.0,) * 4, (2, -7, 1 << 40, 3)
+                )
             case "future":
                 reply = msgspec.structs.replace(reply, request=1 << 50)
             case _:

@@ -159,6 +159,7 @@ def test_a_long_history_is_told_in_parts() -> None:
         Drafted(2, 2),
         Drafted(1, 2, (1, 2, 3), (1.0, 1.0, 1.0)),
         Drafted(1, 2, (1,), ()),
+        Drafted(1, 2, (1,), (0.5,), (-1,)),
         NotNow(1, 99, EPOCH),
     ],
 )
@@ -225,5 +226,5 @@ def test_both_agree_whatever_is_lost(steps: list[tuple[list[int], list[int], str
 def test_unknown_fields_are_left_alone() -> None:
     """A newer head may say more."""
     encoded = msgspec.msgpack.decode(TO_DRAFTER.encode(Ask(1, 2, 3, 0, 5)))
-    encoded["tree"] = True
+    encoded["colour"] = "blue"
     assert read_frame(Frame(msgspec.msgpack.encode(encoded))) == Ask(1, 2, 3, 0, 5)
