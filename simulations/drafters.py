@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from pyagent_node.base.errors import Unavailable
-from pyagent_node.base.types import Slice
+from pyagent_node.base.types import Digest, Slice
 from pyagent_node.inference.backend import SequenceOp, StepInput, StepOutput
 from pyagent_node.inference.drafting.combined import CombinedDrafters
 from pyagent_node.inference.drafting.model import ModelDrafters
@@ -25,9 +25,11 @@ from pyagent_node.inference.drafting.port import Draft, Drafter, DrafterFactory
 from pyagent_node.inference.drafting.suffix import SuffixDrafters
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.simulations.backend import N_VOCAB, ToyRunner, toy_tokens, toy_vocabulary
 from pyagent_node.simulations.draws import N_LAYERS
 from pyagent_node.simulations.guesses import random_tree
+from pyagent_node.simulations.placements import RECORD, ToyAssets
 
 SUFFIX: Final = "suffix"
 MODEL: Final = "little"
@@ -310,7 +312,9 @@ KINDS: Final[dict[str, type[Oracle]]] = {
     "quick growing": QuickGrowing,
     "weeds": Weeds,
 }
-DRAFTERS: Final = (SUFFIX, MODEL, COMBINED, *KINDS)
+RANK: Final = "rank"
+RANK_AND_SUFFIX: Final = f"{RANK}+{SUFFIX}"
+DRAFTERS: Final = (SUFFIX, MODEL, COMBINED, RANK, RANK_AND_SUFFIX, *KINDS)
 """Whom a request may ask for on a simulated node."""
 
 
@@ -340,22 +344,23 @@ class OracleFactory:
         return drafter
 
 
+DRAFT_RECORD: Final = msgspec.structs.replace(
+    RECORD, digest=Digest("71" * 32), manifest=Digest("71" * 32), name=RANK, n_ctx_train=DRAFT_N_CTX
+)
+"""The model of the drafter rank."""
+
+
 class DraftingRunner(ToyRunner):
-    """The whole toy in a process of its own, which says something else with probability ``wrong``.
+    """The whole toy in a process of its own, which says something else now and then.
 
     Several drafters may ask at once; it serves one after the other.
     """
 
-    def __init__(self, rng: random.Random, wrong: float, seconds: float) -> None:
-        super().__init__(
-            Slice(0, N_LAYERS, True),
-            whole=True,
-            n_ctx=DRAFT_N_CTX,
-            n_seq=DRAFT_N_SEQ,
-            seconds=seconds,
-        )
+    def __init__(self, rng: random.Random, seconds: float, *, n_ctx: int, n_seq: int) -> None:
+        part = Slice(0, N_LAYERS, True)
+        super().__init__(part, whole=True, n_ctx=n_ctx, n_seq=n_seq, seconds=seconds)
         self._rng = rng
-        self._wrong = wrong
+        self._wrong = rng.choice(WRONG)
         self._turn = trio.Lock()
 
     async def apply(self, ops: Sequence[SequenceOp]) -> None:
@@ -376,6 +381,20 @@ class DraftingRunner(ToyRunner):
         if self._rng.random() >= self._wrong:
             return sampled
         return Sampled(self._rng.randrange(N_VOCAB), sampled.logprob)
+
+
+class SwarmAssets(ToyAssets):
+    """Those of a node that may be the drafter rank."""
+
+    def __init__(self, seconds: float, rng: random.Random) -> None:
+        super().__init__(seconds)
+        self._rng = rng
+
+    def make_runner(self, key: RunnerKey) -> ToyRunner:
+        """Return a runner of a toy; the drafting one is ten times as fast, and errs."""
+        if key.model != DRAFT_RECORD.digest:
+            return super().make_runner(key)
+        return DraftingRunner(self._rng, self.pace / 10, n_ctx=key.n_ctx, n_seq=key.n_seq)
 
 
 class Guessers:
@@ -401,8 +420,9 @@ class Guessers:
         """Have the drafting model there, and load it again when it has died."""
         pieces = toy_vocabulary().pieces
         while True:
-            wrong = self._rng.choice(WRONG)
-            self.runner = runner = DraftingRunner(self._rng, wrong, self._seconds)
+            self.runner = runner = DraftingRunner(
+                self._rng, self._seconds, n_ctx=DRAFT_N_CTX, n_seq=DRAFT_N_SEQ
+            )
             model = ModelDrafters(MODEL, runner, pieces)
             both = CombinedDrafters(COMBINED, self._suffix, model)
             with self.speculators.offering(both, model):

@@ -15,6 +15,7 @@ from pyagent_node.simulations.fault_kinds import (
     ClockJump,
     Crash,
     DiskAfterCrash,
+    Draft,
     Drain,
     Evil,
     Fault,
@@ -151,6 +152,10 @@ def _replace(rng: random.Random, at: float, nodes: int) -> Fault:
     return Replace(at, tuple(boundaries), tuple(rng.sample(range(nodes), count)))
 
 
+def _draft(rng: random.Random, at: float, nodes: int) -> Fault:
+    return Draft(at, rng.randrange(nodes))
+
+
 def _drain(rng: random.Random, at: float, nodes: int) -> Fault:
     return Drain(at, _length(rng), rng.randrange(nodes))
 
@@ -180,7 +185,7 @@ _NETWORK: Final = (_partition, _one_way, _flap, _slow_link, _jitter)
 _NODES: Final = (_crash, _crash, _pause, _slow_runner, _kill_runner, _low_memory)
 _CLOCKS: Final = (_clock_jump, _clock_drift)
 _DISKS: Final = (_crash, _slow_disk, _full_disk)
-_OPERATORS: Final = (_move_leader, _replace, _drain, _join, _depart)
+_OPERATORS: Final = (_move_leader, _replace, _draft, _drain, _join, _depart)
 
 MIXES: Final[Mapping[str, tuple[Draw, ...]]] = {
     "none": (),

@@ -206,6 +206,13 @@ class Replace(msgspec.Struct, frozen=True, tag="replace"):
     nodes: tuple[int, ...]
 
 
+class Draft(msgspec.Struct, frozen=True, tag="draft"):
+    """An operator lets another node draft for the model's sessions."""
+
+    at: float
+    node: int
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """A node is drained, and taken back into service after ``seconds``."""
 
@@ -266,6 +273,7 @@ Fault = (
     | MoveLeader
     | ChurnLeaders
     | Replace
+    | Draft
     | Drain
     | Join
     | Leave

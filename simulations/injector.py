@@ -15,6 +15,7 @@ from pyagent_node.simulations.fault_kinds import (
     ClockDrift,
     ClockJump,
     Crash,
+    Draft,
     Drain,
     Evil,
     Fault,
@@ -136,7 +137,9 @@ class Injector:
                 self._machine(fault.node).skew += fault.by
             case HitLeader():
                 await self._hit_leader(fault)
-            case MoveLeader() | ChurnLeaders() | Replace() | Drain() | Join() | Leave() | Revoke():
+            case MoveLeader() | ChurnLeaders() | Replace() | Draft() | Drain():
+                await self._operator.do(fault)
+            case Join() | Leave() | Revoke():
                 await self._operator.do(fault)
             case Evil():
                 machine = self._machine(fault.node)

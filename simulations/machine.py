@@ -42,7 +42,7 @@ from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
-from pyagent_node.simulations.drafters import Guessers
+from pyagent_node.simulations.drafters import Guessers, SwarmAssets
 from pyagent_node.simulations.members import EPOCH, membership_of
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer
@@ -270,7 +270,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
                 speculators=guessers.speculators,
             )
         )
-        assets = ToyAssets(LOAD_SECONDS)
+        assets = SwarmAssets(LOAD_SECONDS, guesses)
         assets.disk = machine.slices
         assets.starved = machine.starved
         assets.pace = STEP_SECONDS * machine.slowness

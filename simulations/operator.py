@@ -13,6 +13,7 @@ from pyagent_node.consensus.commands import SetDraining
 from pyagent_node.node.api.mesh_schema import RemoveMemberRequest, RevokeRequest
 from pyagent_node.simulations.fault_kinds import (
     ChurnLeaders,
+    Draft,
     Drain,
     Join,
     Leave,
@@ -32,7 +33,7 @@ PART_SECONDS: Final = 40.0
 """The same for a member's removal, which may have to wait for other voters."""
 RETRY_SECONDS: Final = 0.5
 
-Deed = MoveLeader | ChurnLeaders | Replace | Drain | Join | Leave | Revoke
+Deed = MoveLeader | ChurnLeaders | Replace | Draft | Drain | Join | Leave | Revoke
 
 
 class Operator:
@@ -53,6 +54,8 @@ class Operator:
                 await self._churn(deed)
             case Replace():
                 await swarm.place(deed.boundaries, deed.nodes, SECONDS)
+            case Draft():
+                await swarm.draft(deed.node, SECONDS)
             case Drain():
                 node = swarm.machines[deed.node].peer_id
                 self._drained.add(node)

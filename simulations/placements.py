@@ -133,13 +133,7 @@ class ToyAssets:
             raise self.faults.pop(0)
         if self.starved:
             raise RunnerFailed("The runner was killed by SIGKILL.", reason="SIGKILL")
-        runner = ToyRunner(
-            key.slice,
-            whole=key.slice == Slice(0, N_LAYERS, True),
-            n_ctx=key.n_ctx,
-            n_seq=key.n_seq,
-            seconds=self.pace,
-        )
+        runner = self.make_runner(key)
         self.runners.append(runner)
         self.most_at_once = max(self.most_at_once, len(self.runners))
         try:
@@ -148,6 +142,16 @@ class ToyAssets:
             with trio.CancelScope(shield=True):
                 await trio.sleep(0.1)  # a process takes a moment to end
             self.runners.remove(runner)
+
+    def make_runner(self, key: RunnerKey) -> ToyRunner:
+        """Return a runner of a toy."""
+        return ToyRunner(
+            key.slice,
+            whole=key.slice == Slice(0, N_LAYERS, True),
+            n_ctx=key.n_ctx,
+            n_seq=key.n_seq,
+            seconds=self.pace,
+        )
 
     @asynccontextmanager
     async def head(

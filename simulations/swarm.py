@@ -15,11 +15,18 @@ from typing import Final, NamedTuple
 import trio
 
 from pyagent_node.base.errors import DeadlineExceeded, PyAgentError, Unavailable
-from pyagent_node.base.types import Rank, Slice
-from pyagent_node.consensus.commands import AdmitMember, Command, RegisterModel, SetPlacement
+from pyagent_node.base.types import Drafting, Rank, Slice
+from pyagent_node.consensus.commands import (
+    AdmitMember,
+    Command,
+    RegisterModel,
+    SetDrafting,
+    SetPlacement,
+)
 from pyagent_node.consensus.port import Applied
 from pyagent_node.consensus.state import is_member
 from pyagent_node.node.nurseries import background
+from pyagent_node.simulations.drafters import DRAFT_RECORD
 from pyagent_node.simulations.draws import N_LAYERS
 from pyagent_node.simulations.machine import Machine
 from pyagent_node.simulations.members import certificate_of
@@ -180,7 +187,8 @@ class Swarm:
             await self.start(self.add())
         for machine in self.machines:
             await self.admit(machine)
-        await self.propose(RegisterModel(RECORD))
+        for record in (RECORD, DRAFT_RECORD):
+            await self.propose(RegisterModel(record))
         wanted = min(nodes - (nodes + 1) % 2, 7)
         with trio.move_on_after(FORM_SECONDS):
             while self.voters() < wanted:  # noqa: ASYNC110 - many nodes change it
@@ -189,6 +197,7 @@ class Swarm:
             self.violation("forming", f"{self.voters()} voters, not {wanted}")
         count = min(nodes, len(boundaries) + 1)
         await self.place(boundaries[: count - 1], tuple(range(nodes - count, nodes)))
+        await self.draft(self.rng.randrange(nodes))
 
     async def admit(self, machine: Machine) -> None:
         """Let the log know a member."""
@@ -225,6 +234,21 @@ class Swarm:
                 await leader.parts.consensus.propose(command)
             except PyAgentError as error:
                 self.trace.add(leader.number, "refused", f"placement: {error.code}")
+
+    async def draft(self, node: int, seconds: float = FORM_SECONDS) -> None:
+        """Let a node draft for the model's sessions."""
+        leader = self.leader()
+        if leader is None or leader.parts is None:
+            return
+        placement = leader.parts.consensus.state.placements.get(MODEL)
+        if placement is None:
+            return
+        drafting = Drafting(drafter=DRAFT_RECORD.digest, peer_id=peer(node))
+        with trio.move_on_after(seconds):
+            try:
+                await leader.parts.consensus.propose(SetDrafting(MODEL, drafting, placement.epoch))
+            except PyAgentError as error:
+                self.trace.add(leader.number, "refused", f"drafting: {error.code}")
 
     # ---- people ----------------------------------------------------------------------------
 

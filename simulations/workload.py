@@ -25,7 +25,7 @@ from pyagent_node.inference.generation import (
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.node.live_sessions import Reader
-from pyagent_node.simulations.drafters import COMBINED, DRAFTERS, MODEL, SUFFIX, answer_to
+from pyagent_node.simulations.drafters import COMBINED, DRAFTERS, MODEL, RANK, SUFFIX, answer_to
 from pyagent_node.simulations.machine import session_ids
 from pyagent_node.simulations.pipeline import NAME
 
@@ -51,7 +51,7 @@ LAST_SECONDS: Final = 60.0
 """How long the last answer may take."""
 LOOK_SECONDS: Final = 0.1
 
-LIKELY: Final = (AUTO_SPECULATION, SUFFIX, MODEL, COMBINED, "quick", "slow", "quick growing")
+LIKELY: Final = (AUTO_SPECULATION, SUFFIX, MODEL, COMBINED, RANK, "quick", "slow", "quick growing")
 """Drafters that people ask for more often than for the others."""
 LENGTHS: Final = (None, None, 0, 1, 2, 4, 8, 16, 31)
 DEPTHS: Final = (None, 1, 2, 3, 5, 8)
@@ -141,6 +141,8 @@ class Person:
                     self._swarm.trace.add(machine.number, "asker", f"{self.number}: {error.code}")
                     if error.code == "session_not_found":
                         self._look_for_it(machine)
+                    if error.code == "bad_parameter":
+                        self._guessing = Guessing()  # whom it asked for is not there now
                     if error.code in ("session_not_found", "beyond_end", "bad_journal"):
                         self._anew()
                 if not self.got:

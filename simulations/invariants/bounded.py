@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from pyagent_node.inference.pipeline.stage_types import StageLimits
+from pyagent_node.simulations.drafters import DraftingRunner
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm
@@ -53,6 +54,8 @@ class Bounded:
             if left:
                 yield f"node {machine.number} still serves {len(left)} sessions"
             if machine.assets is not None:
-                slots = sum(runner.open_slots for runner in machine.assets.runners)
+                # a drafter's slot may be left to its next user
+                runners = (r for r in machine.assets.runners if not isinstance(r, DraftingRunner))
+                slots = sum(runner.open_slots for runner in runners)
                 if slots:
                     yield f"runners of node {machine.number} still hold {slots} slots"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+from pyagent_node.simulations.drafters import DraftingRunner
 from pyagent_node.simulations.invariants.port import Always
 
 if TYPE_CHECKING:
@@ -20,5 +21,5 @@ class RunnersAreAsked(Always):
         """Ask every runner what it had to refuse."""
         for machine in swarm.machines:
             for runner in machine.assets.runners if machine.assets is not None else ():
-                if runner.refused:
+                if runner.refused and not isinstance(runner, DraftingRunner):
                     yield f"a runner of node {machine.number} refused: {runner.refused}"
