@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
@@ -57,7 +58,8 @@ class DrafterPlacer:
     ) -> Drafting | None:
         """Return how sessions of ``record`` shall guess, with a node for the drafter if one is due.
 
-        ``ranks`` are those that are to be loaded besides, of the given ``shape``.  Raises what
+        ``ranks`` are those that are to be loaded besides, with their standbys, of the given
+        ``shape``.  Raises what
         :func:`guessing.check_guessing`, :func:`guessing.check_sizes`, :func:`planning.find_node`
         and :func:`guessing.choose_drafter_node` raise, and :class:`NotFound`
         (``drafter_not_found``).
@@ -77,10 +79,11 @@ class DrafterPlacer:
                 remedy="Get it with 'pyagent-node model pull'; see 'pyagent-node model list'.",
             ) from error
         check_sizes(drafter, record)
-        taken: dict[PeerId, int] = {}
-        for rank in ranks if shape is not None else ():
-            need = shape.needs(rank.slice, n_ctx=n_ctx, n_seq=n_seq) if shape is not None else 0
-            taken[rank.peer_id] = taken.get(rank.peer_id, 0) + need
+        taken: Counter[PeerId] = Counter()
+        if shape is not None:
+            for rank in ranks:
+                need = shape.needs(rank.slice, n_ctx=n_ctx, n_seq=n_seq)
+                taken.update(dict.fromkeys((rank.peer_id, *rank.standbys), need))
         node = await self._node(wish, drafter, await swarm(), taken, n_ctx=n_ctx, n_seq=n_seq)
         return merged(request, before, (drafter.digest, node))
 
@@ -89,7 +92,7 @@ class DrafterPlacer:
         wish: Wish,
         drafter: ModelRecord,
         swarm: Swarm,
-        taken: dict[PeerId, int],
+        taken: Mapping[PeerId, int],
         *,
         n_ctx: int,
         n_seq: int,

@@ -214,7 +214,7 @@ class Placer:
             measured,
             n_ctx=n_ctx,
             n_seq=n_seq,
-            ranks=best.ranks,
+            ranks=ranks,
             shape=shape,
         )
         return Draft(

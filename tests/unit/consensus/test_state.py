@@ -138,6 +138,20 @@ def test_golden_snapshot_of_this_version() -> None:
     assert encode_snapshot(state) == path.read_bytes()
 
 
+def test_who_drafts_is_in_a_snapshot_and_nothing_where_nobody_does() -> None:
+    drafting = Drafting("two", 3, None, D2, C)
+    history = [*ADMIT_ALL, RegisterModel(record()), RegisterModel(record(D2, "two")), place()]
+    plain, _ = run(history)
+    assert b"drafting" not in encode_snapshot(plain)
+    state, _ = run([*history, SetDrafting(D1, drafting, 1)])
+    again = decode_snapshot(encode_snapshot(state))
+    assert again == state
+    assert again.placements[D1].drafting == drafting
+    strange = encode_snapshot(state).replace(D2.encode(), b"3" * 64, 1)
+    with pytest.raises(CorruptData):
+        decode_snapshot(strange)
+
+
 def test_settings_have_defaults_within_bounds() -> None:
     assert State().settings == {name: each.default for name, each in MESH_SETTINGS.items()}
     assert all(each.low <= each.default <= each.high for each in MESH_SETTINGS.values())
