@@ -155,6 +155,11 @@ class Batch(NamedTuple):
     inputs: tuple[StepInput, ...]
     work: tuple[tuple[ServedSession, QueuedStep], ...]
 
+    def apart(self) -> list[Batch]:
+        """Return its steps one by one, without the operations."""
+        pairs = zip(self.inputs, self.work, strict=True)
+        return [Batch((), (step,), (work,)) for step, work in pairs]
+
 
 class StageQueue:
     """Slots, waiting steps and turns of one stage.

@@ -252,6 +252,11 @@ class StageService:
         except RunnerFailed:
             raise
         except PyAgentError as error:
+            if len(batch.work) > 1:  # one session's fault is not the others'
+                for part in batch.apart():
+                    if not core.stopped:
+                        await self._compute(core, runner, part)
+                return
             logger.warning("rank %d: the runner refused a batch: %s", core.spec.rank, error)
             self._send(core.abandoned(batch, error))
             return

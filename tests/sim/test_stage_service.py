@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import Conflict
+from pyagent_node.base.errors import Conflict, CorruptData
 from pyagent_node.base.types import SessionId, Slice
-from pyagent_node.inference.backend import OpenSequence, SequenceOp
-from pyagent_node.inference.pipeline.frames import OpenSession
+from pyagent_node.inference.backend import OpenSequence, SequenceOp, StepInput, StepOutput
+from pyagent_node.inference.pipeline.frames import OpenSession, Step, pack_tail
 from pyagent_node.inference.pipeline.stage_service import WIPE_SECONDS, StageService
 from pyagent_node.inference.pipeline.stage_types import StageSpec
 from pyagent_node.inference.sampling import SamplingParams
@@ -100,6 +101,42 @@ async def test_a_runner_that_serves_no_more_is_left_empty(autojump_clock: MockCl
         await trio.sleep(0.01)
         assert one.serves == []
         assert runner.open_slots == 0
+
+
+class _Picky(ToyRunner):
+    """Refuses a batch with activations that are no numbers, as the real one does."""
+
+    async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
+        """Look at all steps before the first is computed."""
+        rows = [step.activations for step in steps if step.activations is not None]
+        if not all(np.isfinite(each).all() for each in rows):
+            raise CorruptData("not all finite", code="not_finite")
+        return await super().decode(steps)
+
+
+async def test_one_that_sends_what_cannot_be_computed_harms_nobody_in_its_batch(
+    autojump_clock: MockClock,
+) -> None:
+    async with serving() as one:
+        runner = _Picky(PART, seconds=0.1)
+        await one.serve(spec(1), runner)
+        ids = [SessionId(str(i) * 32) for i in range(3)]
+        for name in ids:
+            one.service.receive(
+                peer(1), OpenSession(name, MODEL, 1, 0, peer(1), 40, 1, SamplingParams()), b""
+            )
+        for step in range(2):
+            for name in ids:
+                bad = step == 1 and name == ids[1]
+                rows = np.full((1, N_EMBD), np.nan if bad else 1.0, np.float32)
+                tail = pack_tail(np.array([5], np.int32), rows)
+                message = Step(name, MODEL, 1, 0, step, step, 1, True)
+                one.service.receive(peer(1), message, tail)
+            await trio.sleep(1.0)
+        assert sorted(each.session for each in one.service.sessions()) == [ids[0], ids[2]]
+        assert runner.widths[-2:] == [[1], [1]]
+        (view,) = one.service.views()
+        assert view.tokens == 5
 
 
 class _Sluggish(ToyRunner):
