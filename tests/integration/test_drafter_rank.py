@@ -13,6 +13,8 @@ from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.node.api.schema import DrafterView, LoadRequest, PullRequest
 from pyagent_node.node.client import Answer, Ask
 
+from .waiting import until, votes_settled
+
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
 ASK = Ask(
@@ -109,7 +111,9 @@ def _its_node_dies(nodes: list[LocalNode], model: str) -> None:
     asked = msgspec.structs.replace(
         ASK, model=model, speculation=model, draft_length=3, max_tokens=48
     )
-    pieces = nodes[0].client.generate(asked)
+    client = nodes[0].client
+    until(client, lambda: votes_settled(client, 3), "all three vote, so one may die")
+    pieces = client.generate(asked)
     for _ in range(3):
         next(pieces)
     nodes[2].kill()
