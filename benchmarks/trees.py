@@ -167,7 +167,7 @@ async def compare(args: argparse.Namespace) -> list[Row]:
     factory = None if small is None else ModelDrafters("model", small, pieces)
     rows: list[Row] = []
     for kind in args.prompts:
-        for name in ("suffix", "model", "both") if small else ("suffix",):
+        for name in args.drafters if small else ("suffix",):
             for budget in args.budgets:
                 for tree in (False, True):
                     tally, before = Tally(), small.passes if small else 0
@@ -206,7 +206,7 @@ def shapes(n: int) -> dict[str, tuple[int, ...]]:
     found = {"chain": chain}
     for leaves in (1, 2, 4):
         straight = n - leaves
-        if straight > leaves:
+        if straight >= leaves:
             # beside the first guesses of the principal path a leaf each, in preorder
             spine = list(range(straight))
             tail = range(leaves)[::-1]
@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--draft")
     parser.add_argument("--budgets", default="4,8,12")
     parser.add_argument("--prompts", default="code,prose")
+    parser.add_argument("--drafters", default="suffix,model,both")
     parser.add_argument("--texts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.budgets = [int(part) for part in args.budgets.split(",")]
+    args.drafters = args.drafters.split(",")
     args.prompts = [cast("Kind", part) for part in args.prompts.split(",") if part in KINDS]
     rows = steps(args) if args.steps else trio.run(compare, args)
     if args.json:

@@ -13,12 +13,14 @@ async def ask(api, **changes):
 
 async def test_the_choice_reaches_the_engine_and_the_default_is_the_engines(api):
     await ask(api)
-    await ask(api, speculation="suffix", draft_length=3, draft_depth=2, n=2)
+    await ask(api, speculation="suffix", draft_length=3, draft_depth=2, draft_tree=True, n=2)
     default, *chosen = api.engine.requests
     assert (default.speculation, default.draft_length, default.draft_depth) == (None, None, None)
+    assert default.draft_tree is None
     assert len(chosen) == 2
     for request in chosen:
         assert (request.speculation, request.draft_length, request.draft_depth) == ("suffix", 3, 2)
+        assert request.draft_tree
 
 
 async def test_usage_tells_what_guessing_came_to(api):
@@ -60,6 +62,7 @@ async def test_metrics_count_guesses(api):
         {"speculation": ["suffix"]},
         {"draft_length": "many"},
         {"draft_depth": 1.5},
+        {"draft_tree": "wide"},
     ],
 )
 async def test_fields_of_a_wrong_type_are_refused(api, fields):
