@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unsupported
-from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.base.types import Digest, Drafting, PeerId, SessionId
 from pyagent_node.consensus import member_changes, model_changes, session_changes
 from pyagent_node.consensus.checks import decode_command, encode_command
 from pyagent_node.consensus.commands import (
@@ -29,6 +29,7 @@ from pyagent_node.consensus.commands import (
     RemovePlacement,
     RevokeMember,
     SetBuckets,
+    SetDrafting,
     SetDraining,
     SetMeshSetting,
     SetPlacement,
@@ -46,6 +47,7 @@ from pyagent_node.consensus.state import (
 )
 
 from .state_histories import (
+    ADMIT_ALL,
     D1,
     D2,
     HISTORIES,
