@@ -8,8 +8,9 @@ A row is a number of clients that ask at once.  Its arms take turns, with the sa
 * a drafter's name: the clients' own node is the head and guesses; the strong node verifies the
   guesses of all its clients, several sessions in one call.
 
-What the prompts take is measured by itself, as an arm that asks for one token, and taken off the
-time and off the server's; so the figures are those of decoding.
+What the server does for the prompts is measured by itself, as an arm that asks for one token, and
+taken off; pauses count from when every client has its first token.  So the figures are those of
+decoding.
 """
 
 from __future__ import annotations
@@ -57,12 +58,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """An arm with so many clients; medians over the rounds.
 
-    ``tokens_per_second`` is of all clients together.  ``server_busy_ms_per_token`` is how long the
-    strong node's runner computed for a token of an answer, ``server_cpu_ms_per_token`` what its
-    processes, the daemon too, took of the processor; ``rows_per_token`` is how many tokens, known
-    or guessed, it was sent for one, and ``tokens_per_batch`` how many of those it computed at
-    once.  The inter-token figures are pauses between tokens as the client saw them: 0 for one that
-    came with another.  ``identical``: every answer has the tokens that the server alone gave.
+    ``tokens_per_second`` is of all clients together: their number over the mean pause.
+    ``server_busy_ms_per_token`` is how long the strong node's runner computed for a token of an
+    answer, ``server_cpu_ms_per_token`` what its processes, the daemon too, took of the processor;
+    ``rows_per_token`` is how many tokens, known or guessed, it was sent for one, and
+    ``tokens_per_batch`` how many of those it computed at once.  The inter-token figures are pauses
+    between tokens as the client saw them: 0 for one that came with another.  ``identical``: every
+    answer has the tokens that the server alone gave.
     """
 
     clients: int
@@ -125,7 +127,6 @@ class Turn(msgspec.Struct, frozen=True):
     """What one arm came to in one round."""
 
     heard: tuple[Heard, ...]
-    seconds: float
     counted: Counters
 
 
@@ -186,13 +187,11 @@ async def _turn(
         tick()
 
     before = await trio.to_thread.run_sync(_count, server)
-    began = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for index in range(len(askers)):
             nursery.start_soon(ask, index)
-    seconds = time.perf_counter() - began
     counted = (await trio.to_thread.run_sync(_count, server)).since(before)
-    return Turn(tuple([each for each in heard if each is not None]), seconds, counted)
+    return Turn(tuple([each for each in heard if each is not None]), counted)
 
 
 def _count(server: LocalNode) -> Counters:
@@ -241,11 +240,9 @@ def summarise(clients: int, arm: str, turns: dict[str, list[Turn]]) -> Run:
     passes, accepted = sum(u.passes for u in used), sum(u.accepted for u in used)
     drafted = sum(u.drafted for u in used)
     decoded = clients * (mine[0].heard[0].answer.completion_tokens - 1)
-    prompt_seconds = statistics.median(turn.seconds for turn in prompts)
     prompt_busy = statistics.median(turn.counted.busy_seconds for turn in prompts)
     prompt_tokens = prompts[0].counted.tokens
     prompt_batches = prompts[0].counted.batches
-    seconds = statistics.median(turn.seconds for turn in mine) - prompt_seconds
     busy = statistics.median(turn.counted.busy_seconds for turn in mine) - prompt_busy
     cpu = statistics.median(turn.counted.cpu_seconds for turn in mine)
     cpu -= statistics.median(turn.counted.cpu_seconds for turn in prompts)
@@ -256,7 +253,7 @@ def summarise(clients: int, arm: str, turns: dict[str, list[Turn]]) -> Run:
     return Run(
         clients=clients,
         arm=arm,
-        tokens_per_second=_rounded(decoded / max(seconds, 1e-9)),
+        tokens_per_second=_rounded(clients / max(statistics.fmean(pauses), 1e-9)),
         server_busy_ms_per_token=_rounded(1000 * busy / decoded),
         server_cpu_ms_per_token=_rounded(1000 * cpu / decoded),
         inter_token_ms_p50=pause.p50,

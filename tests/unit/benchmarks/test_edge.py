@@ -74,13 +74,11 @@ def test_the_prompts_share_is_taken_off() -> None:
         predicted_plain_tokens_per_second=1.0,
     )
     turns = {
-        PROMPTS: [Turn((heard((1,), (1.0,)),), 1.0, Counters(0.5, 50.0, 1.0))],
-        SERVER: [Turn((heard((1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),), 5.0, Counters(2.5, 54.0, 5.0))],
-        EDGE: [Turn((heard((1, 2, 3, 4, 6), (1, 2, 2, 3, 3)),), 3.0, Counters(1.5, 56.0, 3.0))],
+        PROMPTS: [Turn((heard((1,), (1.0,)),), Counters(0.5, 50.0, 1.0))],
+        SERVER: [Turn((heard((1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),), Counters(2.5, 54.0, 5.0))],
+        EDGE: [Turn((heard((1, 2, 3, 4, 6), (1, 2, 2, 3, 3)),), Counters(1.5, 56.0, 3.0))],
     }
-    turns[EDGE][0] = Turn(
-        (heard((1, 2, 3, 4, 6), (1, 2, 2, 3, 3), usage),), 3.0, turns[EDGE][0].counted
-    )
+    turns[EDGE][0] = Turn((heard((1, 2, 3, 4, 6), (1, 2, 2, 3, 3), usage),), turns[EDGE][0].counted)
     server, edge = (summarise(1, arm, turns) for arm in (SERVER, EDGE))
     assert (server.tokens_per_second, edge.tokens_per_second) == (1.0, 2.0)
     assert (server.server_busy_ms_per_token, edge.server_busy_ms_per_token) == (500.0, 250.0)
