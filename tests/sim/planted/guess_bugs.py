@@ -172,6 +172,7 @@ BUGS = (
         CALM,
         frozenset({"restored"}),
         asks=OFTEN,
+        drafters=("quick", "slow"),
     ),
     Bug(
         "guesses_in_the_journal",
@@ -180,6 +181,7 @@ BUGS = (
         HEADS_DIE,
         frozenset({"tokens"}),
         asks=OFTEN,
+        drafters=("quick", "slow"),
     ),
     Bug(
         "drafter_told_something_else",
@@ -221,6 +223,7 @@ BUGS = (
         CALM,
         frozenset({"runners are asked rightly"}),
         asks=OFTEN,
+        drafters=("quick", "slow"),
     ),
     Bug(
         "cancel_drops_a_live_step",
@@ -229,6 +232,7 @@ BUGS = (
         CALM,
         frozenset({"restored"}),
         asks=OFTEN,
+        drafters=("quick", "slow"),
     ),
     Bug(
         "penalties_for_a_wrong_guess",
