@@ -36,7 +36,7 @@ N = 24
 
 
 async def ask(
-    engine: PipelineEngine, name: str, depth: int = 1
+    engine: PipelineEngine, name: str, depth: int = 1, *, tree: bool = False
 ) -> tuple[list[int], SpeculationUsage | None]:
     """Ask for a story."""
     request = GenerationRequest(
@@ -48,6 +48,7 @@ async def ask(
         speculation=name,
         draft_length=None if name == "none" else 4,
         draft_depth=depth,
+        draft_tree=tree,
     )
     tokens: list[int] = []
     async with engine.generate(request) as events:
@@ -101,6 +102,12 @@ async def test_a_drafter_comes_guesses_dies_and_comes_back(
                 assert usage is not None
                 # the model itself, by the same noise: wrong only where a penalty makes it so
                 assert usage.accepted >= N // 3
+                assert not usage.failed
+            for name, depth in ((NAME, 1), (NAME, 2), (f"{NAME}+suffix", 1), ("suffix", 1)):
+                tokens, usage = await ask(engine, name, depth, tree=True)
+                assert tokens == plain
+                assert usage is not None
+                assert usage.accepted > 0 or name == "suffix"
                 assert not usage.failed
             (pid,) = {child.pid for child in psutil.Process().children()} - others
             got: list[list[int]] = []
