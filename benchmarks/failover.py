@@ -19,7 +19,7 @@ import msgspec
 from pyagent_node.base.errors import DeadlineExceeded, PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
-from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.inference.generation import NO_SPECULATION, ChatMessage
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, PullRequest
 from pyagent_node.node.client import Answer, Ask
 
@@ -173,6 +173,7 @@ def _ask(node: LocalNode, model: str, tokens: int, kill: Callable[[], None] | No
         temperature=0.8,
         seed=7,
         ignore_eos=True,
+        speculation=NO_SPECULATION,
     )
     pauses: list[float] = []
     seen, last = 0, 0.0

@@ -138,7 +138,10 @@ def measure(
 
 
 def _ask(plan: Plan, client: Client, model: str) -> _Run:
-    from pyagent_node.inference.generation import ChatMessage  # noqa: PLC0415
+    from pyagent_node.inference.generation import (  # noqa: PLC0415
+        NO_SPECULATION,
+        ChatMessage,
+    )
 
     ask = Ask(
         model=model,
@@ -147,6 +150,7 @@ def _ask(plan: Plan, client: Client, model: str) -> _Run:
         temperature=0.0,
         seed=0,
         ignore_eos=True,
+        speculation=NO_SPECULATION,
     )
     steps: list[float] = []
     computes: list[float] = []

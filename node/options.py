@@ -258,7 +258,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "speculation",
         "text",
-        "none",
+        "auto",
         "Whether tokens are guessed ahead for requests that do not say.",
         choices=("none", "auto"),
     ),

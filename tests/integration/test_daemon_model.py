@@ -105,9 +105,13 @@ def test_guesses_are_asked_for_over_the_api_and_change_no_token(swarm: Swarm) ->
         temperature=0.0,
         ignore_eos=True,
     )
-    *_, plain = swarm.nodes[1].client.generate(asked)
+    *_, unsaid = swarm.nodes[1].client.generate(asked)
+    assert isinstance(unsaid, Answer)
+    assert unsaid.speculation is not None, "whoever says nothing is guessed for"
+    *_, plain = swarm.nodes[1].client.generate(msgspec.structs.replace(asked, speculation="none"))
     assert isinstance(plain, Answer)
     assert plain.speculation is None
+    assert plain.token_ids == unsaid.token_ids
     guessed = msgspec.structs.replace(asked, speculation="suffix", draft_length=6)
     *_, answer = swarm.nodes[1].client.generate(guessed)
     assert isinstance(answer, Answer)
