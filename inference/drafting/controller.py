@@ -334,7 +334,12 @@ class Controller:
         self._gained += done.gained
         plain = self._plain = self.costs.seconds(1)
         # what such a pass usually takes: one that was held up by chance says nothing of guessing
-        took = self.costs.seconds(done.width) + done.draft_seconds if alone else done.elapsed
+        if alone:
+            took = self.costs.seconds(done.width) + done.draft_seconds
+        elif done.gained:
+            took = done.elapsed
+        else:  # it took a rank's time from others, and nobody sees how much of that was lost
+            took = self.costs.busy_seconds(done.width, self._ranks)
         self._total += took
         self._loss *= FORGIVEN
         if done.drafts or done.draft_seconds or not alone:
