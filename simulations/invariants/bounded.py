@@ -1,9 +1,11 @@
-"""Nothing grows without a bound: streams, sessions, slots, journals, the log."""
+"""Nothing grows without a bound: tasks, streams, sessions, slots, journals, the log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Final
+
+import trio
 
 from pyagent_node.inference.pipeline.stage_types import StageLimits
 from pyagent_node.simulations.drafters import DraftingRunner
@@ -19,6 +21,17 @@ MAX_LOG_BYTES: Final = 4 << 20
 """A log that is compacted every few entries stays far below."""
 
 
+TASKS_A_NODE: Final = 72
+TASKS_A_PEER: Final = 4
+"""Tasks that a node has when nothing is asked, on average, and for each other node besides."""
+BUSY: Final = 3
+"""So many times as many it may have meanwhile."""
+
+
+def _tasks(nodes: int) -> int:
+    return nodes * (TASKS_A_NODE + TASKS_A_PEER * nodes)
+
+
 class Bounded:
     """Looked at under faults; after healing nothing of any request may be left."""
 
@@ -26,6 +39,9 @@ class Bounded:
 
     def check(self, swarm: Swarm) -> Iterator[str]:
         """Look at every node's counts."""
+        living = trio.lowlevel.current_statistics().tasks_living
+        if living > BUSY * _tasks(len(swarm.machines)):
+            yield f"{living} tasks run for {len(swarm.machines)} nodes"
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
@@ -47,6 +63,9 @@ class Bounded:
 
     def check_healed(self, swarm: Swarm) -> Iterator[str]:
         """Look for what requests left behind."""
+        up, living = len(swarm.up()), trio.lowlevel.current_statistics().tasks_living
+        if living > _tasks(up):
+            yield f"{living} tasks still run for {up} nodes"
         for machine in swarm.machines:
             if machine.parts is None:
                 continue
