@@ -158,6 +158,29 @@ def test_a_large_vocabulary_gives_the_reference_tokens(changes: dict[str, float]
         assert chosen(logits, history, position, **changes) == expected
 
 
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 40}, {"top_p": 0.9}])
+def test_runners_up_are_ranked_by_logits_and_noise(changes: dict[str, float]) -> None:
+    generator = np.random.default_rng(2)
+    for position in range(50):
+        logits = (generator.standard_normal(250) * 3).astype(np.float32)
+        shape: Shape = {**PLAIN, **changes}  # type: ignore[typeddict-item]
+        token, logprob, top = native.sample(
+            logits, NO_TOKENS, position, **shape, top_logprobs=3, noisy=True
+        )
+        alone = native.sample(logits, NO_TOKENS, position, **shape, top_logprobs=0)
+        assert (token, logprob) == alone[:2] == top[0]
+        scores = logits.astype(np.float64)
+        if shape["temperature"]:
+            scores = scores / shape["temperature"]
+            scores += native.gumbel(shape["seed"], position, len(logits))
+            if shape["top_p"] < 1:
+                continue  # how many are left is another test's
+            if shape["top_k"]:
+                scores[np.argsort(-logits, kind="stable")[shape["top_k"] :]] = -np.inf
+        ranked = np.argsort(-scores, kind="stable")[:3].tolist()
+        assert [one for one, _ in top] == ranked
+
+
 def test_the_noise_is_that_of_gumbel() -> None:
     generator = np.random.default_rng(1)
     for position in range(300):
