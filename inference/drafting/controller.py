@@ -339,7 +339,7 @@ class Controller:
         elif done.gained:
             took = done.elapsed
         else:  # it took a rank's time from others, and nobody sees how much of that was lost
-            took = self.costs.busy_seconds(done.width, self._ranks)
+            took = WASTE * self.costs.busy_seconds(done.width, self._ranks)
         self._total += took
         self._loss *= FORGIVEN
         if done.drafts or done.draft_seconds or not alone:
