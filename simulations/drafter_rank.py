@@ -1,6 +1,6 @@
 """What a drafter rank is worth, by how far it is.
 
-    python benchmarks/drafter_rank.py
+    python -m pyagent_node.simulations.drafter_rank
 
 In the simulator, on virtual time, so that the figures hardly depend on the machine: three ranks of
 the toy model, 10 ms a step each and the same for a guess, and a drafter that is always right: the
