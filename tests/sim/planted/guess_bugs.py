@@ -164,6 +164,7 @@ BUGS = (
         CALM,
         frozenset({"tokens"}),
         asks=OFTEN,
+        drafters=(),
     ),
     Bug(
         "steps_go_on_from_a_void_one",
@@ -190,6 +191,7 @@ BUGS = (
         CALM,
         frozenset({"drafters hear the answer"}),
         asks=OFTEN,
+        drafters=(),
     ),
     Bug(
         "drafter_not_closed",
@@ -198,6 +200,7 @@ BUGS = (
         CALM,
         frozenset({"drafters hear the answer"}),
         asks=OFTEN,
+        drafters=(),
     ),
     Bug(
         "guesses_not_looked_at",
@@ -215,6 +218,7 @@ BUGS = (
         CALM,
         frozenset({"runners are asked rightly"}),
         asks=OFTEN,
+        drafters=(),
     ),
     Bug(
         "void_step_computed",
@@ -245,6 +249,7 @@ BUGS = (
         CALM,
         frozenset({"tokens"}),
         asks=OFTEN,
+        drafters=(),
     ),
     Bug(
         "cell_of_a_wrong_guess_kept",
@@ -253,5 +258,6 @@ BUGS = (
         CALM,
         frozenset({"tokens"}),
         asks=OFTEN,
+        drafters=(),
     ),
 )

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
+from pyagent_node.inference.generation import NO_SPECULATION
 from pyagent_node.simulations import machine, run, workload
 from pyagent_node.simulations.fault_kinds import Fault
 from pyagent_node.simulations.faults import Schedule, check_schedule
@@ -26,8 +27,8 @@ class Bug:
     ``plant`` puts it into the program while its context lasts.  ``schedule`` gives what happens
     under a seed; one of the seeds from 0 on, ``within`` of them, must break one of the invariants
     in ``caught_by``.  ``compact`` is the number of entries after which nodes compact their logs,
-    ``asks`` the average time between two requests, in seconds.  With ``drafters`` every answer is
-    guessed ahead, by one of these.
+    ``asks`` the average time between two requests, in seconds.  Every answer is guessed
+    ahead by one of ``drafters``; by all kinds if there are none.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Bug:
     within: int = 3
     compact: int = 200
     asks: float = 0.8
-    drafters: tuple[str, ...] = ()
+    drafters: tuple[str, ...] = (NO_SPECULATION,)
 
     def play(self, seed: int, *, planted: bool) -> Outcome:
         """Run one seed, with the bug or without it."""
