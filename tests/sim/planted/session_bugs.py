@@ -179,6 +179,7 @@ BUGS = (
         swap(session_recovery, "read_copy", _without_seed),
         HEADS_DIE,
         frozenset({"tokens"}),
+        asks=0.4,
         within=5,
     ),
     Bug(
