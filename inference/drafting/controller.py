@@ -62,6 +62,9 @@ LOOK_EVERY: Final = 6
 WASTE: Final = 0.5
 """The part of a rank's time for a void step by which it holds up the step that comes instead."""
 
+CROWDED: Final = 4.0
+"""Where a pass takes more than so many times its computing, void steps end before it comes."""
+
 
 class Controller:
     """Decides for one session; it shares its ``lessons`` with those before and after it.
@@ -325,10 +328,12 @@ class Controller:
     def passed(self, done: Pass) -> None:
         """Take in what a step took."""
         alone = done.in_flight <= 1
-        if alone:
+        # behind void steps a pass takes longer, unless they are done while it travels
+        telling = alone and not (done.crowded and CROWDED * done.compute_seconds > done.seconds)
+        if telling:
             self.costs.add_pass(done.width, done.seconds, done.compute_seconds)
         self._passes += 1
-        self._since_plain = 0 if done.width == 1 and alone else self._since_plain + 1
+        self._since_plain = 0 if done.width == 1 and telling else self._since_plain + 1
         self._drafted += done.drafts
         self._right += done.accepted
         self._gained += done.gained

@@ -166,7 +166,8 @@ class Pass(msgspec.Struct, frozen=True):
     by from sending the step to its result, of which the ranks computed for ``compute_seconds``
     (all of them together; 0: not known).  ``draft_seconds`` went into guessing for it.
     ``in_flight`` steps were under way when it was sent, itself among them.  ``elapsed`` seconds
-    passed since the result before it (0 for the first).
+    passed since the result before it (0 for the first).  ``crowded`` says that ranks may still have
+    been computing steps that are void when it was sent.
     """
 
     width: int
@@ -178,6 +179,7 @@ class Pass(msgspec.Struct, frozen=True):
     draft_seconds: float = 0.0
     in_flight: int = 1
     elapsed: float = 0.0
+    crowded: bool = False
 
 
 class Forecast(msgspec.Struct, frozen=True):

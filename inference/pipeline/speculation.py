@@ -109,6 +109,7 @@ class Speculation:
         self._plan = Plan()
         self._dry: tuple[int, int] | None = None
         self._last_result: float | None = None
+        self._voided_at: float | None = None
 
     @property
     def usage(self) -> SpeculationUsage:
@@ -286,6 +287,11 @@ class Speculation:
         self._reused += flight.kind == "child"
         last = self._last_result
         self._last_result = now
+        crowded = self._voided_at is not None and flight.sent_at >= self._voided_at
+        if crowded:
+            self._voided_at = None
+        if landed.void:
+            self._voided_at = now
         self.controller.passed(
             Pass(
                 width=flight.n,
@@ -297,6 +303,7 @@ class Speculation:
                 draft_seconds=flight.draft_seconds,
                 in_flight=flight.in_flight,
                 elapsed=0.0 if last is None else now - last,
+                crowded=crowded,
             )
         )
         for lost in landed.void:
@@ -323,3 +330,4 @@ class Speculation:
         self.ask = None
         self._dry = None
         self._last_result = None
+        self._voided_at = None

@@ -28,6 +28,7 @@ class Flight(msgspec.Struct, frozen=True):
     due_at: float
     drafting: float
     in_flight: int
+    crowded: bool = False
 
 
 class PipedWorld(msgspec.Struct, frozen=True):
@@ -47,6 +48,7 @@ class PipedWorld(msgspec.Struct, frozen=True):
         right = [luck.random() < self.chance for _ in range(self.tokens + 400)]
         now, free, last, made = 0.0, 0.0, 0.0, 0
         flights: list[Flight] = []
+        crowded = False
         controller.accepted([0] * 5)
         while made < self.tokens:
             plan = Plan()
@@ -68,8 +70,9 @@ class PipedWorld(msgspec.Struct, frozen=True):
                 free = begun + computing / RANKS
                 due = begun + computing + self.rtt / 2
                 flights.append(
-                    Flight(start, sent, width, now, due, self.d * limit, len(flights) + 1)
+                    Flight(start, sent, width, now, due, self.d * limit, len(flights) + 1, crowded)
                 )
+                crowded = False
             flight = flights.pop(0)
             now = max(now, flight.due_at)
             guesses = right[flight.start : flight.start + flight.guesses]
@@ -83,6 +86,7 @@ class PipedWorld(msgspec.Struct, frozen=True):
                 for lost in flights:
                     controller.passed(self._pass(lost, now, 0, 0.0))
                 flights.clear()
+                crowded = True
         return made / now
 
     def _choose(
@@ -105,4 +109,5 @@ class PipedWorld(msgspec.Struct, frozen=True):
             draft_seconds=flight.drafting,
             in_flight=flight.in_flight,
             elapsed=elapsed,
+            crowded=flight.crowded,
         )

@@ -182,7 +182,24 @@ def test_whatever_it_is_told_it_answers(data: st.DataObject) -> None:
                 draft_seconds=data.draw(times),
                 in_flight=data.draw(st.integers(1, 4)),
                 elapsed=data.draw(times),
+                crowded=data.draw(st.booleans()),
             )
         )
         controller.accepted([data.draw(st.integers(0, 1)) for _ in range(gained)])
         assert controller.forecast().tokens_per_second >= 0
+
+
+def test_a_pass_behind_void_steps_does_not_tell_what_one_takes() -> None:
+    controller = Controller(ranks=3)
+    for crowded, seconds in ((False, 0.01), (True, 0.016)):
+        for _ in range(20):
+            controller.passed(Pass(1, seconds, compute_seconds=0.008, crowded=crowded))
+    assert controller.forecast().plain_tokens_per_second == pytest.approx(100)
+
+
+def test_behind_a_trip_void_steps_are_no_excuse() -> None:
+    controller = Controller(ranks=3)
+    for seconds in (0.1, 0.2):
+        for _ in range(200):
+            controller.passed(Pass(1, seconds, compute_seconds=0.008, crowded=seconds == 0.2))
+    assert controller.forecast().plain_tokens_per_second == pytest.approx(5, rel=0.01)
