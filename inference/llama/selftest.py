@@ -36,8 +36,8 @@ LONG: Final = CELL_STEP
 """With more cells than this in a sequence, attention walks over 512 or more."""
 BUDGET_SECONDS: Final = 2.0
 """After so long only widths 8, 4 and 2 are still tried; what was not tried is not used."""
-SHAPES_SECONDS: Final = 1.5
-"""How long shapes of several rows of several sequences are tried, at most."""
+SHAPES_SECONDS: Final = 0.4
+"""How long shapes of several rows of several sequences are tried: a takeover waits for it too."""
 
 _ORDER: Final = (8, 4, 2, 6, 3, 5, 7)
 _NEEDED: Final = (8, 4, 2)
