@@ -50,7 +50,8 @@ async def test_guesses_of_many_heads_share_batches_and_change_no_token(
             assert tokens_of(events) == expected(ask)
         widths = world.runners[0].widths
         together = [batch for batch in widths if len(batch) > 1 and max(batch) > 1]
-        assert sum(map(len, together)) > CLIENTS * (2 if wrong else 4)
+        # how many exactly depends on whose turn it is first, which trio draws
+        assert sum(map(len, together)) > sum(map(len, widths)) / 4
         assert all(sum(batch) <= 32 for batch in together)
         await drained(world)
 
