@@ -25,13 +25,16 @@ class Stream:
         self.tokens: list[int] = []
         self.text = ""
         self.done = False
+        self._parts_read: Iterator[dict] | None = None
 
     def read(self, response: httpx.Response, most: int) -> None:
         """Read until there are ``most`` tokens, or the stream ends or breaks."""
         assert response.status_code == 200, response.read()
         self.session = response.headers["x-session-id"]
         try:
-            for part in self._parts(response):
+            # kept, for a generator that is let go of hangs up, and that ends the session
+            self._parts_read = self._parts(response)
+            for part in self._parts_read:
                 assert "error" not in part, part
                 for choice in part["choices"]:
                     self.text += choice["text"]
