@@ -44,6 +44,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     activations) were bit-identical to width 1 in the self-test; ``kv_portable`` says whether an
     exported KV range loaded again with identical results.
     ``joint_shapes`` are pairs (sequences, rows of each) that were bit-identical too.
+    ``kv_codec`` names the cell format of its :class:`KvRange`, empty where KV is not portable.
     """
 
     backend: str
@@ -60,6 +61,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     batch_invariant_widths: tuple[int, ...]
     kv_portable: bool
     joint_shapes: tuple[tuple[int, int], ...] = ()
+    kv_codec: str = ""
 
     @property
     def batch_invariant(self) -> bool:

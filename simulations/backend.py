@@ -17,12 +17,14 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest, RunnerFailed
+from pyagent_node.base.errors import CorruptData, InvalidRequest, RunnerFailed, Unsupported
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
     Activations,
     BackendInfo,
     FreeSequence,
+    KvRange,
+    LayerKv,
     OpenSequence,
     ResetSequences,
     SequenceOp,
@@ -43,6 +45,12 @@ N_EMBD: Final = 6
 N_VOCAB: Final = 130
 END_TOKEN: Final = 129
 BOS_TOKEN: Final = 128
+
+TOY_CELLS: Final = "toy/1/i2"
+"""The toy's cell format: the row that a token brings to a layer, its first half for a key and the
+other for a value, as little-endian 16-bit integers."""
+_CELL: Final = np.dtype("<i2")
+_HALF: Final = N_EMBD // 2
 
 _Ints = NDArray[np.int64]
 
@@ -84,9 +92,15 @@ class ToyTokenizer:
         return await self.tokenize(text, add_special=False, parse_special=False)
 
 
+def _attend(past: _Ints, row: _Ints, position: int) -> _Ints:
+    """Return a layer's state with one token's cell added."""
+    state: _Ints = (past + row * (position + 1)) % PRIME
+    return state
+
+
 def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _Ints]:
     """Return the row after ``layer``, and the layer's state with this token added."""
-    state = (past + row * (position + 1)) % PRIME
+    state = _attend(past, row, position)
     mixed = row * (layer + 3) + state[_ROLLED[layer % N_EMBD]] + position * 7 + layer
     return mixed % PRIME, state
 
@@ -159,11 +173,23 @@ class _Slot:
         self.states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(layers)]
         self.before: list[list[_Ints]] = []
         """The states before each token of the history."""
+        self.rows: list[list[_Ints]] = []
+        """What each token of the history brought to each layer: its cells."""
 
     def trim(self, start: int) -> None:
         if start < len(self.history):
             self.states = self.before[start]
-            del self.history[start:], self.before[start:]
+            del self.history[start:], self.before[start:], self.rows[start:]
+
+    def add(self, token: int, rows: list[_Ints]) -> None:
+        """Append a token with its cells, one a layer."""
+        position = len(self.history)
+        self.before.append(self.states)
+        self.states = [
+            _attend(past, row, position) for past, row in zip(self.states, rows, strict=True)
+        ]
+        self.rows.append(rows)
+        self.history.append(token)
 
 
 class ToyRunner:
@@ -209,7 +235,8 @@ class ToyRunner:
             kv_bytes_per_token=8 * N_EMBD * (part.last - part.first),
             memory_bytes=1,
             batch_invariant_widths=(1, 2, 4, 8),
-            kv_portable=False,
+            kv_portable=True,
+            kv_codec=TOY_CELLS,
             joint_shapes=((2, 4), (4, 4), (8, 4)),
         )
 
@@ -261,6 +288,38 @@ class ToyRunner:
             self._abandoned = (*steps,)
             self._until = trio.current_time() + self.seconds
             return await self._finish()
+
+    async def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
+        """Copy the cells of tokens out."""
+        await trio.lowlevel.checkpoint()
+        async with self._lock:
+            await self._drain()
+            slot = self._slots.get(seq)
+            if slot is None or not 0 <= start < stop <= len(slot.history):
+                raise self._refuse(f"cells {start} to {stop} of slot {seq} are not there")
+            layers: list[LayerKv] = []
+            for index, layer in enumerate(range(self._part.first, self._part.last)):
+                rows = np.array([cells[index] for cells in slot.rows[start:stop]]).astype(_CELL)
+                layers.append(LayerKv(layer, rows[:, :_HALF].tobytes(), rows[:, _HALF:].tobytes()))
+            return KvRange(TOY_CELLS, start, stop, tuple(layers))
+
+    async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
+        """Append cells to a sequence that ends where they begin."""
+        await trio.lowlevel.checkpoint()
+        async with self._lock:
+            await self._drain()
+            slot = self._slots.get(seq)
+            n = kv.stop - kv.start
+            if slot is None or kv.start != len(slot.history) or len(tokens) != n:
+                raise self._refuse(f"cells {kv.start} to {kv.stop} do not fit slot {seq}")
+            if kv.codec != TOY_CELLS:
+                raise Unsupported("not the toy's cells", code="kv_codec")
+            layers = list(range(self._part.first, self._part.last))
+            if [part.layer for part in kv.layers] != layers:
+                raise CorruptData("the cells are of other layers", code="kv_malformed")
+            rows = [_joined(part, n) for part in kv.layers]
+            for i, token in enumerate(tokens.tolist()):
+                slot.add(token, [of_layer[i] for of_layer in rows])
 
     async def _drain(self) -> None:
         """Let a decode end that nobody waits for; nobody is told how it went."""
@@ -322,12 +381,23 @@ class ToyRunner:
             if sampled and sampled[-1].token != token:
                 break
             row = rows[i].astype(np.int64)
-            slot.before.append(list(slot.states))
+            cells: list[_Ints] = []
             for index, layer in enumerate(range(self._part.first, self._part.last)):
-                row, slot.states[index] = _layer(layer, len(slot.history), slot.states[index], row)
-            slot.history.append(int(token))
+                cells.append(row)
+                row, _ = _layer(layer, len(slot.history), slot.states[index], row)
+            slot.add(int(token), cells)
             out[i] = row
             if step.sample and i >= len(step.tokens) - step.drafts - 1:
                 assert slot.sampling is not None, "a head slot is opened with sampling"
                 sampled.append(toy_sample(_logits(row), slot.history, slot.sampling))
         return StepOutput(None if self._part.head else out, tuple(sampled))
+
+
+def _joined(part: LayerKv, n: int) -> _Ints:
+    """Return the rows of one layer's cells, shape (n, N_EMBD)."""
+    size = n * _HALF * _CELL.itemsize
+    if (len(part.keys), len(part.values)) != (size, size):
+        raise CorruptData("the cells have another size", code="kv_malformed")
+    halves = [np.frombuffer(data, _CELL).reshape(n, _HALF) for data in (part.keys, part.values)]
+    rows: _Ints = np.concatenate(halves, axis=1).astype(np.int64)
+    return rows

@@ -46,7 +46,7 @@ from pyagent_node.inference.llama.batching import (
     StepShape,
     preference,
 )
-from pyagent_node.inference.llama.cells import CellStore
+from pyagent_node.inference.llama.cells import CODEC, CellStore
 from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
 from pyagent_node.inference.llama.rows import call_rows, with_companion
@@ -143,6 +143,7 @@ class LlamaBackend:
             memory_bytes=int(psutil.Process().memory_info().rss),
             batch_invariant_widths=findings.widths,
             kv_portable=findings.kv_portable,
+            kv_codec=CODEC if findings.kv_portable else "",
             joint_shapes=findings.shapes,
         )
 

@@ -17,6 +17,7 @@ from pyagent_node.base.types import Placement
 from pyagent_node.inference.backend import (
     Activations,
     BackendInfo,
+    KvRange,
     SequenceOp,
     StepInput,
     StepOutput,
@@ -50,6 +51,14 @@ class StageRunner(Protocol):
 
     async def apply(self, ops: Sequence[SequenceOp]) -> None:
         """Carry out sequence operations in order."""
+        ...
+
+    async def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
+        """Copy the cells of tokens ``[start, stop)`` of a sequence out, layer by layer."""
+        ...
+
+    async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
+        """Append cells to a sequence that ends at ``kv.start``; see ``Backend.import_kv``."""
         ...
 
 

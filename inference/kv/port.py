@@ -1,0 +1,130 @@
+"""The ``KvShelf`` port: where the stages of this node put finished blocks and get them back.
+
+A *block* is the KV of :data:`~pyagent_node.sharding.kv_keys.BLOCK_TOKENS` consecutive tokens of one
+session, in all layers of a slice.  Its name is a *chain hash*: a digest of a root (model and salt)
+and of all tokens up to its end, so that a block can be found again by whoever has the same tokens,
+and by nobody who does not know the root.  Blocks are content: they are never changed, and one that
+is not there is computed again.
+
+``chain`` are the chain hashes of the leading blocks of some tokens, the first block first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.inference.backend import KvRange
+
+
+class SettledBlock(msgspec.Struct, frozen=True, gc=False):
+    """A block whose tokens are accepted on this rank.
+
+    ``session`` is the id on the wire: its first 16 digits are those of the stable id.  ``head`` is
+    the session's.  The block is number ``index`` of its session (it begins at position 64 *
+    ``index``) and holds the layers ``[first_layer, last_layer)``.  ``chain`` is its chain hash.
+    ``cells`` names the format of its rows, as in ``KvRange.codec``.
+    """
+
+    session: SessionId
+    head: PeerId
+    model: Digest
+    epoch: int
+    index: int
+    chain: bytes
+    first_layer: int
+    last_layer: int
+    cells: str
+
+    @property
+    def layers(self) -> range:
+        """The layers that it holds."""
+        return range(self.first_layer, self.last_layer)
+
+
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """What a rank would like to have back.
+
+    ``chain`` and ``layers`` say of what; ``cells`` in which format of rows (others are of no use).
+    ``sources`` are peers that may well have them, the likeliest first: hints of the head, who may
+    be wrong.  ``prefill_seconds`` is what it takes here to compute a token of a prompt in these
+    layers, 0 when that was not measured yet.
+    """
+
+    session: SessionId
+    model: Digest
+    chain: tuple[bytes, ...]
+    first_layer: int
+    last_layer: int
+    cells: str
+    sources: tuple[PeerId, ...] = ()
+    prefill_seconds: float = 0.0
+
+    @property
+    def layers(self) -> range:
+        """The layers that are wanted."""
+        return range(self.first_layer, self.last_layer)
+
+
+class KvShelf(Protocol):
+    """Keeps blocks; used from the pipeline's own tasks.
+
+    Every method but :meth:`load` returns at once, does no I/O and never raises.
+    """
+
+    def promises(self, model: Digest, chain: Sequence[bytes], layers: range) -> int:
+        """Return how many leading blocks of ``layers`` can likely be had, here or from peers.
+
+        Asked by a head of all layers of its model.  0 says: do not bother to ask the ranks.
+        """
+        ...
+
+    async def load(self, wanted: Wanted) -> list[KvRange]:
+        """Return leading blocks, as many as are worth it rather than computing them.
+
+        The result has one entry a block, in order from block 0, without a gap, with the layers
+        wanted; it may be empty.  Never raises for what is not there, cannot be had or is corrupt;
+        the caller sets a deadline and cancels.
+        """
+        ...
+
+    def wants(self, block: SettledBlock) -> bool:
+        """Take note of a settled block; returns whether its cells are wanted.
+
+        Called once for every block of a session on this rank, in order, those that were restored
+        too.  If it says yes :meth:`keep` follows, unless the session ends first.
+        """
+        ...
+
+    def keep(self, block: SettledBlock, kv: KvRange, seconds: float) -> None:
+        """Take the cells of a block, which took ``seconds`` to compute on this rank."""
+        ...
+
+    def ended(self, session: SessionId) -> None:
+        """Note that a session is over on this rank, however that came; called once, last."""
+        ...
+
+
+class NullShelf:
+    """A shelf that keeps nothing."""
+
+    def promises(self, model: Digest, chain: Sequence[bytes], layers: range) -> int:
+        """Promise nothing."""
+        return 0
+
+    async def load(self, wanted: Wanted) -> list[KvRange]:
+        """Return nothing."""
+        return []
+
+    def wants(self, block: SettledBlock) -> bool:
+        """Want nothing."""
+        return False
+
+    def keep(self, block: SettledBlock, kv: KvRange, seconds: float) -> None:
+        """Drop the block."""
+
+    def ended(self, session: SessionId) -> None:
+        """Take no notice."""
