@@ -85,19 +85,42 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
 
         Raises :class:`InvalidRequest` (``bad_placement``) naming the first rank that does not fit.
         """
-        at = 0
-        for index, rank in enumerate(self.ranks):
-            part = rank.slice
-            last = index == len(self.ranks) - 1
-            if rank.rank != index or part.first != at or part.last <= at or part.head != last:
-                raise InvalidRequest(
-                    f"Rank {index} holds layers {part}, but layer {at} comes next"
-                    f" and the output head belongs to the last rank alone.",
-                    code="bad_placement",
-                    rank=index,
-                )
-            at = part.last
-        if at != n_layers:
+        _check_cover(self.ranks, n_layers)
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """The next ranks of a placed model: loaded beside those in force, which go on serving.
+
+    ``after_epoch`` is the epoch in force; with another one there is nothing prepared any more.
+    ``number`` is that of the log entry that said so and names this preparation for ever.  ``by``
+    is the node that sees to it: that has it committed once everything is loaded, or drops it.
+    """
+
+    model: Digest
+    number: int
+    after_epoch: int
+    ranks: tuple[Rank, ...]
+    n_ctx: int
+    n_seq: int
+    by: PeerId
+
+    def check(self, n_layers: int) -> None:
+        """Check the ranks as :meth:`Placement.check` does."""
+        _check_cover(self.ranks, n_layers)
+
+
+def _check_cover(ranks: tuple[Rank, ...], n_layers: int) -> None:
+    at = 0
+    for index, rank in enumerate(ranks):
+        part = rank.slice
+        last = index == len(ranks) - 1
+        if rank.rank != index or part.first != at or part.last <= at or part.head != last:
             raise InvalidRequest(
-                f"The ranks cover {at} of {n_layers} layers.", code="bad_placement"
+                f"Rank {index} holds layers {part}, but layer {at} comes next"
+                f" and the output head belongs to the last rank alone.",
+                code="bad_placement",
+                rank=index,
             )
+        at = part.last
+    if at != n_layers:
+        raise InvalidRequest(f"The ranks cover {at} of {n_layers} layers.", code="bad_placement")

@@ -19,8 +19,10 @@ from pyagent_node.consensus.commands import (
     ClaimSession,
     Command,
     DropCheckpoints,
+    DropPrepared,
     ForgetModel,
     ModelRecord,
+    PreparePlacement,
     PutCheckpoints,
     RegisterModel,
     RemoveMember,
@@ -140,6 +142,19 @@ def _check_models(command: Command) -> None:
                 check_rank(rank)
             for field in ("want_standbys", "want_spares"):
                 _number(field, getattr(command, field) or 0, 0, MAX_STANDBYS)
+            _number("prepared", command.prepared, 0)
+        case PreparePlacement():
+            _digest("model", command.model)
+            _number("n_ctx", command.n_ctx, 1, MAX_CONTEXT)
+            _number("n_seq", command.n_seq, 1, MAX_SESSIONS)
+            _number("after_epoch", command.after_epoch, 1)
+            _ensure(0 < len(command.ranks) <= MAX_RANKS, "ranks", len(command.ranks))
+            for rank in command.ranks:
+                check_rank(rank)
+            _peer(command.by)
+        case DropPrepared():
+            _digest("model", command.model)
+            _number("number", command.number, 1)
         case SetStandbys():
             _digest("model", command.model)
             _number("epoch", command.epoch, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound, Refused
-from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank, SessionId
 from pyagent_node.consensus.commands import Checkpoint, ModelRecord
 from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.settings import effective_settings
@@ -37,6 +37,7 @@ class State(msgspec.Struct, frozen=True):
     buckets: tuple[tuple[PeerId, ...], ...] = ()
     bucket_epoch: int = 0
     changed_settings: Mapping[str, int] = {}
+    prepared: Mapping[Digest, Prepared] = {}
 
     @property
     def burnt_tickets(self) -> Mapping[str, PeerId]:
@@ -87,6 +88,25 @@ def refuse_outsiders(state: State, peers: Iterable[PeerId]) -> None:
     """Raise what :func:`refuse_outsider` raises for the first peer that is one."""
     for peer in peers:
         refuse_outsider(state, peer)
+
+
+def holders(ranks: Iterable[Rank]) -> frozenset[PeerId]:
+    """Return every node that holds layers of these ranks, or could take them over."""
+    return frozenset(
+        peer for rank in ranks for peer in (rank.peer_id, *rank.standbys, *rank.spares)
+    )
+
+
+def unprepared(state: State, peer: PeerId) -> State:
+    """Return the state without the preparations that count on ``peer``, or that it sees to."""
+    rest = {
+        model: each
+        for model, each in state.prepared.items()
+        if peer != each.by and peer not in holders(each.ranks)
+    }
+    if len(rest) == len(state.prepared):
+        return state
+    return msgspec.structs.replace(state, prepared=rest)
 
 
 def revoked(peer: PeerId) -> Refused:

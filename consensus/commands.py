@@ -81,7 +81,9 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
 
     ``after_epoch`` is the epoch the proposer saw (0 for none): another one in between is a
     :class:`Conflict` (``stale_epoch``).  ``want_standbys`` and ``want_spares`` are how many each
-    rank shall have from now on, ``None`` what the mesh's settings say.
+    rank shall have from now on, ``None`` what the mesh's settings say.  ``prepared`` is the number
+    of the preparation that this commits: if that is not what is prepared now, it is a
+    :class:`Conflict` (``not_prepared``).  With 0 whatever was prepared for the model is dropped.
     """
 
     model: Digest
@@ -91,6 +93,30 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     after_epoch: int
     want_standbys: int | None = None
     want_spares: int | None = None
+    prepared: int = 0
+
+
+class PreparePlacement(msgspec.Struct, frozen=True, tag="prepare_placement"):
+    """Have the next ranks of a placed model loaded beside those in force; ``by`` sees to it.
+
+    Nothing changes for those who serve.  Another epoch than ``after_epoch`` is a
+    :class:`Conflict` (``stale_epoch``), and so is a preparation that is under way
+    (``change_in_progress``).
+    """
+
+    model: Digest
+    ranks: tuple[Rank, ...]
+    n_ctx: int
+    n_seq: int
+    after_epoch: int
+    by: PeerId
+
+
+class DropPrepared(msgspec.Struct, frozen=True, tag="drop_prepared"):
+    """Give up preparation ``number``; another one, or none, is a Conflict (``not_prepared``)."""
+
+    model: Digest
+    number: int
 
 
 class SetStandbys(msgspec.Struct, frozen=True, tag="set_standbys"):
@@ -229,6 +255,8 @@ Command = (
     | RegisterModel
     | ForgetModel
     | SetPlacement
+    | PreparePlacement
+    | DropPrepared
     | SetStandbys
     | SetDrafting
     | RemovePlacement
@@ -250,6 +278,8 @@ COMMANDS: Codec[Command] = Codec(
     RegisterModel,
     ForgetModel,
     SetPlacement,
+    PreparePlacement,
+    DropPrepared,
     SetStandbys,
     SetDrafting,
     RemovePlacement,

@@ -14,6 +14,7 @@ from pyagent_node.consensus.cluster import (
     refuse_outsider,
     revoked,
     room,
+    unprepared,
 )
 from pyagent_node.consensus.commands import (
     AdmitMember,
@@ -66,7 +67,8 @@ def revoke(state: State, command: RevokeMember) -> State:
         return state
     if known is None or known.removed_at is None:
         known = member_of(state, command.peer_id)
-    return _with_member(state, msgspec.structs.replace(known, revoked=command.reason))
+    gone = msgspec.structs.replace(known, revoked=command.reason)
+    return unprepared(_with_member(state, gone), command.peer_id)
 
 
 def remove(state: State, command: RemoveMember) -> State:
@@ -77,7 +79,7 @@ def remove(state: State, command: RemoveMember) -> State:
         return _with_member(state, msgspec.structs.replace(known, removed_at=at))
     known = member_of(state, command.peer_id)
     gone = msgspec.structs.replace(known, removed_at=command.at, vote="auto", draining=False)
-    return _with_member(state, gone)
+    return unprepared(_with_member(state, gone), command.peer_id)
 
 
 def set_vote(state: State, command: SetVote) -> State:
@@ -94,9 +96,13 @@ def set_vote(state: State, command: SetVote) -> State:
 
 
 def set_draining(state: State, command: SetDraining) -> State:
-    """Note that a member gets no new work, or gets some again."""
+    """Note that a member gets no new work, or gets some again.
+
+    A preparation that counts on a node to be drained is dropped: it would only have to be undone.
+    """
     known = member_of(state, command.peer_id)
-    return _with_member(state, msgspec.structs.replace(known, draining=command.draining))
+    after = _with_member(state, msgspec.structs.replace(known, draining=command.draining))
+    return unprepared(after, command.peer_id) if command.draining else after
 
 
 def burn(state: State, command: BurnTicket) -> State:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from pyagent_node.base.errors import Conflict, InvalidRequest, NotFound, Refused
-from pyagent_node.base.types import Digest, PeerId, Placement
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank
 from pyagent_node.consensus.checks import check_rank
-from pyagent_node.consensus.cluster import State, refuse_outsiders, room, stale_epoch
+from pyagent_node.consensus.cluster import State, holders, refuse_outsiders, room, stale_epoch
 from pyagent_node.consensus.commands import (
+    DropPrepared,
     ModelRecord,
+    PreparePlacement,
     RemovePlacement,
     SetBuckets,
     SetDrafting,
@@ -69,6 +71,8 @@ def place(state: State, command: SetPlacement) -> State:
     """Give a model its ranks, under the next epoch."""
     model = _known_model(state, command.model)
     _check_epoch(state, command.model, command.after_epoch)
+    if command.prepared:
+        _check_prepared(state, command.model, command.prepared)
     epoch = state.last_epoch + 1
     old = state.placements.get(command.model)
     placement = Placement(
@@ -84,8 +88,63 @@ def place(state: State, command: SetPlacement) -> State:
     _check_peers(state, old, placement)
     placement.check(model.n_layers)
     return msgspec.structs.replace(
-        state, placements={**state.placements, command.model: placement}, last_epoch=epoch
+        state,
+        placements={**state.placements, command.model: placement},
+        last_epoch=epoch,
+        prepared=_without(state, command.model),
     )
+
+
+def prepare(state: State, command: PreparePlacement) -> State:
+    """Note the next ranks of a placed model; its epoch stays."""
+    old = _placed(state, command.model)
+    _check_epoch(state, command.model, command.after_epoch)
+    known = state.prepared.get(command.model)
+    if known is not None:
+        raise Conflict(
+            f"Another change of {state.models[command.model].name!r} is under way.",
+            code="change_in_progress",
+            remedy="Wait until it is done; 'pyagent-node status' shows it.",
+            number=known.number,
+            by=known.by,
+        )
+    number = state.index + 1
+    new = Prepared(
+        command.model,
+        number,
+        old.epoch,
+        command.ranks,
+        command.n_ctx,
+        command.n_seq,
+        command.by,
+    )
+    refuse_outsiders(state, [command.by])
+    _check_ranks(state, old.ranks, new.ranks)
+    new.check(state.models[command.model].n_layers)
+    return msgspec.structs.replace(state, prepared={**state.prepared, command.model: new})
+
+
+def drop_prepared(state: State, command: DropPrepared) -> State:
+    """Give a preparation up."""
+    _check_prepared(state, command.model, command.number)
+    return msgspec.structs.replace(state, prepared=_without(state, command.model))
+
+
+def _without(state: State, model: Digest) -> Mapping[Digest, Prepared]:
+    if model not in state.prepared:
+        return state.prepared
+    return {key: each for key, each in state.prepared.items() if key != model}
+
+
+def _check_prepared(state: State, model: Digest, number: int) -> None:
+    known = state.prepared.get(model)
+    if known is None or known.number != number:
+        raise Conflict(
+            f"The change of {model[:16]} that was prepared as number {number} was given up.",
+            code="not_prepared",
+            remedy="Plan again: a node of it may have left, or somebody else changed the model.",
+            number=number,
+        )
 
 
 def set_standbys(state: State, command: SetStandbys) -> State:
@@ -126,9 +185,13 @@ def set_drafting(state: State, command: SetDrafting) -> State:
 
 def _check_peers(state: State, old: Placement | None, new: Placement) -> None:
     """Refuse nodes that do not belong here, and new work for those that are being drained."""
-    used = peers_of(new)
+    _check_ranks(state, old.ranks if old is not None else (), new.ranks)
+
+
+def _check_ranks(state: State, old: Sequence[Rank], new: Sequence[Rank]) -> None:
+    used = holders(new)
     refuse_outsiders(state, sorted(used))
-    _refuse_draining(state, sorted(used - (peers_of(old) if old is not None else frozenset())))
+    _refuse_draining(state, sorted(used - holders(old)))
 
 
 def _refuse_draining(state: State, peers: Sequence[PeerId]) -> None:
@@ -142,19 +205,12 @@ def _refuse_draining(state: State, peers: Sequence[PeerId]) -> None:
             )
 
 
-def peers_of(placement: Placement) -> frozenset[PeerId]:
-    """Return every node that holds layers of a placement, or could take them over."""
-    return frozenset(
-        peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys, *rank.spares)
-    )
-
-
 def displace(state: State, command: RemovePlacement) -> State:
     """Take a model's placement back."""
     _placed(state, command.model)
     _check_epoch(state, command.model, command.after_epoch)
     rest = {key: p for key, p in state.placements.items() if key != command.model}
-    return msgspec.structs.replace(state, placements=rest)
+    return msgspec.structs.replace(state, placements=rest, prepared=_without(state, command.model))
 
 
 def set_buckets(state: State, command: SetBuckets) -> State:

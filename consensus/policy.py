@@ -16,6 +16,7 @@ from pyagent_node.consensus.commands import (
     ClaimSession,
     Command,
     DropCheckpoints,
+    PreparePlacement,
     PutCheckpoints,
     RemoveMember,
     RevokeMember,
@@ -33,8 +34,8 @@ def check_proposal(
     """Raise :class:`Refused` if ``proposer``, in its ``role``, may not propose ``command``.
 
     ``authority`` is the node that holds the mesh's authority key.  Codes: ``not_authority``,
-    ``not_head``, ``role_not_allowed``; :class:`Conflict` for what would leave the mesh without
-    its authority (``cannot_revoke_writer``, ``cannot_remove_authority``).
+    ``not_head``, ``not_itself``, ``role_not_allowed``; :class:`Conflict` for what would leave the
+    mesh without its authority (``cannot_revoke_writer``, ``cannot_remove_authority``).
     """
     _keep_authority(command, authority)
     match command:
@@ -49,6 +50,10 @@ def check_proposal(
         case DropCheckpoints() | ClaimSession():
             _only_heads(proposer, (command.head,))
             _only_roles(proposer, role, authority, (*PROPOSERS, "client"))
+        case PreparePlacement():
+            if command.by != proposer:
+                raise Refused("A node sees to what it has prepared itself.", code="not_itself")
+            _only_roles(proposer, role, authority, PROPOSERS)
         case SetMeshSetting():
             _only_roles(proposer, role, authority, ("voter",))
         case _:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
-from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, SessionId
 from pyagent_node.consensus.commands import Checkpoint, Command, ModelRecord, VotePreference
 
 
@@ -53,6 +53,11 @@ class ClusterState(Protocol):
     @property
     def placements(self) -> Mapping[Digest, Placement]:
         """The live placement of each placed model."""
+        ...
+
+    @property
+    def prepared(self) -> Mapping[Digest, Prepared]:
+        """The next ranks of placed models that are being loaded beside those in force."""
         ...
 
     @property

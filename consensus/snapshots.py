@@ -7,13 +7,14 @@ from typing import Final, Literal
 import msgspec
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
-from pyagent_node.base.types import PeerId, Placement
+from pyagent_node.base.types import PeerId, Placement, Prepared
 from pyagent_node.consensus.cluster import Burn, State, is_member
 from pyagent_node.consensus.commands import Checkpoint, ModelRecord
 from pyagent_node.consensus.port import MemberRecord
 
 SNAPSHOT_MAGIC = b"pyagent-state\0"
-SNAPSHOT_VERSION: Final = 2
+SNAPSHOT_VERSION: Final = 3
+"""The latest; what version 2 can say is written as version 2, which older programs read."""
 
 
 class _SnapshotV1(msgspec.Struct, frozen=True):
@@ -44,26 +45,46 @@ class _VersionOnly(msgspec.Struct):
     version: int
 
 
+class _SnapshotV3(msgspec.Struct, frozen=True):
+    version: Literal[3]
+    index: int
+    members: list[MemberRecord]
+    burnt: dict[str, Burn]
+    models: list[ModelRecord]
+    placements: list[Placement]
+    last_epoch: int
+    checkpoints: list[Checkpoint]
+    buckets: tuple[tuple[PeerId, ...], ...]
+    bucket_epoch: int
+    settings: dict[str, int]
+    prepared: list[Prepared]
+
+
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
 def encode_snapshot(state: State) -> bytes:
     """Return ``state`` as bytes: equal states, equal bytes, in whatever order they were reached."""
-    return SNAPSHOT_MAGIC + _encoder.encode(
-        _SnapshotV2(
-            version=SNAPSHOT_VERSION,
-            index=state.index,
-            members=sorted(state.members.values(), key=lambda m: m.peer_id),
-            burnt=dict(state.burnt),
-            models=sorted(state.models.values(), key=lambda m: m.digest),
-            placements=sorted(state.placements.values(), key=lambda p: p.model),
-            last_epoch=state.last_epoch,
-            checkpoints=sorted(state.checkpoints.values(), key=lambda c: c.session),
-            buckets=state.buckets,
-            bucket_epoch=state.bucket_epoch,
-            settings=dict(state.changed_settings),
-        )
+    plain = _SnapshotV2(
+        version=2,
+        index=state.index,
+        members=sorted(state.members.values(), key=lambda m: m.peer_id),
+        burnt=dict(state.burnt),
+        models=sorted(state.models.values(), key=lambda m: m.digest),
+        placements=sorted(state.placements.values(), key=lambda p: p.model),
+        last_epoch=state.last_epoch,
+        checkpoints=sorted(state.checkpoints.values(), key=lambda c: c.session),
+        buckets=state.buckets,
+        bucket_epoch=state.bucket_epoch,
+        settings=dict(state.changed_settings),
     )
+    if not state.prepared:
+        return SNAPSHOT_MAGIC + _encoder.encode(plain)
+    fields = msgspec.structs.asdict(plain) | {
+        "version": SNAPSHOT_VERSION,
+        "prepared": sorted(state.prepared.values(), key=lambda p: p.model),
+    }
+    return SNAPSHOT_MAGIC + _encoder.encode(_SnapshotV3(**fields))
 
 
 def decode_snapshot(data: bytes | memoryview) -> State:
@@ -84,7 +105,7 @@ def decode_snapshot(data: bytes | memoryview) -> State:
                 remedy="Upgrade pyagent-node on this machine.",
                 version=version,
             )
-        state = _read_v1(body) if version == 1 else _read_v2(body)
+        state = _READERS.get(version, _read_v3)(body)
         check_invariants(state)
     except (msgspec.DecodeError, ValueError, RecursionError, InvalidRequest, CorruptData) as error:
         raise CorruptData(
@@ -101,7 +122,18 @@ def _read_v1(body: memoryview) -> State:
 
 
 def _read_v2(body: memoryview) -> State:
-    raw = msgspec.msgpack.decode(body, type=_SnapshotV2)
+    return _whole_state(msgspec.msgpack.decode(body, type=_SnapshotV2))
+
+
+def _read_v3(body: memoryview) -> State:
+    raw = msgspec.msgpack.decode(body, type=_SnapshotV3)
+    return msgspec.structs.replace(_whole_state(raw), prepared={p.model: p for p in raw.prepared})
+
+
+_READERS: Final = {1: _read_v1, 2: _read_v2}
+
+
+def _whole_state(raw: _SnapshotV2 | _SnapshotV3) -> State:
     return msgspec.structs.replace(
         _state(raw),
         checkpoints={c.session: c for c in raw.checkpoints},
@@ -111,7 +143,7 @@ def _read_v2(body: memoryview) -> State:
     )
 
 
-def _state(raw: _SnapshotV1 | _SnapshotV2) -> State:
+def _state(raw: _SnapshotV1 | _SnapshotV2 | _SnapshotV3) -> State:
     return State(
         index=raw.index,
         members={m.peer_id: m for m in raw.members},
@@ -126,8 +158,8 @@ def check_invariants(state: State) -> None:
     """Raise :class:`CorruptData` (``broken_invariant``) if ``state`` could not have been reached.
 
     Maps are keyed by what their values name; a placed model is known and fully covered; epochs
-    are distinct and at most ``last_epoch``; what drafts is a known model; names of
-    members and of models are distinct.
+    are distinct and at most ``last_epoch``; what drafts is a known model; what is prepared follows
+    on the placement in force; names of members and of models are distinct.
     """
     epochs = [p.epoch for p in state.placements.values()]
     live = [m.name for m in state.members.values() if is_member(m)]
@@ -144,6 +176,13 @@ def check_invariants(state: State) -> None:
             for p in state.placements.values()
         )
         and all(key == c.session and c.claim > 0 for key, c in state.checkpoints.items())
+        and all(
+            key == p.model
+            and 0 < p.number <= state.index
+            and key in state.placements
+            and state.placements[key].epoch == p.after_epoch
+            for key, p in state.prepared.items()
+        )
         and all(0 < epoch <= state.last_epoch for epoch in epochs)
         and len(set(epochs)) == len(epochs)
         and len(set(live)) == len(live)
@@ -158,3 +197,5 @@ def check_invariants(state: State) -> None:
         )
     for key, placement in state.placements.items():
         placement.check(state.models[key].n_layers)
+    for key, prepared in state.prepared.items():
+        prepared.check(state.models[key].n_layers)

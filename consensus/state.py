@@ -19,7 +19,9 @@ from pyagent_node.consensus.commands import (
     ClaimSession,
     Command,
     DropCheckpoints,
+    DropPrepared,
     ForgetModel,
+    PreparePlacement,
     PutCheckpoints,
     RegisterModel,
     RemoveMember,
@@ -79,6 +81,10 @@ def _step(state: State, command: Command) -> State:
             return model_changes.forget(state, command.digest)
         case SetPlacement():
             return model_changes.place(state, command)
+        case PreparePlacement():
+            return model_changes.prepare(state, command)
+        case DropPrepared():
+            return model_changes.drop_prepared(state, command)
         case SetStandbys():
             return model_changes.set_standbys(state, command)
         case SetDrafting():

@@ -14,8 +14,10 @@ from pyagent_node.consensus.commands import (
     ClaimSession,
     Command,
     DropCheckpoints,
+    DropPrepared,
     ForgetModel,
     ModelRecord,
+    PreparePlacement,
     PutCheckpoints,
     RegisterModel,
     RemoveMember,
@@ -50,6 +52,15 @@ def ranks(*cuts: int, peers: tuple[PeerId, ...] = (A, B, C)) -> tuple[Rank, ...]
 
 def place(after: int = 0, model: Digest = D1, *cuts: int) -> SetPlacement:
     return SetPlacement(model, ranks(*(cuts or (0, 2, 4))), 64, 2, after)
+
+
+def prepare(after: int = 1, model: Digest = D1, *cuts: int, by: PeerId = A) -> PreparePlacement:
+    return PreparePlacement(model, ranks(*(cuts or (0, 1, 4))), 64, 2, after, by)
+
+
+def commit(number: int, after: int = 1, model: Digest = D1, *cuts: int) -> SetPlacement:
+    command = place(after, model, *(cuts or (0, 1, 4)))
+    return msgspec.structs.replace(command, prepared=number)
 
 
 def checkpoint(session: SessionId = S1, head: PeerId = A, **changes: object) -> Checkpoint:
@@ -163,6 +174,56 @@ HISTORIES: dict[str, list[Command]] = {
         SetDrafting(D1, Drafting("two", None, None, D2, A), 2),
         RemovePlacement(D1, 2),
         ForgetModel(D2),
+    ],
+    "prepare_placement": [
+        prepare(),
+        *ADMIT_ALL,
+        RegisterModel(record()),
+        prepare(),
+        place(),
+        prepare(0),
+        prepare(2),
+        prepare(1, D1, 0, 2, 5),
+        prepare(1, D1, 0, 2),
+        prepare(),
+        prepare(1, D1, 0, 3, 4, by=B),
+        SetStandbys(D1, ((B,), (A,)), ((C,), ()), 1),
+        commit(6),
+        commit(12),
+        commit(12, 2),
+        prepare(2, D1, 0, 2, 4),
+        place(2, D1, 0, 4),
+        commit(18, 3, D1, 0, 2, 4),
+        prepare(3),
+        RemovePlacement(D1, 3),
+        place(),
+        prepare(4, D1, 0, 2, 4, by=C),
+        RevokeMember(C, "stolen"),
+        prepare(4, D1, 0, 2, 4, by=C),
+        prepare(4, D1, 0, 1, 2, 4),
+        prepare(4, D1, 0, 2, 4),
+        SetDraining(B, True),
+        prepare(4, D1, 0, 1, 4),
+        prepare(4, D1, 0, 3, 4),
+        SetDraining(B, False),
+        RemoveMember(B, 20),
+        prepare(4, D1, 0, 4),
+        RemoveMember(A, 20),
+    ],
+    "drop_prepared": [
+        DropPrepared(D1, 1),
+        RegisterModel(record()),
+        place(),
+        prepare(),
+        DropPrepared(D1, 1),
+        DropPrepared(D2, 4),
+        DropPrepared(D1, 4),
+        DropPrepared(D1, 4),
+        commit(4),
+        prepare(),
+        DropPrepared(D1, 4),
+        commit(10),
+        DropPrepared(D1, 10),
     ],
     "remove_placement": [
         RemovePlacement(D1, 0),
@@ -312,5 +373,17 @@ HISTORIES: dict[str, list[Command]] = {
         DropCheckpoints((SessionId("xyz"),), A),
         DropCheckpoints((S1,), PeerId("")),
         ClaimSession(S1, A, 0, 0),
+    ],
+    "malformed_prepares": [
+        PreparePlacement(D1, (), 64, 1, 1, A),
+        PreparePlacement(D1, ranks(0, 4), 0, 1, 1, A),
+        PreparePlacement(D1, ranks(0, 4), 64, 1000, 1, A),
+        PreparePlacement(D1, ranks(0, 4), 64, 1, 0, A),
+        PreparePlacement(D1, ranks(0, 4), 64, 1, 1, PeerId("")),
+        PreparePlacement(D1, (Rank(0, Slice(0, 4, True), A, (A,)),), 64, 1, 1, A),
+        PreparePlacement(Digest("short"), ranks(0, 4), 64, 1, 1, A),
+        DropPrepared(Digest("short"), 1),
+        DropPrepared(D1, 0),
+        SetPlacement(D1, ranks(0, 4), 64, 1, 0, None, None, -1),
     ],
 }

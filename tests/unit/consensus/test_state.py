@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unsupported
-from pyagent_node.base.types import Digest, Drafting, PeerId, SessionId
+from pyagent_node.base.types import Digest, Drafting, PeerId, Prepared, SessionId
 from pyagent_node.consensus import member_changes, model_changes, session_changes
 from pyagent_node.consensus.checks import decode_command, encode_command
 from pyagent_node.consensus.commands import (
@@ -22,6 +22,7 @@ from pyagent_node.consensus.commands import (
     ClaimSession,
     Command,
     DropCheckpoints,
+    DropPrepared,
     ForgetModel,
     PutCheckpoints,
     RegisterModel,
@@ -57,7 +58,9 @@ from .state_histories import (
     B,
     C,
     checkpoint,
+    commit,
     place,
+    prepare,
     record,
 )
 
@@ -152,6 +155,30 @@ def test_who_drafts_is_in_a_snapshot_and_nothing_where_nobody_does() -> None:
     strange = encode_snapshot(state).replace(D2.encode(), b"3" * 64, 1)
     with pytest.raises(CorruptData):
         decode_snapshot(strange)
+
+
+def test_what_is_prepared_is_in_a_snapshot_of_version_3() -> None:
+    state, _ = run([*ADMIT_ALL, RegisterModel(record()), place(), prepare()])
+    path = GOLDEN / "snapshot-v3.bin"
+    if os.environ.get("UPDATE_GOLDEN") and not path.exists():
+        path.write_bytes(encode_snapshot(state))
+    assert decode_snapshot(path.read_bytes()) == state
+    assert encode_snapshot(state) == path.read_bytes()
+    committed, error = apply(state, commit(state.index))
+    assert error is None
+    assert not decode_snapshot(encode_snapshot(committed)).prepared
+    for bad in (
+        msgspec.structs.replace(state, placements={}),
+        msgspec.structs.replace(state, placements=committed.placements, last_epoch=2),
+        msgspec.structs.replace(state, prepared={D1: prepared(state, number=99)}),
+        msgspec.structs.replace(state, prepared={D1: prepared(state, ranks=())}),
+    ):
+        with pytest.raises(CorruptData):
+            decode_snapshot(encode_snapshot(bad))
+
+
+def prepared(state: State, **changes: object) -> Prepared:
+    return msgspec.structs.replace(state.prepared[D1], **changes)
 
 
 def test_settings_have_defaults_within_bounds() -> None:
@@ -285,6 +312,17 @@ COMMANDS = st.one_of(
         st.integers(3, 5),
     ),
     st.builds(RemovePlacement, st.sampled_from([D1, D2]), st.integers(0, 5)),
+    st.builds(
+        prepare,
+        st.integers(1, 3),
+        st.sampled_from([D1, D2]),
+        st.just(0),
+        st.integers(1, 3),
+        st.integers(3, 5),
+        by=st.sampled_from([A, B]),
+    ),
+    st.builds(commit, st.integers(1, 60), st.integers(1, 3), st.sampled_from([D1, D2])),
+    st.builds(DropPrepared, st.sampled_from([D1, D2]), st.integers(1, 60)),
 )
 
 
