@@ -49,6 +49,8 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     """What a rank would like to have back.
 
     ``chain`` and ``layers`` say of what; ``cells`` in which format of rows (others are of no use).
+    The first ``skip`` blocks of the chain are there already, and no more than ``limit`` can be
+    taken at once: whoever wants more asks again, so that a long context is never held twice.
     ``sources`` are peers that may well have them, the likeliest first: hints of the head, who may
     be wrong.  ``prefill_seconds`` is what it takes here to compute a token of a prompt in these
     layers, 0 when that was not measured yet.
@@ -60,6 +62,8 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     first_layer: int
     last_layer: int
     cells: str
+    skip: int = 0
+    limit: int = 64
     sources: tuple[PeerId, ...] = ()
     prefill_seconds: float = 0.0
 
@@ -83,11 +87,12 @@ class KvShelf(Protocol):
         ...
 
     async def load(self, wanted: Wanted) -> list[KvRange]:
-        """Return leading blocks, as many as are worth it rather than computing them.
+        """Return the next blocks of a chain, as many as are worth it rather than computing them.
 
-        The result has one entry a block, in order from block 0, without a gap, with the layers
-        wanted; it may be empty.  Never raises for what is not there, cannot be had or is corrupt;
-        the caller sets a deadline and cancels.
+        The result has one entry a block, in order from block ``wanted.skip`` on, without a gap,
+        with the layers wanted; it may be empty.  Fewer than ``wanted.limit`` say that there are no
+        more.  Never raises for what is not there, cannot be had or is corrupt; the caller sets a
+        deadline and cancels.
         """
         ...
 
