@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import click
@@ -11,9 +11,10 @@ from click.shell_completion import CompletionItem
 
 from pyagent_node.base.errors import InvalidRequest, NotFound, PyAgentError
 from pyagent_node.cli.app import App
+from pyagent_node.node.client import Answer
 
 if TYPE_CHECKING:
-    from pyagent_node.node.client import Ask, Client
+    from pyagent_node.node.client import Ask, Client, Piece
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -131,3 +132,19 @@ def choose_model(client: Client, wanted: object) -> str:
             remedy=f"Choose with --model one of: {', '.join(names)}.",
         )
     return names[0]
+
+
+def show_answer(app: App, pieces: Iterator[Piece | Answer]) -> Answer | None:
+    """Print the text of an answer as it comes, on a line of its own; returns the whole answer."""
+    written, answer = "", None
+    try:
+        for piece in pieces:
+            if isinstance(piece, Answer):
+                answer = piece
+            else:
+                written = piece.text or written
+                app.out.piece(piece.text)
+    finally:
+        if written and not written.endswith("\n"):
+            app.out.piece("\n")
+    return answer

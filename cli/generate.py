@@ -11,9 +11,8 @@ import msgspec
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.limits import MIB
 from pyagent_node.cli.app import App, json_option, pass_app
-from pyagent_node.cli.ask import choose_model, sampling_ask, sampling_options
+from pyagent_node.cli.ask import choose_model, sampling_ask, sampling_options, show_answer
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.node.client import Answer
 
 MAX_PROMPT = 16 * MIB
 
@@ -44,19 +43,8 @@ def generate_command(app: App, /, prompt: str, raw: bool, stats: bool, **given: 
     else:
         system = [ChatMessage("system", str(given["system"]))] if given["system"] else []
         ask = msgspec.structs.replace(ask, messages=(*system, ChatMessage("user", prompt)))
-    answer: Answer | None = None
-    written = ""
     with contextlib.closing(client.generate(ask)) as pieces:
-        try:
-            for piece in pieces:
-                if isinstance(piece, Answer):
-                    answer = piece
-                else:
-                    written = piece.text or written
-                    app.out.piece(piece.text)
-        finally:
-            if written and not written.endswith("\n"):
-                app.out.piece("\n")
+        answer = show_answer(app, pieces)
     assert answer is not None, "the client raises unless an answer came"
     app.out.line(answer)
     if stats:

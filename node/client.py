@@ -59,6 +59,7 @@ from pyagent_node.node.client_transport import (
     not_running,
 )
 from pyagent_node.node.mesh_client import MeshClient
+from pyagent_node.node.session_client import SessionClient
 
 if TYPE_CHECKING:
     from pyagent_node.node.home import DaemonState, Home
@@ -186,6 +187,7 @@ class Client:
     def __init__(self, url: str, token: str) -> None:
         self._api = Transport(url, token)
         self.mesh = MeshClient(self._api)
+        self.sessions = SessionClient(self._api)
 
     @classmethod
     def from_home(cls, home: Home) -> Client:
@@ -319,16 +321,27 @@ class Client:
         path = "/v1/completions" if ask.messages is None else "/v1/chat/completions"
         yield from _read_answer(self._api.stream("POST", path, msgspec.json.encode(body)))
 
+    def resume(self, session: str, after: int = 0) -> Generator[Piece | Answer, None, None]:
+        """Read a session from the token with index ``after`` on, wherever its head is or was.
 
-def _read_answer(lines: Iterator[str]) -> Iterator[Piece | Answer]:
+        There is an :class:`Answer` at the end, of what came, if its request asked for the usage.
+        Raises :class:`NotFound` (``session_not_found``) and what :meth:`generate` raises.
+        """
+        path = f"/v1/sessions/{quote(session, safe='')}/stream?from={after}"
+        yield from _read_answer(self._api.stream("GET", path, None), whole=False)
+
+
+def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece | Answer]:
     texts: list[str] = []
     tokens: list[int] = []
     reason = ""
     details: _Details | None = None
     usage: _Usage | None = None
+    done = False
     for line in lines:
         data = line.removeprefix("data: ")
         if data == "[DONE]":
+            done = True
             break
         chunk = decode(data, _Chunk)
         if chunk.error is not None:
@@ -343,6 +356,8 @@ def _read_answer(lines: Iterator[str]) -> Iterator[Piece | Answer]:
         usage = chunk.usage or usage
         details = chunk.pyagent or details
     if details is None or usage is None:
+        if done and not whole:
+            return
         raise broken_off()
     yield Answer(
         text="".join(texts),

@@ -13,32 +13,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Final, NamedTuple, Protocol
 
 import trio
 
-from pyagent_node.base.errors import Conflict, InvalidRequest, PyAgentError, Unavailable
+from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound, PyAgentError
 from pyagent_node.base.types import SessionId
 from pyagent_node.inference.generation import (
     Engine,
-    Finished,
     GenerationEvent,
     GenerationRequest,
 )
 from pyagent_node.inference.pipeline.engine import new_session_id
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.node.api.errors import as_pyagent_error
+from pyagent_node.node.live_session import RESUMED_SECONDS, LiveSession, Reader, Successor
 from pyagent_node.node.nurseries import background
 
 log = logging.getLogger("pyagent_node.sessions")
 
-READ_AHEAD: Final = 32
-"""Events that may wait for a slow reader; then the generation waits too."""
 MAX_UNREAD: Final = 64
 """Sessions that go on without a reader."""
-RESUMED_SECONDS: Final = 30.0
-"""How long a session that was taken over is waited for, at least, when its reader is lost again."""
 SENT_SECONDS: Final = 30.0
 """How long a whole answer is kept, at most, after it was sent."""
 LEAVE_SECONDS: Final = 5.0
@@ -80,103 +76,8 @@ class Recovered(NamedTuple):
 
 Start = Callable[[], AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]]
 Recover = Callable[[SessionId], Awaitable[Recovered]]
-
-
-class LiveSession:
-    """One session and what it has answered; ``seconds`` is how long it waits for a reader."""
-
-    def __init__(self, session: SessionId, model: str, label: str, seconds: float) -> None:
-        self.session = session
-        self.model = model
-        self.label = label
-        self.seconds = seconds
-        self.events: list[GenerationEvent] = []
-        self.failure: PyAgentError | None = None
-        self.done = trio.Event()
-        """Set when the generation is over."""
-        self.scope = trio.CancelScope()
-        self.reader: Reader | None = None
-        self.visits = 0
-        self._room = trio.Event()
-
-    def put(self, event: GenerationEvent) -> None:
-        """Take an event."""
-        self.events.append(event)
-        if self.reader is not None:
-            self.reader.wake.set()
-
-    async def room(self) -> None:
-        """Wait while a reader is there and lags behind."""
-        while self.reader is not None and len(self.events) - self.reader.at >= READ_AHEAD:
-            self._room = trio.Event()
-            await self._room.wait()
-
-    def make_room(self) -> None:
-        """Let the generation look whether it may go on."""
-        self._room.set()
-
-    def end(self) -> None:
-        """The generation is over."""
-        if self.failure is None and not (self.events and isinstance(self.events[-1], Finished)):
-            self.failure = Unavailable(
-                "The session was ended by this node.",
-                code="session_ended",
-                remedy="Its client was away for too long, or the node is stopping.",
-            )
-        self.done.set()
-        if self.reader is not None:
-            self.reader.wake.set()
-
-
-class Reader:
-    """The events of a session from the token with index ``after`` on."""
-
-    def __init__(self, live: LiveSession, after: int) -> None:
-        self.live = live
-        self.after = after
-        self.at = 0
-        self.wake = trio.Event()
-        self.replaced = False
-        self.complete = False
-        """Whether the end of the answer, or its error, was given out."""
-
-    @property
-    def skipped(self) -> list[GenerationEvent]:
-        """The events before ``after`` that there are."""
-        return self.live.events[: self.after]
-
-    def __aiter__(self) -> Reader:
-        return self
-
-    async def __anext__(self) -> GenerationEvent:
-        """Return the next event.
-
-        Raises the error that ended the session, :class:`Conflict` (``session_read_elsewhere``),
-        and :class:`InvalidRequest` (``beyond_end``) when the answer ended before ``after``.
-        """
-        live = self.live
-        while True:
-            if self.replaced:
-                raise Conflict(
-                    "Another connection reads this session now.", code="session_read_elsewhere"
-                )
-            if self.at < len(live.events):
-                event = live.events[self.at]
-                if self.at < self.after and isinstance(event, Finished):
-                    raise _beyond_end(self.after, self.at)
-                self.at += 1
-                live.make_room()
-                if self.at > self.after or isinstance(event, Finished):
-                    self.complete = isinstance(event, Finished)
-                    return event
-            elif self.complete:
-                raise StopAsyncIteration
-            elif live.done.is_set():
-                self.complete = True
-                raise live.failure or StopAsyncIteration
-            else:
-                self.wake = trio.Event()
-                await self.wake.wait()
+GiveAway = Callable[[SessionId, float], Awaitable[Successor]]
+"""Has another node become the head of a session, which waits so many seconds for its reader."""
 
 
 class LiveSessions:
@@ -237,6 +138,47 @@ class LiveSessions:
         """Another node heads the session now: stop it."""
         self._engine.fail(session, error)
 
+    async def move(self, session: SessionId, give_away: GiveAway) -> int:
+        """Let another node head the session; its reader here goes on reading.
+
+        Returns how many tokens there were then.  Raises :class:`NotFound` (``session_not_here``),
+        :class:`Conflict` (``session_moving``) and what ``give_away`` raises; the session then goes
+        on here, unless it was claimed all the same.
+        """
+        live = self._live.get(session)
+        if live is None or live.done.is_set():
+            raise NotFound(
+                f"No session {session[:40]!r} is in progress here.",
+                code="session_not_here",
+                remedy="See 'pyagent-node session list'.",
+            )
+        if live.moving or live.successor is not None:
+            raise Conflict("The session is being moved already.", code="session_moving")
+        live.moving = True
+        live.settled = trio.Event()
+        try:
+            live.successor = await give_away(session, live.seconds)
+        finally:
+            live.moving = False
+            live.settled.set()
+        return len(live.events)
+
+    def adopt(self, journal: SessionJournal, seconds: float) -> None:
+        """Head a session that nobody reads yet; it waits ``seconds`` for somebody who does.
+
+        Raises :class:`Conflict` (``session_exists``) and :class:`LimitExceeded`
+        (``too_many_unread``).
+        """
+        if sum(live.reader is None for live in self._live.values()) >= MAX_UNREAD:
+            raise LimitExceeded(
+                f"{MAX_UNREAD} sessions wait for a reader already.",
+                code="too_many_unread",
+                remedy="Read some of them, or wait until they are forgotten.",
+            )
+        live = LiveSession(journal.session, journal.model, journal.label, seconds)
+        self._start(live, 1, lambda: self._engine.resume(journal, 0))
+        self._nursery.start_soon(self._expire, live, live.visits, seconds)
+
     # ---- inside ------------------------------------------------------------------------------
 
     async def _take_over(self, session: SessionId) -> LiveSession:
@@ -264,14 +206,37 @@ class LiveSessions:
     async def _run(self, live: LiveSession, start: Start) -> None:
         try:
             with live.scope:
-                async with start() as events:
-                    async for event in events:
-                        live.put(event)
-                        await live.room()
+                try:
+                    async with start() as events:
+                        await _pass_on(events, live)
+                except PyAgentError as error:
+                    if error.code != "session_claimed":
+                        raise
+                    await live.settled.wait()  # the claim may be here before the new head's word
+                    if live.successor is None:
+                        raise
+                    await self._follow(live, live.successor)
         except Exception as error:
             live.failure = as_pyagent_error(error)
         finally:
             live.end()
+            if live.successor is not None:
+                with trio.move_on_after(LEAVE_SECONDS, shield=True):
+                    await live.successor.aclose()
+
+    async def _follow(self, live: LiveSession, successor: Successor) -> None:
+        """Pass on what a session's new head makes; take it back should that one be lost."""
+        try:
+            async with aclosing(successor.events(len(live.events))) as events:
+                await _pass_on(events, live)
+        except PyAgentError as error:
+            if error.code != "stream_closed":
+                raise
+            log.info("a session's new head is lost, it is taken back: %s", error)
+            journal, claim = await self._recover(live.session)
+            self._retainer.retain(live.session, claim)
+            async with self._engine.resume(journal, len(live.events)) as events:
+                await _pass_on(events, live)
 
     @asynccontextmanager
     async def _reading(self, live: LiveSession, after: int) -> AsyncIterator[Reader]:
@@ -327,13 +292,11 @@ class LiveSessions:
             self._retainer.release(live.session)
 
 
-def _beyond_end(after: int, tokens: int) -> InvalidRequest:
-    return InvalidRequest(
-        f"The answer has {tokens} tokens; there is nothing from {after} on.",
-        code="beyond_end",
-        tokens=tokens,
-        parameter="from",
-    )
+async def _pass_on(events: AsyncIterator[GenerationEvent], live: LiveSession) -> None:
+    """Hand events to whoever reads the session."""
+    async for event in events:
+        live.put(event)
+        await live.room()
 
 
 @asynccontextmanager

@@ -47,6 +47,7 @@ from pyagent_node.node.nurseries import background
 from pyagent_node.node.profiles import active_profile
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.rpc import Rpc, open_rpc
+from pyagent_node.node.session_moves import MovedSessions
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
 from pyagent_node.node.shaping import parse_shape
 from pyagent_node.node.steward import Steward
@@ -75,6 +76,7 @@ class Node:
     journals: JournalKeeper
     recovery: SessionRecovery
     live: LiveSessions
+    moved: MovedSessions
     governance: Governance
     started: float
 
@@ -174,6 +176,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             journals=journals,
             recovery=sessions.recovery,
             live=sessions.live,
+            moved=sessions.moved,
             governance=Governance(
                 mesh, consensus, membership, LogCheck(mesh, consensus, rpc), clock=time.time
             ),

@@ -15,7 +15,7 @@ from pyagent_node.inference.drafting.remote_messages import DRAFT_PROTOCOL
 from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
-from pyagent_node.node import journal_messages, rpc
+from pyagent_node.node import journal_messages, rpc, session_moves
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
@@ -45,6 +45,7 @@ from pyagent_node.node.placement_messages import (
 )
 from pyagent_node.node.runtime import Node
 from pyagent_node.node.self_check import examine
+from pyagent_node.node.session_admin import SessionAdmin
 from pyagent_node.node.telemetry import Sample, Telemetry, resident_bytes
 from pyagent_node.node.tickets import make_ticket
 from pyagent_node.node.version import VERSION
@@ -86,6 +87,12 @@ class NodeServices:
     def mesh(self) -> Governance:
         """See :class:`ApiServices`."""
         return self._node.governance
+
+    @property
+    def sessions(self) -> SessionAdmin:
+        """See :class:`ApiServices`."""
+        node = self._node
+        return SessionAdmin(node.mesh, node.consensus, node.engine, node.live, node.journals.holder)
 
     def shutdown(self) -> None:
         """See :class:`ApiServices`."""
@@ -309,6 +316,7 @@ class NodeServices:
             (PIPE_PROTOCOL, node.pipeline.stages.refused),
             (PIPE_PROTOCOL, node.engine.refused),
             (DRAFT_PROTOCOL, node.pipeline.drafts.refused),
+            (session_moves.PROTOCOL, node.moved.refused),
         ):
             for code, count in counted.items():
                 refused[protocol, code] = refused.get((protocol, code), 0) + count

@@ -28,6 +28,7 @@ from pyagent_node.node.live_sessions import (
     open_live_sessions,
 )
 from pyagent_node.node.rpc import Rpc
+from pyagent_node.node.session_moves import MovedSessions
 
 log = logging.getLogger("pyagent_node.journals")
 
@@ -195,6 +196,7 @@ class Sessions(NamedTuple):
 
     live: LiveSessions
     recovery: SessionRecovery
+    moved: MovedSessions
 
 
 @asynccontextmanager
@@ -218,4 +220,4 @@ async def open_sessions(
     )
     async with open_live_sessions(engine, journals, recovery.recover) as live:
         journals.on_claimed = live.claimed
-        yield Sessions(live, recovery)
+        yield Sessions(live, recovery, MovedSessions(rpc.mesh, consensus, live.attach))

@@ -52,6 +52,13 @@ from pyagent_node.node.api.schema import (
 )
 from pyagent_node.node.api.server import ApiServer, ServerOptions, open_api
 from pyagent_node.node.api.services import Report
+from pyagent_node.node.api.session_schema import (
+    ImportReply,
+    MoveReply,
+    MoveRequest,
+    SessionRow,
+    SessionsReply,
+)
 from pyagent_node.node.live_sessions import LiveSessions, Recovered, open_live_sessions
 from pyagent_node.node.session_recovery import session_not_found
 from pyagent_node.node.telemetry import Telemetry
@@ -242,6 +249,48 @@ async def no_session(session: SessionId) -> Recovered:
     raise session_not_found(session)
 
 
+class SimulatedSessionServices:
+    """One session, which can be moved, written out and read in."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    async def list(self) -> SessionsReply:
+        """Return one session."""
+        row = SessionRow(
+            session=SessionId("0" * 32),
+            public=SessionId("1" * 32),
+            part="head",
+            model="words",
+            head=PEER,
+            head_name="n",
+            completion_tokens=3,
+        )
+        return SessionsReply((row,))
+
+    async def move(self, request: MoveRequest) -> MoveReply:
+        """Note the wish."""
+        self.calls.append(request)
+        return MoveReply(session=request.session, peer_id=PEER, name=request.to, tokens=3)
+
+    async def write_out(self, session: SessionId) -> dict[str, str]:
+        """Return its id."""
+        self.calls.append(session)
+        return {"session": session}
+
+    async def read_in(self, data: bytes) -> ImportReply:
+        """Note the bytes."""
+        self.calls.append(data)
+        return ImportReply(
+            session=SessionId("2" * 32),
+            model=DIGEST,
+            name="words",
+            prompt_tokens=1,
+            completion_tokens=3,
+            seconds=600.0,
+        )
+
+
 class SimulatedServices:
     """A node whose operations succeed at once and are noted in ``calls``."""
 
@@ -250,6 +299,7 @@ class SimulatedServices:
     def __init__(self) -> None:
         self.engine = WordEngine()
         self.mesh = SimulatedMeshServices()
+        self.sessions = SimulatedSessionServices()
         self.telemetry = Telemetry()
         self.reasons: tuple[str, ...] = ()
         self.stopped = False

@@ -33,9 +33,11 @@ from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.journal_book import JournalBook
 from pyagent_node.node.journals import JournalKeeper, open_journals
-from pyagent_node.node.live_sessions import LiveSessions, Reader
+from pyagent_node.node.live_session import Reader
+from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.rpc import Rpc, open_rpc
+from pyagent_node.node.session_moves import MovedSessions
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
 from pyagent_node.simulations.backend import (
     N_EMBD,
@@ -92,6 +94,7 @@ class SessionNode:
         self.pipeline: Pipeline
         self.live: LiveSessions
         self.recovery: SessionRecovery
+        self.moved: MovedSessions
 
     async def read(self, reader: Reader, most: int | None = None) -> list[int]:
         """Return the next tokens of an answer, ``most`` of them or all."""
@@ -170,7 +173,7 @@ class SessionWorld:
                         wall=wall,
                     )
                 )
-                node.live, node.recovery = sessions
+                node.live, node.recovery, node.moved = sessions
                 ready.set()
                 await trio.sleep_forever()
 

@@ -31,6 +31,7 @@ from pyagent_node.node.api.schema import (
     UnloadRequest,
 )
 from pyagent_node.node.api.services import ApiServices, Report
+from pyagent_node.node.api.session_routes import session_router
 
 NDJSON: Final = "application/x-ndjson"
 MIN_INTERVAL: Final = 0.1
@@ -95,6 +96,7 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
         return Reply(partial(_follow, work), drain=drain, stream_error=ndjson_error)
 
     router.include_router(mesh_router(services.mesh, reply))
+    router.include_router(session_router(services.sessions, reply))
 
     @router.get("/status")
     async def status() -> Response:

@@ -23,6 +23,7 @@ from pyagent_node.node.api.schema import (
     Readiness,
     StatusView,
 )
+from pyagent_node.node.api.session_routes import SessionServices
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.telemetry import Telemetry
 
@@ -55,6 +56,11 @@ class ApiServices(Protocol):
     @property
     def mesh(self) -> MeshServices:
         """What operators ask of the mesh itself."""
+        ...
+
+    @property
+    def sessions(self) -> SessionServices:
+        """What operators ask of sessions."""
         ...
 
     def readiness(self) -> Readiness:

@@ -13,7 +13,7 @@ from pyagent_node.consensus.commands import Checkpoint
 from pyagent_node.inference.generation import Generated
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
-from pyagent_node.node.live_sessions import Reader
+from pyagent_node.node.live_session import Reader
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.sessions import (
     N_LAYERS,

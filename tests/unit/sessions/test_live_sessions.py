@@ -19,11 +19,10 @@ from pyagent_node.inference.generation import (
 )
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.live_session import READ_AHEAD, Reader
 from pyagent_node.node.live_sessions import (
     MAX_UNREAD,
-    READ_AHEAD,
     LiveSessions,
-    Reader,
     Recovered,
     open_live_sessions,
 )
