@@ -93,6 +93,8 @@ def _show_plan(app: App, view: PlanView) -> None:
     app.out.text("Changes:")
     for line in view.changes:
         app.out.text(f"  {line}")
+    if view.switch:
+        app.out.text(f"  {view.switch}")
     app.out.note(f"Next: `pyagent-node placement apply {view.name}` with the same options.")
 
 
@@ -101,7 +103,10 @@ def _show_plan(app: App, view: PlanView) -> None:
 @pass_app
 @placement_options
 def apply(app: App, request: LoadRequest) -> None:
-    """Place MODEL anew as `plan` says; answers in progress pause and go on."""
+    """Place MODEL anew as `plan` says; answers in progress go on.
+
+    The new slices are loaded beside those in force, then all nodes switch at once.
+    """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
 
     with Reporter(app.out) as report:

@@ -8,9 +8,15 @@ from typing import Final
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
+from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest, Drafting, PeerId, Placement, Rank
 from pyagent_node.consensus.commands import ModelRecord
-from pyagent_node.inference.pipeline.plan_types import ModelShape, Plan, PlanOptions
+from pyagent_node.inference.pipeline.plan_types import (
+    MEMORY_SHARE,
+    ModelShape,
+    Plan,
+    PlanOptions,
+)
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.api.placement_schema import PlannedRank, PlanView
@@ -46,6 +52,8 @@ class Draft(msgspec.Struct, frozen=True):
     before_seconds: float | None
     names: dict[PeerId, str]
     models: dict[Digest, str]
+    lacking: dict[PeerId, int]
+    """Bytes that nodes lack to hold the next ranks beside those in force."""
 
 
 def with_reserves(
@@ -105,6 +113,58 @@ def first_ranks(draft: Draft) -> tuple[Rank, ...]:
         )
 
     return tuple(map(there, draft.ranks))
+
+
+def lacking(
+    shape: ModelShape,
+    ranks: Sequence[Rank],
+    before: Placement | None,
+    free: Mapping[PeerId, int],
+    *,
+    n_ctx: int,
+    n_seq: int,
+) -> dict[PeerId, int]:
+    """Return the bytes of memory that nodes lack to load new ranks beside what they hold.
+
+    ``free`` are the bytes that nodes can give beside the placement as it is.  A slice that a node
+    has loaded with these sizes already, for a rank or as a standby, is not loaded again.
+    """
+    if before is None:
+        return {}
+    same_sizes = (before.n_ctx, before.n_seq) == (n_ctx, n_seq)
+    loaded = {
+        (peer, rank.slice)
+        for rank in before.ranks
+        for peer in (rank.peer_id, *rank.standbys)
+        if same_sizes
+    }
+    needs: dict[PeerId, int] = {}
+    for rank in ranks:
+        if (rank.peer_id, rank.slice) not in loaded:
+            need = shape.needs(rank.slice, n_ctx=n_ctx, n_seq=n_seq)
+            needs[rank.peer_id] = needs.get(rank.peer_id, 0) + need
+    return {
+        peer: need - int(free.get(peer, 0) * MEMORY_SHARE)
+        for peer, need in needs.items()
+        if need > free.get(peer, 0) * MEMORY_SHARE
+    }
+
+
+def switching(draft: Draft) -> str:
+    """Say how a draft comes into force: at once, or with a pause, where and why."""
+    before = draft.before
+    if before is None or same(draft):
+        return ""
+    if not draft.lacking:
+        return "new slices are loaded beside those in force; answers go on meanwhile"
+    short = ", ".join(
+        f"{draft.names.get(peer, peer[-8:])} lacks {-(-size // MIB)} MiB"
+        for peer, size in sorted(draft.lacking.items())
+    )
+    return (
+        f"{short} to hold the new slices beside the old: answers pause while they are loaded;"
+        " free memory there, choose other nodes, or place in smaller steps to avoid that"
+    )
 
 
 def token_seconds(
@@ -197,6 +257,7 @@ def plan_view(draft: Draft) -> PlanView:
         changes=tuple(_changes(draft, name)),
         explanation=draft.plan.explanation,
         guessing=describe(draft.drafting, lambda digest: _model(draft, digest), name),
+        switch=switching(draft),
     )
 
 

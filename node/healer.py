@@ -19,8 +19,10 @@ import trio
 from pyagent_node.base.errors import Conflict, DeadlineExceeded, PyAgentError, Unavailable
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, Placement
-from pyagent_node.consensus.commands import SetPlacement
+from pyagent_node.consensus.cluster import holders
+from pyagent_node.consensus.commands import DropPrepared, SetPlacement
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.state import is_member
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.detector import (
     BEAT_SECONDS,
@@ -41,6 +43,7 @@ from pyagent_node.node.placement_messages import (
     TryPeer,
 )
 from pyagent_node.node.replacement import Healing, heal
+from pyagent_node.node.resharding import given_up
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
@@ -190,12 +193,13 @@ class Healer:
 
     def _watch(self, nursery: trio.Nursery, now: float) -> None:
         """Ask those that hold something, and nobody else."""
-        named = {
-            peer
-            for placement in self._consensus.state.placements.values()
-            for rank in placement.ranks
-            for peer in (rank.peer_id, *rank.standbys, *rank.spares)
-        } - {self._mesh.peer_id}
+        state = self._consensus.state
+        named = {prepared.by for prepared in state.prepared.values()}
+        for placement in state.placements.values():
+            named |= holders(placement.ranks)
+        for prepared in state.prepared.values():
+            named |= holders(prepared.ranks)
+        named.discard(self._mesh.peer_id)
         self._detector.watch(named, now)
         for peer in self._polls.keys() - named:
             self._polls.pop(peer).cancel()
@@ -283,7 +287,7 @@ class Healer:
             self._mesh.peers(),
             now=now,
         )
-        healing = heal(placement, outlook)
+        healing = self._unprepare(digest, now) or heal(placement, outlook)
         if healing.problems != self._problems.get(digest, ()):
             for problem in healing.problems:
                 logger.warning("model %s: %s", digest[:12], problem)
@@ -294,6 +298,23 @@ class Healer:
         if healing.command is not None:
             self._proposing.add(digest)
             nursery.start_soon(self._propose, digest, healing)
+
+    def _unprepare(self, digest: Digest, now: float) -> Healing | None:
+        """Drop what was prepared when it cannot succeed any more."""
+        state = self._consensus.state
+        prepared = state.prepared.get(digest)
+        if prepared is None:
+            return None
+        members = state.members.values()
+        reason = given_up(
+            prepared,
+            health=self.health,
+            expelled=[m.peer_id for m in members if not is_member(m)],
+            silent={prepared.by: self._detector.silent_for(prepared.by, now)},
+        )
+        if reason is None:
+            return None
+        return Healing(DropPrepared(digest, prepared.number), (f"its change is dropped: {reason}",))
 
     async def _propose(self, digest: Digest, healing: Healing) -> None:
         assert healing.command is not None, "only changes are proposed"

@@ -7,10 +7,10 @@ as a standby is decided from one entry of the log to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank, Slice
 
 
 class RunnerKey(NamedTuple):
@@ -69,15 +69,18 @@ class Wanted(NamedTuple):
 NOTHING = Wanted(frozenset(), frozenset(), frozenset(), {})
 
 
-def runner_key(placement: Placement, rank: Rank) -> RunnerKey:
+def runner_key(placement: Placement | Prepared, rank: Rank) -> RunnerKey:
     """Return the runner that serves ``rank``, or stands by for it."""
     return RunnerKey(placement.model, rank.slice, placement.n_ctx, placement.n_seq)
 
 
-def wanted(placements: Iterable[Placement], peer_id: PeerId) -> Wanted:
+def wanted(
+    placements: Collection[Placement], peer_id: PeerId, prepared: Collection[Prepared] = ()
+) -> Wanted:
     """Return what the node ``peer_id`` has to hold.
 
-    Every node holds the head of every placed model, so that it can take requests.
+    Every node holds the head of every placed model, so that it can take requests.  What is
+    ``prepared`` is held beside, and serves nothing yet; the same slice is held once.
     """
     runners: set[RunnerKey] = set()
     spares: set[SpareKey] = set()
@@ -88,8 +91,11 @@ def wanted(placements: Iterable[Placement], peer_id: PeerId) -> Wanted:
         for rank in placement.ranks:
             if rank.peer_id == peer_id:
                 stages[placement.model, rank.rank] = placement
+    held: list[Placement | Prepared] = [*placements, *prepared]
+    for each in held:
+        for rank in each.ranks:
             if peer_id in (rank.peer_id, *rank.standbys):
-                runners.add(runner_key(placement, rank))
+                runners.add(runner_key(each, rank))
             elif peer_id in rank.spares:
-                spares.add(SpareKey(placement.model, rank.slice))
+                spares.add(SpareKey(each.model, rank.slice))
     return Wanted(frozenset(runners), frozenset(spares), frozenset(heads), stages)

@@ -35,6 +35,7 @@ from pyagent_node.node.placement_parts import Assets
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.placing import ModelDefaults
 from pyagent_node.node.planning import facts_reply, planner_shape, survey
+from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 
 _SLICE: Final = re.compile(r"[0-9]{1,6}-[0-9]{1,6}(\+head)?", re.ASCII)
@@ -54,11 +55,14 @@ async def open_models(
     memory: Callable[[], int] | None = None,
     assets: Assets | None = None,
     clock: Callable[[], float] = time.time,
+    behind: Callable[[Digest], int] | None = None,
 ) -> AsyncIterator[NodeModels]:
     """Host this node's parts of all placements, and serve models and facts to peers.
 
     ``name`` is the node's; ``threads`` is what each slice computes with and ``memory`` what models
-    may take (``None``: what is free).  ``assets`` is for tests.
+    may take (``None``: what is free).  ``assets`` is for tests.  ``behind`` returns how many KV
+    blocks of a model's sessions this node has still to send to prepared ranks: a change waits a
+    moment for them.
     """
 
     def held(digest: Digest) -> tuple[Slice, ...]:
@@ -70,7 +74,11 @@ async def open_models(
     else:
         facts = FactsProvider(peer_id, name, held, threads=threads, memory=memory)
     controller = PlacementController(
-        peer_id, consensus, pipeline, assets or LocalAssets(mesh, store, threads=threads)
+        peer_id,
+        consensus,
+        pipeline,
+        assets or LocalAssets(mesh, store, threads=threads),
+        behind=behind,
     )
 
     async def nodes(model: Digest) -> dict[PeerId, NodeFacts]:
@@ -87,6 +95,7 @@ async def open_models(
     )
 
     board = PlacementBoard(mesh, rpc, consensus, healer.reports)
+    resharder = Resharder(peer_id, consensus, board)
 
     def epoch_of(model: Digest) -> int:
         placement = consensus.state.placements.get(model)
@@ -107,6 +116,7 @@ async def open_models(
     async with background() as nursery:
         nursery.start_soon(controller.run)
         nursery.start_soon(healer.run)
+        nursery.start_soon(resharder.run)
         yield NodeModels(
             mesh=mesh,
             consensus=consensus,
@@ -117,6 +127,7 @@ async def open_models(
             blobs=blobs,
             defaults=defaults or ModelDefaults(),
             clock=clock,
+            resharder=resharder,
         )
 
 

@@ -47,6 +47,7 @@ from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.placement_messages import PlacementReports
 from pyagent_node.node.placing import ModelDefaults, Placer
+from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 
 __all__ = ["ModelDefaults", "NodeModels"]
@@ -73,6 +74,7 @@ class NodeModels:
         blobs: BlobServer,
         defaults: ModelDefaults,
         clock: Callable[[], float],
+        resharder: Resharder,
     ) -> None:
         self.blobs = blobs
         self._mesh = mesh
@@ -89,6 +91,7 @@ class NodeModels:
             board=board,
             defaults=defaults,
             find=self._find,
+            resharder=resharder,
         )
 
     # ---- looking ---------------------------------------------------------------------------

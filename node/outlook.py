@@ -146,7 +146,7 @@ def outlook_of(
         spares=state.settings.get("spares", 0),
         facts=sight.facts.get(placement.model),
         shape=sight.shapes.get(placement.model),
-        settled=sight.settled(placement, now),
+        settled=placement.model not in state.prepared and sight.settled(placement, now),
     )
 
 

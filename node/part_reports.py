@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, TypeVar
 
 from pyagent_node.base.errors import Unavailable
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank
 from pyagent_node.inference.drafting.remote_messages import DraftView
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage_types import StageView
@@ -13,6 +13,7 @@ from pyagent_node.node.keeping import Kept, Mortal
 from pyagent_node.node.placement_messages import (
     DrafterReport,
     HeadReport,
+    PreparedReport,
     RankReport,
     ReserveReport,
 )
@@ -81,6 +82,21 @@ def reserve_report(
         done=kept.done,
         total=kept.total,
         memory_bytes=memory,
+    )
+
+
+def prepared_report(prepared: Prepared, rank: Rank, kept: Kept[StageRunner]) -> PreparedReport:
+    """Return the report of a rank that is loaded beside those in force."""
+    return PreparedReport(
+        model=prepared.model,
+        number=prepared.number,
+        rank=rank.rank,
+        state=kept.state,
+        error=kept.failure,
+        failures=kept.failures,
+        done=kept.done,
+        total=kept.total,
+        memory_bytes=kept.value.info.memory_bytes if kept.value is not None else None,
     )
 
 

@@ -34,10 +34,11 @@ from pyagent_node.node.placement_messages import (
     DrafterReport,
     HeadReport,
     PlacementReports,
+    PreparedReport,
     RankReport,
     ReserveReport,
 )
-from pyagent_node.node.placement_views import drafter_view, rank_view, reserve_of, reserve_view
+from pyagent_node.node.placement_views import drafter_view, rank_view, reserve_view
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
@@ -182,15 +183,15 @@ class PlacementBoard:
                 if now - heard[rank.peer_id] > LOST_SECONDS:
                     raise not_hosted(f"rank {rank.rank}", rank.peer_id, rank=rank.rank)
                 if found is not None:
-                    _raise_if_final(found, f"Rank {rank.rank} on {rank.peer_id}", rank)
+                    raise_if_final(found, f"Rank {rank.rank} on {rank.peer_id}", rank)
             if head is not None:
-                _raise_if_final(head, "The head on this node", None)
+                raise_if_final(head, "The head on this node", None)
             if guesser is not None:
                 if now - heard[guesser] > LOST_SECONDS:
                     raise not_hosted("the drafter", guesser)
                 drafts = _drafter_of(placement, reports)
                 if drafts is not None:
-                    _raise_if_final(drafts, f"The drafter on {guesser}", None)
+                    raise_if_final(drafts, f"The drafter on {guesser}", None)
                 parts = [*ranks, drafts]
             else:
                 parts = [*ranks]
@@ -207,43 +208,6 @@ class PlacementBoard:
                     f" {STALL_SECONDS:.0f} s.",
                     code="load_stalled",
                     remedy="See the logs of the nodes whose ranks are not ready.",
-                )
-            await trio.sleep(POLL_SECONDS)
-
-    async def wait_loaded(
-        self, placement: Placement, peers: Mapping[int, PeerId], report: Report
-    ) -> None:
-        """Wait until these standbys, by rank, are loaded.
-
-        Raises the error of one that cannot be, and as :meth:`wait_ready` does.
-        """
-        started = trio.current_time()
-        while True:
-            current = self._consensus.state.placements.get(placement.model)
-            if current is None or current.epoch != placement.epoch:
-                raise Conflict(
-                    "The model was unloaded or placed anew meanwhile.", code="stale_epoch"
-                )
-            told = await self.reports(peers.values())
-            loaded = 0
-            for at, peer in peers.items():
-                rank = current.ranks[at]
-                if peer not in rank.standbys:
-                    loaded += 1  # the mesh wants no standbys: it is loaded when it gets the rank
-                    continue
-                found = reserve_of(current, rank, peer, told.get(peer))
-                if found is not None:
-                    _raise_if_final(found, f"Rank {at} on {peer}", rank)
-                    loaded += found.state == "ready"
-            report(Progress(step="warm", text="loading standbys", done=loaded, total=len(peers)))
-            if loaded == len(peers):
-                return
-            if trio.current_time() - started > STALL_SECONDS:
-                raise DeadlineExceeded(
-                    f"{loaded} of {len(peers)} slices were loaded on their new nodes within"
-                    f" {STALL_SECONDS:.0f} s.",
-                    code="load_stalled",
-                    remedy="See the logs of the nodes that were to load them.",
                 )
             await trio.sleep(POLL_SECONDS)
 
@@ -315,9 +279,10 @@ def _head_of(placement: Placement, told: PlacementReports | None) -> HeadReport 
     return None
 
 
-def _raise_if_final(
-    found: RankReport | HeadReport | ReserveReport | DrafterReport, who: str, rank: Rank | None
+def raise_if_final(
+    found: RankReport | PreparedReport | HeadReport | DrafterReport, who: str, rank: Rank | None
 ) -> None:
+    """Raise the error of a part of ``who`` that another attempt will not cure."""
     if found.state != "failed" or found.error is None:
         return
     error = error_from_info(found.error)

@@ -56,6 +56,20 @@ class ReserveReport(msgspec.Struct, frozen=True):
     memory_bytes: int | None = None
 
 
+class PreparedReport(msgspec.Struct, frozen=True):
+    """A rank of preparation ``number`` that the reporting node loads beside what it serves."""
+
+    model: Digest
+    number: int
+    rank: int
+    state: HostState
+    error: ErrorInfo | None = None
+    failures: int = 0
+    done: int = 0
+    total: int | None = None
+    memory_bytes: int | None = None
+
+
 class HeadReport(msgspec.Struct, frozen=True):
     """Whether the reporting node can be head for a placed model, and how far it is."""
 
@@ -93,6 +107,8 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
     ``cut`` names the neighbours of its ranks that it is not connected to, and for how many
     seconds.  ``problems`` is what the node, if it leads, would like to change and cannot, by model.
     ``leaving`` counts processes that nothing wants any more and that have not ended yet.
+    ``behind`` counts, for models with prepared ranks, the KV blocks of running sessions that the
+    node holds and that have not got to the next ranks yet.
     """
 
     ranks: tuple[RankReport, ...]
@@ -102,6 +118,8 @@ class PlacementReports(msgspec.Struct, frozen=True, tag="placement_reports"):
     problems: dict[Digest, tuple[str, ...]] = {}
     leaving: int = 0
     drafters: tuple[DrafterReport, ...] = ()
+    prepared: tuple[PreparedReport, ...] = ()
+    behind: dict[Digest, int] = {}
 
 
 class AreYouThere(msgspec.Struct, frozen=True, tag="are_you_there"):

@@ -5,14 +5,15 @@ runners of its ranks and standbys, slice files of its spares, and the head of ev
 that any node can take requests.  These outlive a placement: under a new epoch only what is new is
 started, so that a standby serves its rank as soon as the entry that says so is applied.  What fails
 is tried again with growing pauses; what nothing wants any more is stopped before anything new
-starts, since both may not fit the memory.
+starts, since both may not fit the memory.  What is only prepared is loaded beside the rest: the
+placement in force serves on, and when the log commits the change the runners are there already.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -20,7 +21,7 @@ from typing import TypeVar
 import trio
 
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, RunnerFailed
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.pipeline.pipeline import Pipeline
@@ -37,7 +38,13 @@ from pyagent_node.node.holdings import (
     wanted,
 )
 from pyagent_node.node.keeping import FIRST_PAUSE, HostProgress, Kept, Mortal
-from pyagent_node.node.part_reports import Rate, head_report, rank_report, reserve_report
+from pyagent_node.node.part_reports import (
+    Rate,
+    head_report,
+    prepared_report,
+    rank_report,
+    reserve_report,
+)
 from pyagent_node.node.placement_messages import PlacementReports, ReserveReport
 from pyagent_node.node.placement_parts import Assets, HeadParts
 
@@ -76,13 +83,17 @@ class PlacementController:
         assets: Assets,
         *,
         rng: random.Random | None = None,
+        behind: Callable[[Digest], int] | None = None,
     ) -> None:
+        """``behind`` counts the KV blocks of a model's sessions still to go to prepared ranks."""
         self._peer_id = peer_id
         self._consensus = consensus
         self._pipeline = pipeline
         self._assets = assets
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
+        self._behind = behind
         self._placements: Mapping[Digest, Placement] = {}
+        self._prepared: Mapping[Digest, Prepared] = {}
         self._wanted: Wanted = NOTHING
         self._runners: dict[RunnerKey, Kept[StageRunner]] = {}
         self._spares: dict[SpareKey, Kept[_OnDisk]] = {}
@@ -115,10 +126,11 @@ class PlacementController:
 
     def _reconcile(self, nursery: trio.Nursery) -> None:
         state = self._consensus.state
-        if state.placements is self._placements:
+        if state.placements is self._placements and state.prepared is self._prepared:
             return
         before, self._placements = self._placements, state.placements
-        self._wanted = wanted(self._placements.values(), self._peer_id)
+        self._prepared = state.prepared
+        self._wanted = wanted(self._placements.values(), self._peer_id, self._prepared.values())
         engine = self._pipeline.engine
         for digest in before.keys() - self._placements.keys():
             self._withdraw(digest)
@@ -309,6 +321,13 @@ class PlacementController:
             tuple(reserves),
             leaving=leaving,
             drafters=self._drafters.reports(),
+            prepared=tuple(
+                prepared_report(prepared, rank, self._runners[runner_key(prepared, rank)])
+                for prepared in self._prepared.values()
+                for rank in prepared.ranks
+                if rank.peer_id == self._peer_id
+            ),
+            behind={m: self._behind(m) for m in self._prepared} if self._behind else {},
         )
 
     def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:

@@ -2,14 +2,15 @@
 
 ``load`` asks every node for its facts, plans, proposes the placement with its standbys and waits
 until every rank is ready; what cannot get ready, or is given up, is taken back.  ``plan`` says what
-planning again would change, ``apply`` changes it; sessions go on under the new placement.  What
-happens to a placement later, without anybody asking, is ``healer``'s.
+planning again would change, ``apply`` changes it: the new ranks are loaded beside those in force
+before they take their place (``resharding``), where nodes have the memory for both.  What happens
+to a placement later, without anybody asking, is ``healer``'s and ``rebalancing``'s.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -24,7 +25,6 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Drafting, PeerId, Placement
-from pyagent_node.consensus.checks import MAX_STANDBYS
 from pyagent_node.consensus.commands import (
     ModelRecord,
     RemovePlacement,
@@ -46,9 +46,11 @@ from pyagent_node.node.drafts import (
     check_reserves,
     chooses,
     first_ranks,
+    lacking,
     plan_view,
     same,
     same_cut,
+    switching,
     token_seconds,
     with_reserves,
 )
@@ -56,6 +58,7 @@ from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.guessing import moved, says
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
+from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.models")
@@ -87,6 +90,7 @@ class Placer:
         board: PlacementBoard,
         defaults: ModelDefaults,
         find: Callable[[str], Awaitable[ModelRecord]],
+        resharder: Resharder,
     ) -> None:
         self._mesh = mesh
         self._consensus = consensus
@@ -96,6 +100,7 @@ class Placer:
         self._board = board
         self._defaults = defaults
         self._find = find
+        self._resharder = resharder
         self._guessing = DrafterPlacer(mesh, consensus, store, find)
 
     # ---- load, plan, apply -----------------------------------------------------------------
@@ -140,7 +145,7 @@ class Placer:
             request,
             record,
             current.drafting,
-            lambda: self._swarm(record, None),
+            lambda: self._plain_swarm(record),
             n_ctx=current.n_ctx,
             n_seq=current.n_seq,
         )
@@ -183,7 +188,7 @@ class Placer:
         report(Progress(step="plan", text="measuring the nodes"))
         header = await self._header(record, report)
         before = self._current(record)
-        swarm = await self._swarm(record, before)
+        swarm, free = await self._swarm(record, before)
         nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
         try:
             check_sliceable(header)
@@ -230,10 +235,19 @@ class Placer:
             token_seconds(shape, before, swarm, self._mesh.peer_id),
             {node.peer_id: node.name for node in swarm.nodes},
             {model.digest: model.name for model in self._consensus.state.models.values()},
+            lacking(shape, ranks, before, free, n_ctx=n_ctx, n_seq=n_seq),
         )
 
-    async def _swarm(self, record: ModelRecord, before: Placement | None) -> Swarm:
-        """Return the nodes that may take work, with the memory that this model gives back."""
+    async def _plain_swarm(self, record: ModelRecord) -> Swarm:
+        return (await self._swarm(record, None))[0]
+
+    async def _swarm(
+        self, record: ModelRecord, before: Placement | None
+    ) -> tuple[Swarm, dict[PeerId, int]]:
+        """Return the nodes that may take work, with the memory that this model gives back.
+
+        Also what memory they have beside it.
+        """
         swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
         draining = {m.peer_id for m in self._consensus.state.members.values() if m.draining}
         used = await self._board.memory(before) if before is not None else {}
@@ -244,7 +258,8 @@ class Placer:
             for node in swarm.nodes
             if node.peer_id not in draining
         ]
-        return Swarm(nodes, swarm.rtt_ms)
+        free = {node.peer_id: node.memory_bytes for node in swarm.nodes}
+        return Swarm(nodes, swarm.rtt_ms), free
 
     def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
         n_ctx = request.n_ctx
@@ -280,8 +295,8 @@ class Placer:
             logger.info("%s: %s", draft.record.name, line)
         done = False
         try:
-            await self._warm_up(draft, report)
-            placement = await self._guessing.say(await self._place(draft), draft.drafting)
+            placed = await self._place(draft, report)
+            placement = await self._guessing.say(placed, draft.drafting)
             fresh = moved(draft.before.drafting if draft.before else None, placement.drafting)
             what = "; ".join(draft.plan.explanation)
             report(Progress(step="place", text=f"placed at epoch {placement.epoch}: {what}"))
@@ -293,28 +308,6 @@ class Placer:
                 with trio.CancelScope(shield=True), trio.move_on_after(TAKE_BACK_SECONDS):
                     await self._take_back(draft)
         return await self._await(ready, report)
-
-    async def _warm_up(self, draft: Draft, report: Report) -> None:
-        """Load the slices that move to other nodes there first, so that sessions hardly pause."""
-        before = draft.before
-        if before is None or not same_cut(before, draft.ranks, draft.n_ctx, draft.n_seq):
-            return
-        movers = {
-            rank.rank: rank.peer_id
-            for rank, old in zip(draft.ranks, before.ranks, strict=True)
-            if rank.peer_id != old.peer_id
-        }
-        if not movers:
-            return
-        await self._consensus.propose(
-            SetStandbys(
-                before.model,
-                tuple(_with_first(movers.get(r.rank), r.standbys) for r in before.ranks),
-                tuple(tuple(p for p in r.spares if p != movers.get(r.rank)) for r in before.ranks),
-                before.epoch,
-            )
-        )
-        await self._board.wait_loaded(before, movers, report)
 
     async def _reserve(self, draft: Draft, placement: Placement) -> None:
         """Name standbys and spares as drafted; they load while the placement serves already."""
@@ -333,19 +326,25 @@ class Placer:
         except PyAgentError as error:
             logger.info("standbys are left to the leader: %s", error)
 
-    async def _place(self, draft: Draft) -> Placement:
+    async def _place(self, draft: Draft, report: Report) -> Placement:
+        """Put a draft into force: beside what serves if that fits, else in its place."""
         digest = draft.record.digest
-        await self._consensus.propose(
-            SetPlacement(
-                model=digest,
-                ranks=first_ranks(draft),
-                n_ctx=draft.n_ctx,
-                n_seq=draft.n_seq,
-                after_epoch=draft.before.epoch if draft.before is not None else 0,
-                want_standbys=draft.want_standbys,
-                want_spares=draft.want_spares,
-            )
+        command = SetPlacement(
+            model=digest,
+            ranks=first_ranks(draft),
+            n_ctx=draft.n_ctx,
+            n_seq=draft.n_seq,
+            after_epoch=draft.before.epoch if draft.before is not None else 0,
+            want_standbys=draft.want_standbys,
+            want_spares=draft.want_spares,
         )
+        report(Progress(step="place", text=switching(draft) or "placing the model"))
+        if draft.before is not None and not draft.lacking:
+            return await self._resharder.reshard(command, report)
+        if draft.before is not None:
+            logger.warning("%s: %s", draft.record.name, switching(draft))
+            self._resharder.check_idle(digest)
+        await self._consensus.propose(command)
         placement = self._consensus.state.placements.get(digest)
         if placement is None or not same_cut(placement, draft.ranks, draft.n_ctx, draft.n_seq):
             raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
@@ -385,10 +384,3 @@ class Placer:
             if (view.model, view.epoch) == (ready.model, ready.epoch):
                 return view
         raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
-
-
-def _with_first(peer: PeerId | None, others: Sequence[PeerId]) -> tuple[PeerId, ...]:
-    """Return ``others`` with ``peer``, if there is one, in front; at most so many as allowed."""
-    if peer is None:
-        return tuple(others)
-    return (peer, *(other for other in others if other != peer))[:MAX_STANDBYS]

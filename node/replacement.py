@@ -18,7 +18,12 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pyagent_node.base.types import PeerId, Placement, Rank
-from pyagent_node.consensus.commands import SetDrafting, SetPlacement, SetStandbys
+from pyagent_node.consensus.commands import (
+    DropPrepared,
+    SetDrafting,
+    SetPlacement,
+    SetStandbys,
+)
 from pyagent_node.inference.pipeline.plan_types import MEMORY_SHARE, ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.detector import Health
@@ -70,7 +75,7 @@ class Outlook(msgspec.Struct, frozen=True):
 class Healing(NamedTuple):
     """What to propose, if anything, why, and what cannot be helped now."""
 
-    command: SetPlacement | SetStandbys | SetDrafting | None
+    command: SetPlacement | SetStandbys | SetDrafting | DropPrepared | None
     reasons: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 

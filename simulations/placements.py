@@ -44,6 +44,7 @@ from pyagent_node.node.placement_messages import (
 from pyagent_node.node.placement_parts import HeadParts
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.planning import facts_reply, survey
+from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.simulations.backend import (
     N_EMBD,
@@ -206,6 +207,7 @@ class HostingNode(NamedTuple):
     controller: PlacementController
     board: PlacementBoard
     healer: Healer
+    resharder: Resharder
 
     async def ask(self, tokens: list[int], n: int, params: SamplingParams) -> list[int]:
         """Return the tokens of an answer."""
@@ -270,6 +272,20 @@ class HostingWorld:
         ``standbys`` and ``spares`` name nodes for each rank, for all ranks or for none.
         """
         consensus = self.nodes[0].consensus
+        await consensus.propose(RegisterModel(RECORD))
+        await consensus.propose(self.command(boundaries, nodes, standbys=standbys, spares=spares))
+        return consensus.state.placements[MODEL]
+
+    def command(
+        self,
+        boundaries: tuple[int, ...],
+        nodes: tuple[int, ...],
+        *,
+        by: int = 0,
+        standbys: Reserves = (),
+        spares: Reserves = (),
+    ) -> SetPlacement:
+        """Return what :meth:`place` proposes, after what node ``by`` sees in force."""
         cuts = (0, *boundaries, N_LAYERS)
         last = len(cuts) - 2
         ranks = tuple(
@@ -282,12 +298,8 @@ class HostingWorld:
             )
             for r in range(last + 1)
         )
-        before = consensus.state.placements.get(MODEL)
-        await consensus.propose(RegisterModel(RECORD))
-        await consensus.propose(
-            SetPlacement(MODEL, ranks, 4096, 4, before.epoch if before is not None else 0)
-        )
-        return consensus.state.placements[MODEL]
+        before = self.nodes[by].consensus.state.placements.get(MODEL)
+        return SetPlacement(MODEL, ranks, 4096, 4, before.epoch if before is not None else 0)
 
     async def unplace(self) -> None:
         """Propose to remove the placement."""
@@ -331,6 +343,7 @@ async def _node(
             shapes=_shape,
         )
         board = PlacementBoard(mesh, rpc, consensus, healer.reports)
+        resharder = Resharder(mesh.peer_id, consensus, board)
 
         async def answer(
             asker: PeerId, ask: AskPlacements, tail: bytes
@@ -348,7 +361,8 @@ async def _node(
         nursery.start_soon(controller.run)
         if heal:
             nursery.start_soon(healer.run)
-        yield HostingNode(mesh, consensus, pipeline, assets, controller, board, healer)
+        nursery.start_soon(resharder.run)
+        yield HostingNode(mesh, consensus, pipeline, assets, controller, board, healer, resharder)
 
 
 async def _shape(digest: Digest) -> ModelShape:

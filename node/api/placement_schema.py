@@ -29,7 +29,8 @@ class PlanView(msgspec.Struct, frozen=True, kw_only=True):
     ``epoch`` is that of the placement as it is, ``None`` when the model is not loaded.
     ``token_seconds`` is the predicted time of one token, ``token_seconds_now`` that of the
     placement as it is (``None`` when a node of it does not answer).  ``changes`` is empty when
-    nothing would change; ``explanation`` says what decided, ``guessing`` who would guess.
+    nothing would change; ``explanation`` says what decided, ``guessing`` who would guess and
+    ``switch`` what running answers would notice of the change.
     """
 
     model: Digest
@@ -43,6 +44,7 @@ class PlanView(msgspec.Struct, frozen=True, kw_only=True):
     changes: tuple[str, ...]
     explanation: tuple[str, ...]
     guessing: str = ""
+    switch: str = ""
 
 
 class PlacementsReply(msgspec.Struct, frozen=True):
