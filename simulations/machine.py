@@ -42,7 +42,7 @@ from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
-from pyagent_node.simulations.drafters import Guessers, SwarmAssets
+from pyagent_node.simulations.guessers import Guessers, SwarmAssets
 from pyagent_node.simulations.members import EPOCH, membership_of
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer

@@ -26,8 +26,8 @@ from pyagent_node.consensus.commands import (
 from pyagent_node.consensus.port import Applied
 from pyagent_node.consensus.state import is_member
 from pyagent_node.node.nurseries import background
-from pyagent_node.simulations.drafters import DRAFT_RECORD
 from pyagent_node.simulations.draws import N_LAYERS
+from pyagent_node.simulations.guessers import DRAFT_RECORD
 from pyagent_node.simulations.machine import Machine
 from pyagent_node.simulations.members import certificate_of
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network

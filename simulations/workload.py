@@ -25,7 +25,8 @@ from pyagent_node.inference.generation import (
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.journal_messages import public_id
 from pyagent_node.node.live_session import Reader
-from pyagent_node.simulations.drafters import COMBINED, DRAFTERS, MODEL, RANK, SUFFIX, answer_to
+from pyagent_node.simulations.drafters import answer_to
+from pyagent_node.simulations.guessers import COMBINED, DRAFTERS, MODEL, RANK, SUFFIX
 from pyagent_node.simulations.machine import session_ids
 from pyagent_node.simulations.pipeline import NAME
 

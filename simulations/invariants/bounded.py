@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import trio
 
 from pyagent_node.inference.pipeline.stage_types import StageLimits
-from pyagent_node.simulations.drafters import DraftingRunner
+from pyagent_node.simulations.guessers import DraftingRunner
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from pyagent_node.simulations.drafters import DraftingRunner
+from pyagent_node.simulations.guessers import DraftingRunner
 from pyagent_node.simulations.invariants.port import Always
 
 if TYPE_CHECKING:
