@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.sharding.kv_codec import KvShape
 
 Tokens = NDArray[np.int32]
 Activations = NDArray[np.float32]
@@ -44,6 +45,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     activations) were bit-identical to width 1 in the self-test; ``kv_portable`` says whether an
     exported KV range loaded again with identical results.
     ``joint_shapes`` are pairs (sequences, rows of each) that were bit-identical too.
+    ``kv_shape`` are the rows of a layer, when all layers have such rows in f16.
     ``kv_codec`` names the cell format of its :class:`KvRange`, empty where KV is not portable.
     """
 
@@ -61,6 +63,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     batch_invariant_widths: tuple[int, ...]
     kv_portable: bool
     joint_shapes: tuple[tuple[int, int], ...] = ()
+    kv_shape: KvShape | None = None
     kv_codec: str = ""
 
     @property

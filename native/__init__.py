@@ -1,4 +1,4 @@
-"""The Rust module under Python: hashing, sampling, suffixes, tensor tap, network cipher, Raft."""
+"""The Rust module under Python: hashing, sampling, KV, suffixes, tensor tap, cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,
@@ -17,6 +17,8 @@ from pyagent_node.native._native import (
     gumbel,
     hash_chain,
     hash_file,
+    kv_decode,
+    kv_encode,
     sample,
 )
 
@@ -37,5 +39,7 @@ __all__ = [
     "gumbel",
     "hash_chain",
     "hash_file",
+    "kv_decode",
+    "kv_encode",
     "sample",
 ]

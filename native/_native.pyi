@@ -25,6 +25,8 @@ __all__ = [
     "gumbel",
     "hash_chain",
     "hash_file",
+    "kv_decode",
+    "kv_encode",
     "sample",
 ]
 
@@ -574,6 +576,32 @@ def hash_chain(parent: Buffer, tokens: NDArray[np.int32], block: int) -> bytes:
     Each digest is BLAKE3 of the digest before it (``parent``, 32 bytes, for the first) followed by
     the block's ``block`` tokens as little-endian 32-bit integers.  Tokens after the last whole
     block do not count.
+    """
+
+def kv_encode(
+    level: int,
+    keys: Buffer,
+    values: Buffer,
+    *,
+    tokens: int,
+    heads: int,
+    width: int,
+    rope_base: float = 0.0,
+    rope_halves: bool = False,
+) -> bytes:
+    """Return the rows of one layer for up to 64 tokens as a block; see ``sharding.kv_codec``.
+
+    ``keys`` and ``values`` hold ``tokens`` rows of ``heads * width`` little-endian f16 each.
+    ``rope_base`` is the base of the rotation that the keys have been through, 0 when it is not
+    known; ``rope_halves`` says that it turns number i with number i + width / 2 of a head.  Raises
+    ``ValueError`` for numbers out of range, rows of another length, and NaN or infinity at a level
+    that is not exact.
+    """
+
+def kv_decode(block: Buffer, /) -> tuple[int, int, int, int, bytes, bytes]:
+    """Return what a block holds: (level, tokens, heads, width, keys, values).
+
+    Raises ``ValueError`` for anything but a whole and undamaged block.
     """
 
 def gumbel(seed: int, position: int, n: int) -> NDArray[np.float64]:

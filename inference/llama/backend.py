@@ -48,16 +48,19 @@ from pyagent_node.inference.llama.batching import (
 )
 from pyagent_node.inference.llama.cells import CODEC, CellStore
 from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
+from pyagent_node.inference.llama.kv_state import CellLayout, RowKind
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
 from pyagent_node.inference.llama.rows import call_rows, with_companion
 from pyagent_node.inference.llama.selftest import LONG, run_self_test
 from pyagent_node.inference.llama.sequences import SequenceLog
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.gguf_header import GgufHeader, read_header
+from pyagent_node.inference.models.kv_rows import kv_shape
 from pyagent_node.inference.models.slicing import SLICE_KEY
 from pyagent_node.inference.sampling import Sampled
 from pyagent_node.inference.trees import check_tree, decode_tree, reach
 from pyagent_node.native import sample
+from pyagent_node.sharding.kv_codec import KvShape
 
 MAX_N_SEQ: Final = 64
 MAX_THREADS: Final = 512
@@ -145,6 +148,7 @@ class LlamaBackend:
             kv_portable=findings.kv_portable,
             kv_codec=CODEC if findings.kv_portable else "",
             joint_shapes=findings.shapes,
+            kv_shape=_kv_shape(header, layout),
         )
 
     @property
@@ -430,6 +434,13 @@ class LlamaBackend:
         (``kv_malformed``, ``not_finite``).  On any of these the sequence is unchanged.
         """
         self._cells.load(self._log(seq), kv, tokens)
+
+
+def _kv_shape(header: GgufHeader, layout: CellLayout | None) -> KvShape | None:
+    """Return the shape of every layer's rows, when there is one."""
+    shape = kv_shape(header)
+    rows = RowKind(GGML_F16, shape.row_bytes)
+    return shape if layout is not None and {*layout.keys, *layout.values} == {rows} else None
 
 
 def _refuted(step: StepInput, stop: int, sampled: tuple[Sampled, ...]) -> bool:

@@ -29,7 +29,7 @@ from pyagent_node.inference.llama.sequences import SequenceLog
 CODEC: Final = f"llama.cpp/{library.VERSION}/f16"
 """Names the cell format of exported KV."""
 
-_F16: Final = 1
+GGML_F16: Final = 1
 """``GGML_TYPE_F16``."""
 
 
@@ -112,7 +112,7 @@ class CellStore:
                         code="kv_malformed",
                         layer=layer.layer,
                     )
-                if kind.type == _F16 and not np.isfinite(np.frombuffer(data, "<f2")).all():
+                if kind.type == GGML_F16 and not np.isfinite(np.frombuffer(data, "<f2")).all():
                     # it would stay behind and reach the next user of the sequence
                     raise CorruptData(
                         f"The KV of layer {layer.layer} is not all finite.", code="not_finite"

@@ -7,6 +7,7 @@
 mod buffers;
 mod choice;
 mod hash;
+mod kv;
 mod philox;
 mod problem;
 mod raft;
@@ -22,6 +23,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
+    #[pymodule_export]
+    use super::kv::{kv_decode, kv_encode};
     #[pymodule_export]
     use super::philox::gumbel;
     #[pymodule_export]

@@ -1,0 +1,106 @@
+"""KV blocks as bytes: the keys and values of one layer for up to 64 tokens.  Pure; native.
+
+A block says what it holds, in a versioned header with a checksum over everything (``native/src/kv/
+header.rs``), so that bytes from a disk or a peer are either the rows that somebody encoded, or an
+error.  Levels:
+
+``f16``
+    exact: every bit comes back.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple, get_args
+
+import msgspec
+
+from pyagent_node.base.errors import CorruptData, InvalidRequest
+from pyagent_node.native import kv_decode, kv_encode
+
+Level = Literal["f16"]
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
+"""Every level, the exact one first, then by size."""
+EXACT: Final[Level] = "f16"
+
+MAX_TOKENS: Final = 64
+"""The most tokens in a block."""
+MAX_ROW: Final = 1 << 16
+"""The most numbers in a row of keys or of values."""
+_F16: Final = 2
+
+_NUMBERS: Final[dict[Level, int]] = {"f16": 0}
+_NAMES: Final = {number: level for level, number in _NUMBERS.items()}
+
+
+class KvShape(msgspec.Struct, frozen=True, gc=False):
+    """The rows of a model's KV: ``heads`` heads (of keys) of ``width`` numbers.
+
+    ``rope_base`` is the base of the rotation by position that keys have been through, and
+    ``rope_halves`` says that it turns number i of a head with number i + width / 2 (as in Qwen),
+    not 2i with 2i + 1 (as in Llama).  With a base of 0 (not known) lossy levels need more bytes.
+    """
+
+    heads: int
+    width: int
+    rope_base: float = 0.0
+    rope_halves: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of keys, and of a row of values."""
+        return self.heads * self.width * _F16
+
+
+class Rows(NamedTuple):
+    """Rows of one layer, in f16 as the backend keeps them: ``tokens * row_bytes`` bytes each."""
+
+    keys: bytes
+    values: bytes
+
+
+def encode(level: Level, keys: bytes, values: bytes, *, tokens: int, shape: KvShape) -> bytes:
+    """Return a block of the rows of ``tokens`` tokens.  The interpreter lock is released meanwhile.
+
+    Raises :class:`InvalidRequest` (``kv_shape``) when the rows do not have the shape, when that is
+    out of bounds, for an unknown level, and for NaN or infinity at a level that is not exact.
+    """
+    number = _NUMBERS.get(level)
+    if number is None:
+        raise _unfit(f"there is no level {level!r}")
+    try:
+        return kv_encode(
+            number,
+            keys,
+            values,
+            tokens=tokens,
+            heads=shape.heads,
+            width=shape.width,
+            rope_base=shape.rope_base,
+            rope_halves=shape.rope_halves,
+        )
+    except (ValueError, OverflowError) as error:
+        raise _unfit(str(error)) from None
+
+
+def decode(level: Level, block: bytes, *, tokens: int, shape: KvShape) -> Rows:
+    """Return the rows of a block.  The interpreter lock is released meanwhile.
+
+    Raises :class:`CorruptData`: ``kv_damaged`` for bytes that are truncated, changed or no block,
+    ``kv_mislabelled`` for a whole block that is not of this level, number of tokens and shape.
+    """
+    try:
+        number, found, heads, width, keys, values = kv_decode(block)
+    except ValueError as error:
+        raise CorruptData(f"A KV block was refused: {error}.", code="kv_damaged") from None
+    if (_NAMES.get(number), found, heads, width) != (level, tokens, shape.heads, shape.width):
+        raise CorruptData(
+            f"A KV block was refused: it has {found} tokens of {heads} heads of {width} at level"
+            f" number {number}, where {tokens} of {shape.heads} of {shape.width} at {level!r} were"
+            " expected.",
+            code="kv_mislabelled",
+        )
+    return Rows(keys, values)
+
+
+def _unfit(what: str) -> InvalidRequest:
+    return InvalidRequest(f"No KV block can be made: {what}.", code="kv_shape")
