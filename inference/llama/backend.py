@@ -46,7 +46,7 @@ from pyagent_node.inference.llama.batching import (
     StepShape,
     preference,
 )
-from pyagent_node.inference.llama.cells import CODEC, CellStore
+from pyagent_node.inference.llama.cells import CODEC, GGML_F16, CellStore
 from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
 from pyagent_node.inference.llama.kv_state import CellLayout, RowKind
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
