@@ -25,15 +25,17 @@ class Stream:
         self.tokens: list[int] = []
         self.text = ""
         self.done = False
-        self._parts_read: Iterator[dict] | None = None
+        self._response: httpx.Response | None = None
+        self._parts_read: Iterator[dict] = iter(())
 
     def read(self, response: httpx.Response, most: int) -> None:
         """Read until there are ``most`` tokens, or the stream ends or breaks."""
         assert response.status_code == 200, response.read()
         self.session = response.headers["x-session-id"]
         try:
-            # kept, for a generator that is let go of hangs up, and that ends the session
-            self._parts_read = self._parts(response)
+            if response is not self._response:
+                # kept, for a generator that is let go of hangs up, and that ends the session
+                self._response, self._parts_read = response, self._parts(response)
             for part in self._parts_read:
                 assert "error" not in part, part
                 for choice in part["choices"]:
@@ -99,6 +101,24 @@ def voters_first(nodes: list[LocalNode]) -> list[LocalNode]:
     return sorted(nodes, key=lambda node: node.peer_id not in consensus.voters)
 
 
+def moves_and_copies(here: LocalNode, there: LocalNode, want: Stream, asked: object) -> None:
+    """Move a session while it is read, and go on with a copy of it."""
+    got, copy = Stream(), Stream()
+    with httpx.stream("POST", url(here) + "/v1/completions", json=asked, timeout=60) as reply:
+        got.read(reply, 100)
+        moved = here.client.sessions.move(got.session, there.name)
+        assert moved.peer_id == there.peer_id
+        (row,) = [r for r in there.client.sessions.list().sessions if r.session == got.session]
+        assert row.part == "head"
+        data = there.client.sessions.write_out(got.session)
+        got.read(reply, len(want.tokens) + 1)
+    assert got.done
+    assert (got.tokens, got.text) == (want.tokens, want.text)
+    copy.session = here.client.sessions.read_in(data).session
+    go_on(here, copy, len(want.tokens) + 1)
+    assert (copy.tokens, copy.text) == (want.tokens, want.text)
+
+
 def test_heads_die_and_the_answer_goes_on(bundled_model: Path) -> None:
     n = 300
     with local_swarm(4) as nodes:
@@ -110,6 +130,7 @@ def test_heads_die_and_the_answer_goes_on(bundled_model: Path) -> None:
         for node in nodes:
             until(node.client, lambda node=node: node.client.ready().ready, node.name)
         want = whole(fourth, model, n)
+        moves_and_copies(fourth, third, want, body(model, n))
         got = Stream()
         asked = body(model, n)
         with httpx.stream("POST", url(fourth) + "/v1/completions", json=asked, timeout=60) as reply:
