@@ -18,6 +18,7 @@ from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.bench_consensus import consensus
 from pyagent_node.cli.bench_edge import edge
 from pyagent_node.cli.bench_failover import failover
+from pyagent_node.cli.bench_reshard import reshard
 from pyagent_node.cli.bench_simulator import simulator
 from pyagent_node.cli.bench_speculation import speculation
 from pyagent_node.cli.demo import MAX_NODES, N_CTX, model_file, place
@@ -56,6 +57,7 @@ def bench_command() -> None:
 bench_command.add_command(consensus)
 bench_command.add_command(simulator)
 bench_command.add_command(failover)
+bench_command.add_command(reshard)
 bench_command.add_command(edge)
 bench_command.add_command(speculation)
 
