@@ -177,7 +177,7 @@ class SimulatedDisk:
         except PyAgentError:
             self._drop(temporary)
             raise
-        self._operate()
+        self.operate()
         replaced = self._seen.get(name)
         if replaced is not None:
             self.room += len(replaced.seen)
@@ -192,12 +192,12 @@ class SimulatedDisk:
 
     def remove(self, name: str) -> None:
         """See :meth:`LogDirectory.remove`."""
-        self._operate()
+        self.operate()
         self._drop(name)
 
     def sync(self) -> None:
         """See :meth:`LogDirectory.sync`."""
-        self._operate()
+        self.operate()
         self._check_sync("")
         self._kept = dict(self._seen)
 
@@ -210,7 +210,7 @@ class SimulatedDisk:
 
     def put(self, name: str, file: _File, data: bytes) -> None:
         """Append to a file as far as there is room."""
-        self._operate()
+        self.operate()
         fits = data[: int(min(self.room, len(data)))]
         file.seen += fits
         self.room -= len(fits)
@@ -221,13 +221,13 @@ class SimulatedDisk:
 
     def cut(self, file: _File, size: int) -> None:
         """Cut a file off."""
-        self._operate()
+        self.operate()
         self.room += len(file.seen) - size
         del file.seen[size:]
 
     def keep(self, name: str, file: _File) -> None:
         """Make a file's content durable, or fail to."""
-        self._operate()
+        self.operate()
         try:
             self._check_sync(name)
         except PyAgentError:
@@ -244,7 +244,8 @@ class SimulatedDisk:
                 OSError(errno.EIO, "Input/output error"), self.label(name), "syncing"
             )
 
-    def _operate(self) -> None:
+    def operate(self) -> None:
+        """Count an operation; the power may be lost at it."""
         if self.power_for <= 0:
             raise PowerLoss
         self.power_for -= 1

@@ -1,0 +1,452 @@
+"""The block store of a node: a tier in memory, one on disk, and what is known of both.
+
+Two sorts of methods, and every docstring says which:
+
+* **immediate**: answered from memory, under a lock that is only ever held for microseconds and
+  never during I/O.  Call them from the event loop.
+* **blocking**: they read or write the disk.  Call them in a worker thread
+  (``trio.to_thread.run_sync``); the immediate ones go on meanwhile.
+
+All methods may be called from any thread at any time.  A new block is in memory at once and reaches
+the disk by :meth:`BlockStore.write_back`, which somebody has to call now and then; a block that had
+to leave memory before that is gone.  Nothing here is the only copy of anything.
+
+A disk that cannot be used (full, read-only, taken by another process, broken) is no error: the
+store goes on in memory, says so once in the log and in :meth:`BlockStore.stats`, and tries again
+every :data:`RETRY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError
+from pyagent_node.base.limits import MIB
+from pyagent_node.base.types import Digest
+from pyagent_node.sharding.block_disk import BlockDisk, NewBlock
+from pyagent_node.sharding.block_index import Row
+from pyagent_node.sharding.block_records import check_block
+from pyagent_node.sharding.block_stats import Counts, Held, StoreStats
+from pyagent_node.sharding.block_tree import DISK, MEMORY, BlockTree, Place, UnitId
+from pyagent_node.sharding.kv_keys import BlockKey
+
+log = logging.getLogger("pyagent_node.sharding.store")
+
+OVERHEAD: Final = 512
+"""Bytes that a block in memory counts for beside its payload."""
+WRITE_BYTES: Final = 4 * MIB
+"""About how much one :meth:`BlockStore.write_back` writes."""
+RETRY_SECONDS: Final = 30.0
+"""A disk that could not be used is tried again after so long."""
+
+
+class BlockStore:
+    """Blocks by name, within limits; see the module.
+
+    ``memory_bytes`` bounds payloads and :data:`OVERHEAD` each; 0 keeps nothing at all.  ``clock``
+    gives seconds, for trying a failed disk again.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_bytes: int,
+        disk: BlockDisk | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit = memory_bytes
+        self._disk = disk
+        self._clock = clock
+        self._mutex = threading.Lock()
+        self._turn = threading.Lock()  # one change of the disk at a time
+        self._tree = BlockTree()
+        self._payloads: dict[BlockKey, bytes] = {}
+        self._pending: dict[BlockKey, NewBlock] = {}
+        self._pins: dict[str, list[UnitId]] = {}
+        self._used: dict[UnitId, None] = {}
+        self._opened = False
+        self._paused: PyAgentError | None = None
+        self._retry_at = -math.inf
+        self._counts = Counts()
+
+    # Immediate ------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        key: BlockKey,
+        payload: bytes,
+        cost_seconds: float,
+        *,
+        parent: bytes = b"",
+        number: int = 0,
+    ) -> bool:
+        """Keep a block; returns whether there was room.  Immediate.
+
+        ``parent`` is the link before in the chain (empty when it is not known, or for the first),
+        ``number`` counts the blocks of the chain from 0: without the two, blocks in the middle of
+        a chain may be given up before its end.  ``cost_seconds`` is what it took to compute.
+        A block that is held already stays as it is.
+
+        Raises :class:`InvalidRequest` (``bad_block_key``, ``bad_block``).
+        """
+        check_block(key, parent, number, payload, cost_seconds)
+        block = NewBlock(Place(key, parent, number), cost_seconds, bytes(payload))
+        with self._mutex:
+            if self._tree.holds(key, MEMORY):
+                return True
+            if not self._keep(block):
+                self._counts.refused += 1
+                return False
+            self._counts.puts += 1
+            if self._disk is not None and not self._tree.holds(key, DISK):
+                self._pending[key] = block
+            return True
+
+    def get(self, key: BlockKey) -> bytes | None:
+        """Return a payload from memory, ``None`` if it is not there.  Immediate.
+
+        What is on disk alone counts neither as a hit nor as a miss: :meth:`read` will.
+        """
+        with self._mutex:
+            payload = self._payloads.get(key)
+            if payload is not None:
+                self._counts.hits_memory += 1
+                self._count_hit(key)
+            elif not self._tree.holds(key):
+                self._counts.misses += 1
+            return payload
+
+    def has(self, key: BlockKey) -> bool:
+        """Say whether a block is held, in memory or on disk.  Immediate."""
+        with self._mutex:
+            return self._tree.holds(key)
+
+    def leading(
+        self,
+        model: Digest,
+        chain: Sequence[bytes],
+        layers: range,
+        codec: str,
+        *,
+        memory_only: bool = False,
+    ) -> int:
+        """Return how many leading blocks of ``chain`` are held in all ``layers``.  Immediate."""
+        with self._mutex:
+            tier = MEMORY if memory_only else None
+            return self._tree.leading(model, chain, layers, codec, tier)
+
+    def pin(self, session: str, model: Digest, codec: str, chain: Sequence[bytes]) -> None:
+        """Keep what is or will be held of ``chain`` while a session runs.  Immediate.
+
+        Replaces what was pinned for that session before.
+        """
+        names = [UnitId(model, codec, link) for link in chain]
+        with self._mutex:
+            for name in names:
+                self._tree.pin(name)
+            self._unpin(session)
+            self._pins[session] = names
+
+    def unpin(self, session: str) -> None:
+        """End the :meth:`pin` of a session; idempotent.  Immediate."""
+        with self._mutex:
+            self._unpin(session)
+
+    def held(self) -> list[Held]:
+        """Return every link of which something is held, for a summary.  Immediate."""
+        with self._mutex:
+            return [
+                Held(*unit.id, unit.number, unit.masks[MEMORY] | unit.masks[DISK])
+                for unit in self._tree.units.values()
+            ]
+
+    def stats(self) -> StoreStats:
+        """Return counts and sizes.  Immediate."""
+        with self._mutex:
+            disk = self._disk
+            if disk is None:
+                state = "off"
+            else:
+                state = self._paused.code if self._paused else "on" if self._opened else "closed"
+            return StoreStats(
+                memory_bytes=self._tree.nbytes[MEMORY],
+                memory_limit=self._limit,
+                memory_blocks=self._tree.blocks[MEMORY],
+                disk_bytes=disk.file_bytes if disk else 0,
+                disk_limit=disk.limit if disk else 0,
+                disk_blocks=self._tree.blocks[DISK],
+                pending=len(self._pending),
+                disk=state,
+                **msgspec.structs.asdict(self._counts),
+            )
+
+    # Blocking -------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take the disk tier into use, with what it holds.  Blocking; call it once, first.
+
+        Never raises for the disk's sake: see the module.
+        """
+        with self._turn:
+            self._open()
+
+    def read(self, keys: Iterable[BlockKey]) -> list[bytes | None]:
+        """Return payloads, ``None`` for those not held (or damaged, then forgotten).  Blocking.
+
+        What comes from the disk is kept in memory again, as far as there is room.
+        """
+        found: list[bytes | None] = []
+        for key in keys:
+            with self._mutex:
+                payload = self._payloads.get(key)
+                on_disk = payload is None and self._tree.holds(key, DISK)
+                if payload is not None:
+                    self._counts.hits_memory += 1
+                    self._count_hit(key)
+            if on_disk:
+                payload = self._read_disk(key)
+            if payload is None:
+                with self._mutex:
+                    self._counts.misses += 1
+            found.append(payload)
+        return found
+
+    def write_back(self, max_bytes: int = WRITE_BYTES) -> int:
+        """Write some of the blocks that are not on disk yet; returns how many.  Blocking.
+
+        Call it again at once while it returns more than 0, later otherwise.
+        """
+        disk = self._disk
+        if disk is None:
+            return 0
+        with self._turn:
+            if not self._ready():
+                return 0
+            with self._mutex:
+                batch = self._choose(min(max_bytes, disk.segment_bytes))
+                need = sum(block.size for block in batch)
+                over = self._tree.nbytes[DISK] + need - disk.room
+                gone = self._tree.evict(DISK, over) if over > 0 else []
+                self._counts.evicted_disk += len(gone)
+                used = {name: self._uses(name) for name in self._used}
+                self._used.clear()
+            return self._write(disk, batch, gone, used)
+
+    def drop_model(self, model: Digest) -> int:
+        """Remove every block of a model, everywhere here; returns how many.  Blocking.
+
+        Raises :class:`Unavailable` or :class:`Refused` when its files could not be removed.
+        """
+        with self._turn:
+            try:
+                if self._disk is not None and self._opened:
+                    self._disk.drop_model(model)
+            finally:
+                with self._mutex:
+                    keys = self._tree.keys(model)
+                    for key in keys:
+                        self._forget(key)
+            return len(keys)
+
+    def clear(self) -> int:
+        """Remove every block; returns how many.  Blocking; raises as :meth:`drop_model` does."""
+        with self._mutex:
+            models = dict.fromkeys(name.model for name in self._tree.units)
+        return sum(self.drop_model(model) for model in models)
+
+    def close(self) -> None:
+        """Write the index and give the files back; idempotent.  Blocking.
+
+        What waits to be written is dropped: call :meth:`write_back` before.
+        """
+        with self._turn:
+            if self._disk is None or not self._opened:
+                return
+            self._opened = False
+            with self._mutex:
+                used = {name: self._uses(name) for name in self._used}
+            self._disk.note_hits(used)
+            self._disk.close()
+
+    # Parts ----------------------------------------------------------------------------------------
+
+    def _keep(self, block: NewBlock) -> bool:
+        """Take a block into memory if there is, or can be made, room."""
+        key, parent, _ = block.place
+        size = len(block.payload) + OVERHEAD
+        if size > self._limit:
+            return False
+        over = self._tree.nbytes[MEMORY] + size - self._limit
+        if over > 0:
+            # Its own chain must not go to make room for it.
+            near = [UnitId(key.model, key.codec, link) for link in (key.chain, parent) if link]
+            for name in near:
+                self._tree.pin(name)
+            for gone in self._tree.evict(MEMORY, over):
+                del self._payloads[gone]
+                self._counts.evicted_memory += 1
+                if self._pending.pop(gone, None) is not None:
+                    self._counts.lost += 1
+            for name in near:
+                self._tree.unpin(name)
+            if self._tree.nbytes[MEMORY] + size > self._limit:
+                return False
+        self._tree.add(MEMORY, block.place, size, block.cost)
+        self._payloads[key] = block.payload
+        return True
+
+    def _count_hit(self, key: BlockKey) -> None:
+        name = UnitId(key.model, key.codec, key.chain)
+        unit = self._tree.units[name]
+        layers = (unit.masks[MEMORY] | unit.masks[DISK]).bit_count()
+        self._tree.touch(name, 1 / layers)
+        if unit.masks[DISK]:
+            self._used[name] = None
+
+    def _uses(self, name: UnitId) -> int:
+        unit = self._tree.units.get(name)
+        return math.ceil(unit.uses) if unit else 1
+
+    def _unpin(self, session: str) -> None:
+        for name in self._pins.pop(session, ()):
+            self._tree.unpin(name)
+
+    def _forget(self, key: BlockKey) -> None:
+        self._payloads.pop(key, None)
+        self._pending.pop(key, None)
+        self._tree.remove(key, MEMORY)
+        self._tree.remove(key, DISK)
+
+    def _read_disk(self, key: BlockKey) -> bytes | None:
+        assert self._disk is not None
+        try:
+            payload = self._disk.read(key)
+        except PyAgentError as error:
+            self._pause(error)
+            return None
+        self._settle_lost()
+        if payload is None:
+            return None
+        with self._mutex:
+            unit = self._tree.units.get(UnitId(key.model, key.codec, key.chain))
+            if unit is not None and key.layer in unit.sizes[DISK]:
+                self._counts.hits_disk += 1
+                self._count_hit(key)
+                parent = unit.parent.chain if unit.parent else b""
+                if not self._tree.holds(key, MEMORY):
+                    place = Place(key, parent, unit.number)
+                    self._keep(NewBlock(place, unit.costs[key.layer], payload))
+        return payload
+
+    def _settle_lost(self) -> None:
+        """Take note of what the disk has found damaged."""
+        assert self._disk is not None
+        lost = self._disk.take_lost()
+        if lost:
+            with self._mutex:
+                self._counts.corrupt += len(lost)
+                for key in lost:
+                    self._tree.remove(key, DISK)
+
+    def _choose(self, max_bytes: int) -> list[NewBlock]:
+        batch: list[NewBlock] = []
+        size = 0
+        for block in self._pending.values():
+            if batch and size + block.size > max_bytes:
+                break
+            batch.append(block)
+            size += block.size
+        return batch
+
+    def _write(
+        self,
+        disk: BlockDisk,
+        batch: list[NewBlock],
+        gone: list[BlockKey],
+        used: dict[UnitId, int],
+    ) -> int:
+        error: PyAgentError | None = None
+        try:
+            disk.forget(gone)
+            disk.note_hits(used)
+            disk.append(batch)
+        except PyAgentError as failed:
+            error = failed
+        self._settle_lost()
+        error, disk.trouble = error or disk.trouble, None
+        full = isinstance(error, LimitExceeded)
+        written = 0
+        with self._mutex:
+            for block in batch:
+                key = block.place.key
+                if disk.has(key):
+                    self._tree.add(DISK, block.place, block.size, block.cost)
+                    self._pending.pop(key, None)
+                    written += 1
+                elif full:
+                    self._pending.pop(key, None)
+                    self._counts.refused += 1
+        if error is not None and not full:
+            self._pause(error)
+        elif batch and self._paused is not None:
+            log.info("KV blocks are kept in %s again", disk.label())
+            self._paused = None
+        return written
+
+    def _ready(self) -> bool:
+        """Say whether the disk may be written now, after trying a failed one again in time."""
+        if self._paused is not None and self._clock() < self._retry_at:
+            return False
+        return self._opened or self._open()
+
+    def _open(self) -> bool:
+        if self._disk is None or self._opened:
+            return self._opened
+        try:
+            rows = self._disk.open()
+            self._opened = True
+        except PyAgentError as error:
+            self._pause(error)
+            return False
+        with self._mutex:
+            for row in sorted(rows, key=lambda row: row.number):
+                self._add_row(row)
+            over = self._tree.nbytes[DISK] - self._disk.room
+            gone = self._tree.evict(DISK, over) if over > 0 else []
+            self._counts.evicted_disk += len(gone)
+            was, self._paused = self._paused, None
+        if was is not None:
+            log.info("KV blocks are kept in %s again", self._disk.label())
+        with contextlib.suppress(LimitExceeded):
+            try:
+                self._disk.forget(gone)
+                self._disk.shrink()
+            except LimitExceeded:
+                raise
+            except PyAgentError as error:
+                self._pause(error)
+        self._settle_lost()
+        return True
+
+    def _add_row(self, row: Row) -> None:
+        self._tree.add(DISK, Place(row.key, row.parent, row.number), row.size, row.cost)
+        unit = self._tree.units[UnitId(row.model, row.codec, row.chain)]
+        if row.hits > unit.uses:
+            self._tree.touch(unit.id, row.hits - unit.uses)
+        self._pending.pop(row.key, None)
+
+    def _pause(self, error: PyAgentError) -> None:
+        """Go on without writing to the disk, and say so the first time."""
+        self._retry_at = self._clock() + RETRY_SECONDS
+        if self._paused is None:
+            why = "another process has it" if isinstance(error, Conflict) else str(error)
+            log.warning("KV blocks are kept in memory only for now: %s", why)
+        self._paused = error
