@@ -16,7 +16,6 @@ from typing import Final
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from pyagent_node.base.errors import Conflict, CorruptData, InvalidRequest
 from pyagent_node.base.types import Slice
@@ -24,7 +23,6 @@ from pyagent_node.inference.backend import (
     MAX_CALL_ROWS,
     MAX_DECODE_ROWS,
     MAX_DRAFTS,
-    Activations,
     BackendInfo,
     CopySequence,
     FreeSequence,
@@ -39,32 +37,23 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.llama import library
-from pyagent_node.inference.llama.batching import (
-    Call,
-    CallPlanner,
-    Part,
-    StepShape,
-    preference,
-)
+from pyagent_node.inference.llama.calls import CallRunner
 from pyagent_node.inference.llama.cells import CODEC, GGML_F16, CellStore
-from pyagent_node.inference.llama.context import LlamaContext, Rows, padded_cells
+from pyagent_node.inference.llama.context import LlamaContext, padded_cells
 from pyagent_node.inference.llama.kv_state import CellLayout, RowKind
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
-from pyagent_node.inference.llama.rows import call_rows, with_companion
-from pyagent_node.inference.llama.selftest import LONG, run_self_test
+from pyagent_node.inference.llama.selftest import run_self_test
 from pyagent_node.inference.llama.sequences import SequenceLog
+from pyagent_node.inference.llama.shapes import ShapeBook
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.gguf_header import GgufHeader, read_header
 from pyagent_node.inference.models.kv_rows import kv_shape
 from pyagent_node.inference.models.slicing import SLICE_KEY
-from pyagent_node.inference.sampling import Sampled
 from pyagent_node.inference.trees import check_tree, decode_tree, reach
-from pyagent_node.native import sample
 from pyagent_node.sharding.kv_codec import KvShape
 
 MAX_N_SEQ: Final = 64
 MAX_THREADS: Final = 512
-_NO_LOGPROB: Final = -1
 
 
 class LlamaBackend:
@@ -125,10 +114,8 @@ class LlamaBackend:
         except BaseException:
             self._model.close()
             raise
-        self._shapes = preference(
-            [width for width in findings.widths if width not in findings.slow], findings.shapes
-        )
-        self._lone = findings.lone
+        shapes = ShapeBook(findings.widths, findings.failed, findings.slow, n_seq=n_seq)
+        self._calls = CallRunner(self._context, shapes, findings.lone, head=part.head)
         self._logs: list[SequenceLog | None] = [None] * n_seq
         layout = findings.layout if findings.kv_portable else None
         self._cells = CellStore(self._context, part, layout, takes_tokens=self._whole)
@@ -147,7 +134,7 @@ class LlamaBackend:
             batch_invariant_widths=findings.widths,
             kv_portable=findings.kv_portable,
             kv_codec=CODEC if findings.kv_portable else "",
-            joint_shapes=findings.shapes,
+            joint_shapes=shapes.joint,
             kv_shape=_kv_shape(header, layout),
         )
 
@@ -240,7 +227,7 @@ class LlamaBackend:
             outputs = dict(
                 zip(
                     chains,
-                    self._decode([steps[i] for i in chains], [logs[i] for i in chains]),
+                    self._calls.decode([steps[i] for i in chains], [logs[i] for i in chains]),
                     strict=True,
                 )
             )
@@ -256,32 +243,13 @@ class LlamaBackend:
 
     def _decode_tree(self, step: StepInput, log: SequenceLog) -> StepOutput:
         def chain(part: StepInput) -> StepOutput:
-            (output,) = self._decode([part], [log])
+            (output,) = self._calls.decode([part], [log])
             return output
 
         def trim(start: int) -> None:
             self._truncate(log, start)
 
         return decode_tree(step, chain, trim)
-
-    def _decode(self, steps: Sequence[StepInput], logs: Sequence[SequenceLog]) -> list[StepOutput]:
-        """Compute checked steps without trees."""
-        outs: list[Activations | None] = [
-            None if self._part.head else np.empty((len(step.tokens), self._info.n_embd), np.float32)
-            for step in steps
-        ]
-        sampled: list[tuple[Sampled, ...]] = [()] * len(steps)
-        shapes = [
-            StepShape(step.seq, step.position, len(step.tokens), step.drafts) for step in steps
-        ]
-        planner = CallPlanner(shapes, self._shapes)
-        while (call := planner.next()) is not None:
-            self._run(call, steps, logs, outs, sampled)
-            for part in call:
-                step = steps[part.step]
-                if step.drafts and _refuted(step, part.offset + part.n, sampled[part.step]):
-                    planner.drop(part.step)
-        return [StepOutput(*result) for result in zip(outs, sampled, strict=True)]
 
     def _check_step(self, step: StepInput) -> SequenceLog:
         log = self._log(step.seq)
@@ -326,96 +294,6 @@ class LlamaBackend:
             )
         return log
 
-    def _run(
-        self,
-        call: Call,
-        steps: Sequence[StepInput],
-        logs: Sequence[SequenceLog],
-        outs: Sequence[Activations | None],
-        sampled: list[tuple[Sampled, ...]],
-    ) -> None:
-        """Compute one call of the plan and note its cells and results."""
-        rows = call_rows(call, steps)
-        first = call[0]
-        if self._part.head:
-            out = None
-        elif len(call) == 1:
-            whole = outs[first.step]
-            assert whole is not None, "a slice without head gives activations"
-            out = whole[first.offset : first.offset + first.n]
-        else:
-            out = np.empty((len(rows.seqs), self._info.n_embd), np.float32)
-        self._compute(rows, out, logs[first.step])
-        at = 0
-        for part in call:
-            step, log, row = steps[part.step], logs[part.step], at
-            at += part.n
-            if step.drafts and step.sample:
-                sampled[part.step] += self._verify(step, log, part, row)
-                continue
-            tokens = step.tokens[part.offset : part.offset + part.n]
-            log.append(step.position + part.offset, tokens)
-            target = outs[part.step]
-            if target is not None and out is not None and len(call) > 1:
-                target[part.offset : part.offset + part.n] = out[row:at]
-            if step.sample and part.offset + part.n == len(step.tokens):
-                sampled[part.step] = (self._sample(log, self._context.logits(at - 1)),)
-
-    def _verify(
-        self, step: StepInput, log: SequenceLog, part: Part, row: int
-    ) -> tuple[Sampled, ...]:
-        """Note a part's rows, from ``row`` of the call on, up to the first guess that is wrong."""
-        got: list[Sampled] = []
-        stop = part.offset + part.n
-        for index in range(part.offset, stop):
-            log.append(step.position + index, step.tokens[index : index + 1])
-            if index < len(step.tokens) - step.drafts - 1:
-                continue
-            got.append(self._sample(log, self._context.logits(row + index - part.offset)))
-            if index + 1 < len(step.tokens) and got[-1].token != step.tokens[index + 1]:
-                if index + 1 < stop:
-                    self._context.drop(log.seq, log.end)
-                break
-        return tuple(got)
-
-    def _compute(self, rows: Rows, out: Activations | None, log: SequenceLog) -> None:
-        lone = self._lone
-        if len(rows.seqs) > 1 or log.count < LONG:
-            self._context.decode(rows, out, lone_threads=lone.short_threads)
-        elif not lone.companion:
-            self._context.decode(rows, out, lone_threads=lone.long_threads)
-        else:
-            pair = np.empty((2, self._info.n_embd), np.float32) if out is not None else None
-            self._context.decode(with_companion(rows), pair, lone_threads=1)
-            self._context.drop(log.seq, int(rows.positions[0]) + 1)
-            if out is not None and pair is not None:
-                out[0] = pair[0]
-
-    def _sample(self, log: SequenceLog, logits: NDArray[np.float32]) -> Sampled:
-        params = log.sampling
-        assert params is not None, "checked with the step"
-        try:
-            token, logprob, top = sample(
-                logits,
-                log.tokens,
-                log.end,
-                seed=params.seed,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                repetition_penalty=params.repetition_penalty,
-                frequency_penalty=params.frequency_penalty,
-                presence_penalty=params.presence_penalty,
-                bias_tokens=log.bias.tokens,
-                bias_values=log.bias.values,
-                top_logprobs=params.top_logprobs if params.logprobs else _NO_LOGPROB,
-                **({"noisy": True} if params.noisy_top else {}),
-            )
-        except ValueError as error:
-            raise CorruptData(f"No token can be sampled: {error}.", code="not_finite") from None
-        return Sampled(token, logprob if params.logprobs else None, tuple(top))
-
     # ---- KV ranges -------------------------------------------------------------------------
 
     def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
@@ -441,14 +319,6 @@ def _kv_shape(header: GgufHeader, layout: CellLayout | None) -> KvShape | None:
     shape = kv_shape(header)
     rows = RowKind(GGML_F16, shape.row_bytes)
     return shape if layout is not None and {*layout.keys, *layout.values} == {rows} else None
-
-
-def _refuted(step: StepInput, stop: int, sampled: tuple[Sampled, ...]) -> bool:
-    """Return whether a guess among the first ``stop`` tokens, or the next one, is wrong."""
-    if not sampled or stop == len(step.tokens):
-        return False
-    known = len(step.tokens) - step.drafts + len(sampled) - 1
-    return known < stop or sampled[-1].token != int(step.tokens[stop])
 
 
 def _check_numbers(*, n_ctx: int, n_seq: int, threads: int, n_ctx_train: int) -> None:

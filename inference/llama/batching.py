@@ -2,7 +2,7 @@
 
 llama.cpp picks its kernels by the shape of a batch, and with the kernel the last bits of a result
 change.  So a session's rows are only ever computed in shapes that follow from its own steps, or in
-shapes that were measured to make no difference (see ``selftest``).  The rules:
+shapes that were measured to make no difference (see ``selftest``, ``shapes``).  The rules:
 
 * A step is cut at positions that are multiples of :data:`PREFILL_CHUNK`, as a plain llama.cpp
   process with ``n_batch = 512`` cuts a prompt.  A piece of more than :data:`MAX_DECODE_ROWS`
@@ -10,8 +10,9 @@ shapes that were measured to make no difference (see ``selftest``).  The rules:
   flash attention works on tiles, whose results differ from those of single rows: which rows share
   a call matters there.)
 * Smaller pieces are *decode rows*, and so are all rows of a step with guesses.  A call of decode
-  rows takes equally many of each of its sequences, in a measured shape: of one sequence, one row of
-  each of several, or several rows of several.  The call of most rows goes first.
+  rows takes equally many of each of its sequences, in a shape that is known to be safe or to be
+  tried now (``shapes``): of one sequence, one row of each of several, or several rows of several.
+  The call of most rows goes first.
 * Only neighbouring sequences share a call: each has its own KV stream, and llama.cpp attends over a
   contiguous range of streams.  Whoever hands out sequences should prefer the lowest free one.
 
@@ -30,7 +31,7 @@ from typing import Final, NamedTuple
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, PREFILL_CHUNK
 
 WIDTHS: Final = tuple(range(2, MAX_DECODE_ROWS + 1))
-"""Widths that the self-test tries; 1 is the reference."""
+"""Widths that may be used once they were tried; 1 is the reference."""
 
 
 class Shape(NamedTuple):
@@ -48,19 +49,20 @@ class Shape(NamedTuple):
 JOINT_SHAPES: Final = (
     Shape(2, 4),
     Shape(4, 4),
+    Shape(8, 4),
     Shape(4, 2),
     Shape(8, 2),
+    Shape(4, 8),
     Shape(2, 8),
     Shape(2, 2),
     Shape(3, 4),
     Shape(16, 1),
+    Shape(6, 4),
+    Shape(3, 8),
+    Shape(16, 2),
     Shape(12, 1),
 )
-"""Shapes beyond the widths that the self-test tries, the more useful first.
-
-Beyond 16 rows little is gained on processors (see docs/edge-cloud.md), and a standby that takes
-over would wait for trying them.
-"""
+"""Shapes beyond the widths in which rows may be computed once they were tried, see ``shapes``."""
 
 
 class StepShape(NamedTuple):
@@ -104,6 +106,10 @@ class CallPlanner:
         self._order = shapes
         self._pieces = [list(_pieces(step)) for step in steps]
 
+    def use(self, shapes: Sequence[Shape]) -> None:
+        """Plan the calls that are left in ``shapes``, which contain (1, 1)."""
+        self._order = shapes
+
     def drop(self, step: int) -> None:
         """Plan no more of step number ``step``."""
         self._pieces[step].clear()
@@ -115,7 +121,7 @@ class CallPlanner:
             if not pieces:
                 continue
             step, (offset, n) = self._steps[index], pieces[0]
-            if (n > MAX_DECODE_ROWS and not step.drafts) or step.position + offset == 0:
+            if is_prefill(step.drafts, step.position + offset, n):
                 pieces.pop(0)
                 return (Part(index, offset, n),)
             rows.append((step.seq, index, n))
@@ -143,6 +149,11 @@ class CallPlanner:
                 self._pieces[index][0] = (offset + n, left - n)
             call.append(Part(index, offset, n))
         return tuple(call)
+
+
+def is_prefill(drafts: int, position: int, n: int) -> bool:
+    """Whether ``n`` rows from ``position`` on are a piece of a prompt, to be computed alone."""
+    return (n > MAX_DECODE_ROWS and not drafts) or position == 0
 
 
 def plan_calls(

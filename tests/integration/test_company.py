@@ -21,8 +21,9 @@ from pyagent_node.inference.backend import (
     StepInput,
     TrimSequence,
 )
-from pyagent_node.inference.llama import selftest
 from pyagent_node.inference.llama.backend import LlamaBackend
+from pyagent_node.inference.llama.batching import Shape
+from pyagent_node.inference.llama.shapes import ShapeBook
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -55,10 +56,7 @@ class Answer:
 @pytest.fixture(scope="module")
 def whole(bundled_model: Path) -> Iterator[LlamaBackend]:
     part = Slice(0, N_LAYERS, head=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selftest, "SHAPES_SECONDS", 100.0)  # however busy the machine is
-        backend = LlamaBackend(bundled_model, part, n_ctx=640, n_seq=SESSIONS, threads=1)
-    with closing(backend) as it:
+    with closing(LlamaBackend(bundled_model, part, n_ctx=640, n_seq=SESSIONS, threads=1)) as it:
         yield it
 
 
@@ -86,7 +84,30 @@ def decode(backend: LlamaBackend, steps: Sequence[StepInput]) -> list[list[Sampl
 
 
 def test_the_bundled_model_passes_in_every_shape_that_matters(whole: LlamaBackend) -> None:
-    assert {(2, 4), (4, 4), (8, 2)} <= set(whole.info.joint_shapes)
+    """A shape is tried when rows for it come up, and then it is known."""
+    assert {(2, 4), (4, 4), (8, 4)} <= set(whole.info.joint_shapes)
+    rng = np.random.default_rng(8)
+    prompts = rng.integers(100, 40_000, (SESSIONS, 12)).tolist()
+    tried: list[tuple[tuple[int, int], bool]] = []
+    note = ShapeBook.note
+
+    def spy(book: ShapeBook, shape: Shape, cells: int, *, passed: bool) -> None:
+        tried.append((shape, passed))
+        note(book, shape, cells, passed=passed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShapeBook, "note", spy)
+        got = []
+        for n in (4, 4, 2):
+            for seq, prompt in enumerate(prompts):
+                whole.apply(OpenSequence(seq, SamplingParams(seed=seq, temperature=0)))
+                decode(whole, [step(seq, 0, prompt, 0)])
+            got.append(decode(whole, [step(s, 12, p[:n], n - 1) for s, p in enumerate(prompts)]))
+            for seq in range(SESSIONS):
+                whole.apply(FreeSequence(seq))
+    assert tried == [((8, 4), True), ((8, 2), True)]
+    assert got[0] == got[1]
+    assert [each[0] for each in got[0]] == [each[0] for each in got[2]]
 
 
 @pytest.mark.parametrize("most", [5, MAX_DRAFTS])

@@ -1,0 +1,71 @@
+"""Which shapes of a call are used: those that passed, and others once, to find out.
+
+The self-test at loading tries what every session needs (a few rows of one sequence).  There are
+many more shapes, a takeover waits for loading, and most slices never meet most of them.  So each
+of the others is tried when rows for it come up for the first time, on those very rows (``calls``):
+they are computed together, dropped, computed again in calls that are known to be safe, and compared
+to the bit.  The second result is the one that counts: a trial costs time once and never bits.
+
+Attention walks over 256 cells or over more of them by different ways, so a shape passes once for
+sequences of up to :data:`LONG` cells and once beyond.  What fails in one is used in neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from pyagent_node.inference.backend import MAX_DECODE_ROWS
+from pyagent_node.inference.llama.batching import JOINT_SHAPES, WIDTHS, Shape, preference
+from pyagent_node.inference.llama.context import CELL_STEP
+
+LONG: Final = CELL_STEP
+"""With more cells than this in a sequence, attention walks over 512 or more."""
+
+
+class ShapeBook:
+    """What is known of the shapes that a slice of ``n_seq`` sequences may use.
+
+    ``passed`` are widths of one sequence, 1 among them, that are safe at every length; ``failed``
+    are not.  ``slow`` widths are safe and not worth it.
+    """
+
+    def __init__(
+        self, passed: Iterable[int], failed: Iterable[int], slow: Iterable[int], *, n_seq: int
+    ) -> None:
+        exact, wrong, idle = set(passed), set(failed), set(slow)
+        assert 1 in exact, "a row alone is the reference"
+        self._safe = {(Shape(1, width), long) for width in exact for long in (False, True)}
+        # Several rows of several sequences are compared with as many rows of one, which must be
+        # safe; and what is not exact for one sequence is not tried for several.
+        self._joint = tuple(
+            shape
+            for shape in JOINT_SHAPES
+            if shape.sequences <= n_seq
+            and shape.rows in exact
+            and min(shape.sequences, MAX_DECODE_ROWS) not in wrong
+        )
+        widths = [1, *(width for width in WIDTHS if width not in wrong | idle)]
+        self._order = preference(widths, self._joint)
+
+    @property
+    def joint(self) -> tuple[Shape, ...]:
+        """The shapes beyond the widths that were not seen to fail when the slice was loaded."""
+        return self._joint
+
+    @property
+    def order(self) -> Sequence[Shape]:
+        """The shapes to plan with, those to be used first before the others."""
+        return self._order
+
+    def is_safe(self, shape: Shape, cells: int) -> bool:
+        """Whether calls of this shape are known to be exact for sequences of so many cells."""
+        return shape.sequences == shape.rows == 1 or (shape, cells > LONG) in self._safe
+
+    def note(self, shape: Shape, cells: int, *, passed: bool) -> None:
+        """Remember the outcome of a trial; what failed is not planned any more."""
+        if passed:
+            self._safe.add((shape, cells > LONG))
+            return
+        self._order = tuple(known for known in self._order if known != shape)
+        self._safe -= {(shape, False), (shape, True)}
