@@ -47,6 +47,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     ``joint_shapes`` are pairs (sequences, rows of each) that were bit-identical too.
     ``kv_shape`` are the rows of a layer, when all layers have such rows in f16.
     ``kv_codec`` names the cell format of its :class:`KvRange`, empty where KV is not portable.
+    A prompt may be cut at multiples of ``prefill_cut``, with as many rows or more in each piece,
+    and no bit changes; :data:`PREFILL_CHUNK` says that nothing better is known.
     """
 
     backend: str
@@ -65,6 +67,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     joint_shapes: tuple[tuple[int, int], ...] = ()
     kv_shape: KvShape | None = None
     kv_codec: str = ""
+    prefill_cut: int = PREFILL_CHUNK
 
     @property
     def batch_invariant(self) -> bool:

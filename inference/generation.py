@@ -40,6 +40,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     no token, only how soon they come.  ``draft_length`` fixes how many guesses a step carries and
     ``draft_depth`` how many steps are in flight; where the first is ``None`` both are decided as
     it goes.  With ``draft_tree`` that many guesses form a tree, where the drafter can make one.
+
+    With ``prompt_cache`` the KV of the prompt is kept, and used again for requests that begin with
+    the same tokens and have the same ``cache_salt``; it changes no token either.
     """
 
     model: str
@@ -56,6 +59,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     draft_length: int | None = None
     draft_depth: int | None = None
     draft_tree: bool | None = None
+    cache_salt: str = ""
+    prompt_cache: bool = True
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -125,7 +130,8 @@ class Usage(msgspec.Struct, frozen=True):
     ``failovers`` counts how often the generation lost ranks that had computed something of it (or
     its head) and went on without them, ``recomputed_tokens`` what was computed again for that.
     ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
-    ``speculation`` is ``None`` for an answer without.
+    ``speculation`` is ``None`` for an answer without.  ``cached_tokens`` are those tokens of the
+    prompt whose KV was there already and did not have to be computed.
     """
 
     prompt_tokens: int
@@ -136,6 +142,7 @@ class Usage(msgspec.Struct, frozen=True):
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
     speculation: SpeculationUsage | None = None
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -30,13 +30,13 @@ from pyagent_node.inference.backend import (
     PREFILL_CHUNK,
     BackendInfo,
     KvRange,
-    LayerKv,
     SequenceOp,
     StepInput,
     StepOutput,
     Tokens,
 )
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.inference.kv.ranges import joined, part_of
 from pyagent_node.inference.runner_health import Pace
 from pyagent_node.inference.runner_process import (
     CALL_SECONDS,
@@ -217,12 +217,12 @@ class SliceRunner(Runner):
             reply, data = await self._ask(request, ExportedKv)
             kv, _ = unpack_kv(reply.codec, first, last, reply.layers, data, with_tokens=False)
             pieces.append(kv)
-        return _joined(pieces, start, stop) if len(pieces) > 1 else pieces[0]
+        return joined(pieces)
 
     async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
         """Write cells in; when a later part of a long range is refused the earlier ones stay."""
         for first, last in self._kv_pieces(kv.start, kv.stop):
-            part = kv if (first, last) == (kv.start, kv.stop) else _part(kv, first, last)
+            part = kv if (first, last) == (kv.start, kv.stop) else part_of(kv, first, last)
             packed = pack_kv(part, tokens[first - kv.start : last - kv.start])
             request = ImportKv(self._process.next_id(), seq, kv.codec, first, last, packed.layers)
             await self._ask(request, Done, packed.tail)
@@ -363,29 +363,3 @@ def _check_text(size: int) -> None:
             size=size,
             limit=MAX_TEXT,
         )
-
-
-def _part(kv: KvRange, start: int, stop: int) -> KvRange:
-    """Return tokens ``[start, stop)`` of ``kv``; rows of a layer have equal lengths."""
-    count = kv.stop - kv.start
-
-    def cut(data: bytes) -> bytes:
-        size = len(data) // count
-        return data[(start - kv.start) * size : (stop - kv.start) * size]
-
-    if any(len(data) % count for x in kv.layers for data in (x.keys, x.values)):
-        raise CorruptData(f"KV of {count} tokens has a row of broken length.", code="kv_malformed")
-    layers = tuple(LayerKv(x.layer, cut(x.keys), cut(x.values)) for x in kv.layers)
-    return KvRange(kv.codec, start, stop, layers)
-
-
-def _joined(pieces: Sequence[KvRange], start: int, stop: int) -> KvRange:
-    layers = tuple(
-        LayerKv(
-            parts[0].layer,
-            b"".join(part.keys for part in parts),
-            b"".join(part.values for part in parts),
-        )
-        for parts in zip(*(piece.layers for piece in pieces), strict=True)
-    )
-    return KvRange(pieces[0].codec, start, stop, layers)

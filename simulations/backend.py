@@ -237,6 +237,7 @@ class ToyRunner:
             batch_invariant_widths=(1, 2, 4, 8),
             kv_portable=True,
             kv_codec=TOY_CELLS,
+            prefill_cut=64,
             joint_shapes=((2, 4), (4, 4), (8, 4)),
         )
 

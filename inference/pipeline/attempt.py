@@ -10,6 +10,9 @@ right (see ``frames``).  The result of a step says how many were: what was sent 
 assumption is void, is cancelled where it still can be, and the next step begins where the answer
 ends.  Where the answer left the principal path of a tree, the next step begins at that place and
 *carries* the tokens since then again, for the ranks before the last one.
+
+An attempt may begin from KV blocks that the ranks still have or can get (see ``restoring``): it
+then waits for their word, and feeds the journal from where all of them are.
 """
 
 from __future__ import annotations
@@ -21,21 +24,24 @@ from typing import Literal, NamedTuple, cast
 import msgspec
 import numpy as np
 
-from pyagent_node.base.errors import CorruptData
 from pyagent_node.base.types import PeerId, Placement, SessionId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
     OpenSession,
+    Restore,
+    Restored,
     Result,
     Step,
     chunk_end,
     pack_tail,
 )
+from pyagent_node.inference.pipeline.restoring import Restoring, bad_result
 from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import follow, principal
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 Embed = Callable[[Tokens], Activations]
 
@@ -47,6 +53,7 @@ class Route(msgspec.Struct, frozen=True):
     head: PeerId
     placement: Placement
     sampling: SamplingParams
+    root: bytes = b""
 
 
 class Chunk(NamedTuple):
@@ -131,7 +138,11 @@ class Attempt:
         self.ahead: tuple[int, ...] = ()
         """The guesses in flight: what follows the answer if all of them are right."""
         self.computed = 0
-        """The tokens whose steps every rank has computed."""
+        """The tokens that every rank has computed, or restored."""
+        self.began_at = 0
+        """The tokens that were restored."""
+        self.restoring: Restoring | None = None
+        """The wait for what the ranks can restore; nothing is sent before its end."""
         self._sent = 0
         self._flights: deque[Flight] = deque()
 
@@ -152,8 +163,41 @@ class Attempt:
                 positions=self._positions,
                 prompt_tokens=n,
                 sampling=route.sampling,
+                root=route.root,
             ),
         )
+
+    def restore(self, blocks: int, sources: Sequence[PeerId], now: float) -> Outgoing:
+        """Return the wish for the KV of the journal's leading blocks, to follow on :meth:`open`."""
+        route = self.route
+        self.restoring = Restoring(route.placement, blocks, now)
+        n = len(self._prompt)
+        stop = blocks * BLOCK_TOKENS
+        parts = [self._prompt[:stop]]
+        if stop > n:
+            parts.append(self.tokens(Chunk(n, stop)))
+        tokens = cast("Tokens", np.concatenate(parts))
+        placement = route.placement
+        wish = Restore(route.session, placement.model, placement.epoch, 0, stop, tuple(sources))
+        return Outgoing(self._entry, wish, pack_tail(tokens, None))
+
+    def on_restored(self, sender: PeerId, message: Restored) -> bool:
+        """Take a rank's word; returns whether it is time to begin.
+
+        Raises :class:`CorruptData` (``bad_result``).
+        """
+        wait = self.restoring
+        if wait is None:
+            return False
+        if wait.take(sender, message):
+            self.start(wait.position(len(self._prompt), self._total))
+            return True
+        return False
+
+    def start(self, position: int) -> None:
+        """Begin to feed the journal at ``position``."""
+        self.restoring = None
+        self.position = self.computed = self.began_at = position
 
     def close(self) -> list[Outgoing]:
         """Return what frees the session on every rank."""
@@ -170,6 +214,8 @@ class Attempt:
         The window lets every rank work on another chunk of the prompt at the same time; the short
         steps after it may fill every queue on the way.  With ``hold`` the last token stays here.
         """
+        if self.restoring is not None:
+            return None
         start, n = self.position, len(self._prompt)
         flying = len(self._flights)
         if start < n:
@@ -275,6 +321,7 @@ class Attempt:
             len(flight.guesses),
             flight.step - 1 if flight.kind == "child" else None,
             flight.parents,
+            self.computed if flight.kind == "child" else 0,
         )
         self._sent += 1
         self.carried = 0
@@ -380,12 +427,3 @@ def _came_true(sender: PeerId, flight: Flight, came: Sequence[int]) -> int:
     if not right:
         raise bad_result(sender, "its tokens are not the guesses that it was sent")
     return straight
-
-
-def bad_result(sender: PeerId, what: str) -> CorruptData:
-    """Return the error for a result that breaks the protocol."""
-    return CorruptData(
-        f"Node {sender} sent a result that does not belong here: {what}.",
-        code="bad_result",
-        peer_id=sender,
-    )

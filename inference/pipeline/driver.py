@@ -142,6 +142,12 @@ class Driver:
         """Wait until there is something to do, and interrupt an attempt that hangs."""
         session = self._session
         session.work = trio.Event()
+        if attempt.restoring is not None:
+            with trio.move_on_at(attempt.restoring.until) as scope:
+                await session.work.wait()
+            if scope.cancelled_caught and attempt.restoring is not None:
+                attempt.start(0)
+            return
         deadline = attempt.last_progress if attempt.waiting else trio.current_time()
         with trio.move_on_at(deadline + self._step_seconds) as scope:
             await session.work.wait()

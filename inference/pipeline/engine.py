@@ -20,8 +20,9 @@ from pyagent_node.inference.generation import (
     LoadedModel,
     SessionView,
 )
+from pyagent_node.inference.kv.port import KvShelf, NullShelf
 from pyagent_node.inference.pipeline.driver import Driver, Session, can_head, embedder
-from pyagent_node.inference.pipeline.frames import Result, StageError
+from pyagent_node.inference.pipeline.frames import Restored, Result, StageError
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.journal import JournalSink, SessionJournal
 from pyagent_node.inference.pipeline.links import PipeLinks
@@ -37,6 +38,7 @@ from pyagent_node.inference.pipeline.requests import (
     plan_request,
     prompt_tokens,
 )
+from pyagent_node.inference.pipeline.restoring import worth_asking
 from pyagent_node.inference.pipeline.session_views import session_views
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_service import StageService
@@ -68,8 +70,12 @@ class PipelineEngine:
         journal: JournalSink | None = None,
         wall: Callable[[], float] = time.time,
         speculators: Speculators | None = None,
+        shelf: KvShelf | None = None,
     ) -> None:
-        """``journal`` is told of every session; ``wall`` gives Unix seconds."""
+        """``journal`` is told of every session; ``wall`` gives Unix seconds.
+
+        ``shelf`` says which KV blocks can likely be had.
+        """
         self._peer_id = peer_id
         self._links = links
         self._stages = stages
@@ -78,6 +84,7 @@ class PipelineEngine:
         self._journal = journal
         self._wall = wall
         self._speculators = speculators or Speculators()
+        self._shelf = shelf or NullShelf()
         self.refused: Counter[str] = Counter()
         """Messages for sessions of this node that are not by one of their ranks."""
         self._offers = Offers()
@@ -273,6 +280,15 @@ class PipelineEngine:
             session.reported = len(core.answer)
         session.wake.set()
 
+    def on_restored(self, sender: PeerId, message: Restored) -> None:
+        """Take a rank's word on the blocks it has."""
+        session = self._wires.get(message.session)
+        if session is None or self._strange(session, sender):
+            return
+        if session.core.on_restored(sender, message):
+            session.work.set()
+            session.wake.set()
+
     def on_error(self, sender: PeerId, message: StageError) -> None:
         """Take a rank's error."""
         session = self._wires.get(message.session)
@@ -318,12 +334,21 @@ class PipelineEngine:
         """
         core = session.core
         wire = SessionId(core.plan.session[:16] + self._session_ids()[16:])
-        opening = core.begin(wire, model.placement, embedder(model), trio.current_time())
+        blocks = worth_asking(
+            core.plan.root,
+            core.prompt,
+            len(core.prompt) + len(core.answer),
+            model.placement,
+            self._shelf,
+            known=core.known,
+        )
+        opening = core.begin(wire, model.placement, embedder(model), trio.current_time(), blocks)
         session.wake.set()
-        if opening is not None:
+        if opening:
             session.model, session.wire = model, wire
             self._wires[wire] = session
-            self.send(opening)
+        for out in opening:
+            self.send(out)
 
     def interrupt(self, session: Session, error: PyAgentError) -> None:
         """Take an error of the session's attempt."""

@@ -1,11 +1,11 @@
 """The messages of ``/pyagent/pipe/1`` and their raw tails.
 
 Ordering contract.  A node talks to another over two long-lived streams that it opened itself: the
-*data* lane carries :class:`OpenSession` and :class:`Step`, the *control* lane everything else, so
-that a :class:`CloseSession` or :class:`CancelSteps` overtakes megabytes of prefill.  Each lane is
-first in, first out, and sessions travel from rank to rank over data lanes only; hence every rank
-sees the sessions of a pipeline in the order in which rank 0 saw them.  Between lanes there is no
-order: a stage may see a session closed before it is opened.
+*data* lane carries :class:`OpenSession`, :class:`Restore` and :class:`Step`, the *control* lane
+everything else, so that a :class:`CloseSession` or :class:`CancelSteps` overtakes megabytes of
+prefill.  Each lane is first in, first out, and sessions travel from rank to rank over data lanes
+only; hence every rank sees the sessions of a pipeline in the order in which rank 0 saw them.
+Between lanes there is no order: a stage may see a session closed before it is opened.
 
 Every message names its stage by (model, epoch, rank).  A :class:`Step`'s tail is ``n`` token ids
 (int32) followed by ``n`` rows of activations (float32), both little-endian; the rows are missing
@@ -17,6 +17,12 @@ guesses of the parent are right and the token that the parent samples last is it
 If not it is void, and so is every step that has it for a parent; the last rank drops void steps
 without an answer, the others those that the head cancels.  Whatever follows begins at the first
 position that is not settled, and every rank drops the cells from there on first.
+
+Blocks (see ``kv_keys``).  A session with a ``root`` may begin from KV that was computed before: a
+:class:`Restore` right behind its opening, in the same lane, asks every rank for the leading blocks
+of some tokens.  Each rank imports what it can get and says how far it came, in :class:`Restored`;
+the first step then begins at any position up to the least of these, and every rank drops the
+cells from there on first.  A first step that comes before the answer ends the restoring.
 
 The guesses of a step may form a tree, by ``parents`` (see ``trees``).  The last rank keeps the path
 that it would have sampled; the others keep the principal one, which is what a step with that one
@@ -37,8 +43,11 @@ from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 PIPE_PROTOCOL: Final = "/pyagent/pipe/1"
+MAX_SOURCES: Final = 16
+"""Peers that a head may name as sources of blocks."""
 
 
 class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
@@ -46,6 +55,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
 
     ``positions`` is the greatest number of tokens that it will hold, the prompt's
     ``prompt_tokens`` included.  ``head`` takes its results and errors, and alone may close it.
+    ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
+    ``cut`` is the greatest ``prefill_cut`` of the ranks so far, on which these names depend too.
     """
 
     session: SessionId
@@ -56,6 +67,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     positions: int
     prompt_tokens: int
     sampling: SamplingParams
+    root: bytes = b""
+    cut: int = BLOCK_TOKENS
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
@@ -64,6 +77,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     ``step`` counts up from 0 in a session; ranks see gaps where steps were dropped.  ``sample``
     asks the last rank for the next token.  ``spent`` is the time in seconds that ranks have
     computed on this step so far.  For ``drafts``, ``parent`` and ``parents`` see the module.
+    ``settled`` is for a step with a parent: the tokens before that position are no guesses any
+    more.  (Of any other step that is so for all before its own guesses.)
     """
 
     session: SessionId
@@ -78,6 +93,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     drafts: int = 0
     parent: int | None = None
     parents: tuple[int, ...] = ()
+    settled: int = 0
 
     @property
     def known(self) -> int:
@@ -88,6 +104,34 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     def stop(self) -> int:
         """The position after its principal path."""
         return self.position + self.known + principal(self.parents, self.known, self.drafts)
+
+
+class Restore(msgspec.Struct, frozen=True, tag="restore", gc=False):
+    """Get the leading blocks of the ``n`` tokens in the tail (int32); each rank passes it on.
+
+    ``n`` is a multiple of the tokens in a block.  ``sources`` are peers that may have the blocks.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    n: int
+    sources: tuple[PeerId, ...] = ()
+
+
+class Restored(msgspec.Struct, frozen=True, tag="restored", gc=False):
+    """From a rank to the head: it has ``blocks`` leading blocks of what was asked for.
+
+    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    blocks: int
+    cut: int
 
 
 class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
@@ -143,10 +187,12 @@ class StageError(msgspec.Struct, frozen=True, tag="stage_error"):
     error: ErrorInfo
 
 
-PipeMessage = OpenSession | Step | CloseSession | CancelSteps | Result | StageError
+PipeMessage = (
+    OpenSession | Step | CloseSession | CancelSteps | Result | StageError | Restore | Restored
+)
 
 PIPE_CODEC: Codec[PipeMessage] = Codec(
-    "pipe", OpenSession, Step, CloseSession, CancelSteps, Result, StageError
+    "pipe", OpenSession, Step, CloseSession, CancelSteps, Result, StageError, Restore, Restored
 )
 
 Tail = bytes | bytearray | memoryview
@@ -187,6 +233,22 @@ def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | 
     return tokens, rows.reshape(n, n_embd)
 
 
+def unpack_tokens(tail: Tail, n: int) -> Tokens:
+    """Return the ``n`` tokens of a :class:`Restore`, as a view of its tail.
+
+    Raises :class:`CorruptData` (``malformed_restore``) for a tail of another size.
+    """
+    size = memoryview(tail).nbytes
+    if n < 1 or n % BLOCK_TOKENS or size != 4 * n:
+        raise CorruptData(
+            f"Blocks of {BLOCK_TOKENS} tokens are restored; {n} tokens came in {size} bytes.",
+            code="malformed_restore",
+            size=size,
+            n=n,
+        )
+    return np.frombuffer(tail, dtype=_INT32, count=n)
+
+
 def onward(step: Step, seconds: float) -> Step:
     """Return a step as it goes on to the next rank, after ``seconds`` on this one."""
     return Step(
@@ -202,6 +264,7 @@ def onward(step: Step, seconds: float) -> Step:
         step.drafts,
         step.parent,
         step.parents,
+        step.settled,
     )
 
 

@@ -35,11 +35,12 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Landed, Route, bad_result
+from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Landed, Route
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
-from pyagent_node.inference.pipeline.frames import Result, StageError
+from pyagent_node.inference.pipeline.frames import MAX_SOURCES, Restored, Result, StageError
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.recovery import Patience
+from pyagent_node.inference.pipeline.restoring import bad_result, holders
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -59,6 +60,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     """A checked request: what to generate.
 
     ``session`` is the stable id.  ``budget`` is the greatest number of tokens to generate.
+    ``root`` is what the names of its KV blocks begin with, empty where none are read or written.
     """
 
     session: SessionId
@@ -68,6 +70,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     stop: tuple[str, ...]
     ignore_eos: bool
     sampling: SamplingParams
+    root: bytes = b""
 
 
 class HeadCore:
@@ -107,31 +110,45 @@ class HeadCore:
         self._told = False
         self._skip = 0
         self._recomputed = 0
+        self._reached = 0
+        self._cached = 0
+        self._holders: tuple[PeerId, ...] = ()
         self._paused_from = now
         self._longest_pause = 0.0
 
     # ---- attempts --------------------------------------------------------------------------
 
+    @property
+    def known(self) -> bool:
+        """Whether some of the journal was computed before, so that its blocks may be had."""
+        return self._reached > 0 or bool(self.answer)
+
     def begin(
-        self, session: SessionId, placement: Placement, embed: Embed | None, now: float
-    ) -> Outgoing | None:
+        self,
+        session: SessionId,
+        placement: Placement,
+        embed: Embed | None,
+        now: float,
+        blocks: int = 0,
+    ) -> Sequence[Outgoing]:
         """Compute on over ``placement``, as ``session`` on the wire.
 
-        Returns the message that admits it, or ``None`` when the answer turns out to be over.
+        Returns what admits it and asks for its leading ``blocks``, if there are to be any; nothing
+        when the answer turns out to be over.
         """
         assert self.attempt is None, "an attempt is closed before the next begins"
         plan, n = self.plan, len(self.prompt)
         self._placement, self.epoch = placement, placement.epoch
         if self.over or self._ended(now):
-            return None
+            return ()
         self._limit = min(plan.budget, placement.n_ctx - n)
         if len(self.answer) >= self._limit:
             self.fail(self._too_long())
-            return None
+            return ()
         if self.answer and not self.failovers:  # another head's, see recall
-            self.failovers, self._recomputed = 1, n + len(self.answer)
+            self.failovers, self._reached = 1, n + len(self.answer)
         self.attempt = Attempt(
-            Route(session, plan.head, placement, plan.sampling),
+            Route(session, plan.head, placement, plan.sampling, plan.root),
             self.prompt,
             self.answer,
             n + self._limit,
@@ -140,7 +157,21 @@ class HeadCore:
         )
         if self.speculation is not None:
             self.speculation.begun()
-        return self.attempt.open()
+        opening = self.attempt.open()
+        if not blocks:
+            return (opening,)
+        return opening, self.attempt.restore(blocks, self._holders, now)
+
+    def on_restored(self, sender: PeerId, message: Restored) -> bool:
+        """Take a rank's word on the blocks it has; returns whether the attempt can begin now."""
+        attempt = self.attempt
+        if attempt is None or self.over:
+            return False
+        try:
+            return attempt.on_restored(sender, message)
+        except PyAgentError as error:
+            self.fail(error)
+            return True
 
     def interrupt(self, error: PyAgentError, now: float) -> list[Outgoing]:
         """Take an error of the attempt: suspend the session if it passes, else end it.
@@ -150,7 +181,7 @@ class HeadCore:
         attempt = self.attempt
         if attempt is None or self.over:
             return []
-        got = attempt.computed > 0
+        got = attempt.computed > attempt.began_at
         self._begun = self._begun or got
         if not self.patience.forgives(
             error,
@@ -163,9 +194,20 @@ class HeadCore:
             self.fail(error)
             return []
         self.failovers += got
-        self._recomputed += attempt.computed
+        self._count(attempt)
+        self._holders = holders(attempt.route.placement, self._holders, MAX_SOURCES)
         self.attempt = None
         return attempt.close()
+
+    def _count(self, attempt: Attempt) -> None:
+        """Count what an attempt, which ends now, has computed again."""
+        if attempt.computed <= attempt.began_at:
+            return
+        again = min(attempt.computed, self._reached) - attempt.began_at
+        if not self._reached:
+            self._cached = attempt.began_at
+        self._recomputed += max(0, again)
+        self._reached = max(self._reached, attempt.computed)
 
     def give_up(self) -> None:
         """End a suspended session with the error that nothing cured in time."""
@@ -390,6 +432,8 @@ class HeadCore:
             return
         self.over = True
         first = now if self.first_token is None else self.first_token
+        if self.attempt is not None:
+            self._count(self.attempt)
         text = self._text.finish()
         self._events.append(
             Finished(
@@ -404,6 +448,7 @@ class HeadCore:
                     recomputed_tokens=self._recomputed,
                     stall_seconds=self._longest_pause,
                     speculation=self.guesses,
+                    cached_tokens=self._cached,
                 ),
                 placement=placement,
             )

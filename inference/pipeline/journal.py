@@ -33,7 +33,7 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     Unix seconds of the request.  ``label`` belongs to the caller of the engine, who gets it back
     unread (in what shape the answer is shown, say).  ``speculation``, ``draft_length``,
     ``draft_depth`` and ``draft_tree`` are the request's; a head that has no such drafter goes on
-    without.
+    without.  ``root`` is what the names of its KV blocks begin with, empty where none are used.
     """
 
     session: SessionId
@@ -50,6 +50,7 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_length: int | None = None
     draft_depth: int | None = None
     draft_tree: bool | None = None
+    root: bytes = b""
 
 
 class JournalSink(Protocol):

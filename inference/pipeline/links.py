@@ -26,6 +26,7 @@ from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
     PipeMessage,
+    Restore,
     Step,
     Tail,
 )
@@ -91,7 +92,7 @@ class PipeLinks:
         if peer == self._mesh.peer_id:
             self._deliver(peer, message, tail)
             return
-        control = not isinstance(message, Step | OpenSession)
+        control = not isinstance(message, Step | OpenSession | Restore)
         lane = self._lanes.get((peer, control))
         if lane is None:
             if self._nursery is None:

@@ -13,8 +13,9 @@ from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.drafting.service import DraftService
+from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.engine import PipelineEngine, new_session_id
-from pyagent_node.inference.pipeline.frames import PipeMessage, Result, StageError, Tail
+from pyagent_node.inference.pipeline.frames import PipeMessage, Restored, Result, StageError, Tail
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.speculators import Speculators
@@ -39,19 +40,22 @@ async def open_pipeline(
     session_ids: Callable[[], SessionId] = new_session_id,
     wall: Callable[[], float] = time.time,
     speculators: Speculators | None = None,
+    shelf: KvShelf | None = None,
 ) -> AsyncIterator[Pipeline]:
     """Take part in pipelines over ``mesh`` while the context lasts.
 
     ``journal`` is told of the sessions that this node heads; ``wall`` gives Unix seconds;
-    ``speculators`` guess for the requests that ask for it.
+    ``speculators`` guess for the requests that ask for it; ``shelf`` keeps KV blocks.
     """
-    stages = StageService(mesh.peer_id, limits)
+    stages = StageService(mesh.peer_id, limits, shelf)
     drafts = DraftService()
     speculators = speculators or Speculators()
 
     def deliver(sender: PeerId, message: PipeMessage, tail: Tail) -> None:
         if isinstance(message, Result):
             engine.on_result(sender, message)
+        elif isinstance(message, Restored):
+            engine.on_restored(sender, message)
         elif isinstance(message, StageError) and engine.heads(message.session):
             engine.on_error(sender, message)
         else:
@@ -71,6 +75,7 @@ async def open_pipeline(
         journal=journal,
         wall=wall,
         speculators=speculators,
+        shelf=shelf,
     )
 
     speculators.connect(mesh, engine.offered)

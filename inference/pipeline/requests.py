@@ -21,6 +21,7 @@ from pyagent_node.inference.generation import (
 from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.ports import HeadModel, Tokenizer
+from pyagent_node.sharding.kv_keys import LINK_BYTES, MAX_SALT, cache_root
 
 MAX_BUDGET: Final = 2**31 - 1
 """Tokens of an answer that a journal may speak of."""
@@ -71,6 +72,12 @@ def check_request(request: GenerationRequest, n_vocab: int) -> None:
         raise wrong("session", "A session id has 32 lowercase hexadecimal digits.")
     if len(request.label) > MAX_LABEL_LENGTH:
         raise wrong("label", f"A label may have at most {MAX_LABEL_LENGTH} characters.")
+    try:
+        salt = len(request.cache_salt.encode())
+    except UnicodeEncodeError:
+        raise wrong("cache_salt", "A cache salt is valid Unicode text.") from None
+    if salt > MAX_SALT:
+        raise wrong("cache_salt", f"A cache salt may have at most {MAX_SALT} bytes.")
     for token in request.tokens or ():
         if not 0 <= token < n_vocab:
             raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
@@ -103,6 +110,7 @@ def plan_request(
         stop=request.stop,
         ignore_eos=request.ignore_eos,
         sampling=request.sampling,
+        root=cache_root(model.placement.model, request.cache_salt) if request.prompt_cache else b"",
     )
 
 
@@ -128,6 +136,7 @@ def new_journal(
         draft_length=request.draft_length,
         draft_depth=request.draft_depth,
         draft_tree=request.draft_tree,
+        root=plan.root,
     )
 
 
@@ -156,6 +165,7 @@ def plan_journal(
         stop=journal.stop,
         ignore_eos=journal.ignore_eos,
         sampling=journal.sampling,
+        root=journal.root,
     )
 
 
@@ -167,6 +177,8 @@ def _journal_fault(journal: SessionJournal, vocabulary: Vocabulary) -> str | Non
         return "its prompt is empty or holds an unknown token"
     if not max(1, len(journal.tokens)) <= journal.budget <= MAX_BUDGET:
         return f"it holds {len(journal.tokens)} tokens of at most {journal.budget}"
+    if len(journal.root) not in (0, LINK_BYTES):
+        return "its cache root is none"
     if len(journal.stop) > MAX_STOP_STRINGS or len(journal.label) > MAX_LABEL_LENGTH:
         return "it has too many stop strings, or too long a label"
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in journal.stop):

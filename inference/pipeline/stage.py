@@ -14,7 +14,7 @@ Rules.
 * A session that ends here for whatever reason but its head's own wish is reported to its head.
 * What arrives for a session after its end is dropped, even if its opening is yet to come.
 
-What is computed when is ``stage_queue``'s.
+What is computed when is ``stage_queue``'s; what becomes of KV blocks is ``stage_blocks``'s.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.types import PeerId, SessionId
-from pyagent_node.inference.backend import StepOutput
+from pyagent_node.inference.backend import PREFILL_CHUNK, SequenceOp, StepOutput
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
     OpenSession,
     PipeMessage,
+    Restore,
     Result,
     StageError,
     Step,
@@ -47,6 +48,7 @@ from pyagent_node.inference.pipeline.frames import (
     onward,
     pack_tail,
 )
+from pyagent_node.inference.pipeline.stage_blocks import Import, StageBlocks
 from pyagent_node.inference.pipeline.stage_checks import check_opening, check_room, check_step
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
@@ -71,9 +73,15 @@ class StageCore:
         spec: StageSpec,
         limits: StageLimits | None = None,
         joint_shapes: Sequence[tuple[int, int]] = (),
+        cells: str = "",
+        cut: int = PREFILL_CHUNK,
     ) -> None:
-        """Make a stage whose runner says ``joint_shapes`` of itself (see ``BackendInfo``)."""
+        """Make a stage whose runner says ``joint_shapes`` of itself (see ``BackendInfo``).
+
+        For ``cells`` and ``cut`` see ``stage_blocks``.
+        """
         self.spec = spec
+        self.blocks = StageBlocks(spec, cells, cut)
         self._limits = limits or StageLimits()
         self._sessions: dict[SessionId, ServedSession] = {}
         self._queue = StageQueue(
@@ -101,6 +109,8 @@ class StageCore:
             return self._step(sender, message, tail, now)
         if isinstance(message, OpenSession):
             return self._open(sender, message, now)
+        if isinstance(message, Restore):
+            return self._restore(sender, message, tail)
         if isinstance(message, CloseSession):
             self._close(sender, message)
             return []
@@ -152,23 +162,44 @@ class StageCore:
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
+        cut = self.blocks.opened(session, message.root, message.cut, message.prompt_tokens)
         if spec.downstream is None:
             return []
-        return [Outgoing(spec.downstream, msgspec.structs.replace(message, rank=spec.rank + 1))]
+        onward = msgspec.structs.replace(message, rank=spec.rank + 1, cut=cut)
+        return [Outgoing(spec.downstream, onward)]
 
-    def _step(self, sender: PeerId, message: Step, tail: Tail, now: float) -> list[Outgoing]:
-        spec = self.spec
+    def _known(
+        self, sender: PeerId, message: Step | Restore
+    ) -> tuple[ServedSession | None, list[Outgoing]]:
+        """Return the session of a frame from the rank before, or what to answer instead."""
         session = self._sessions.get(message.session)
         if session is None:
             if message.session in self._tombs:
-                return []
+                return None, []
             self._refused += 1
             unknown = NotFound("The session is not open here.", code="session_unknown")
-            return [self._error(sender, message.session, unknown)]
-        if sender != (spec.upstream or session.head):
+            return None, [self._error(sender, message.session, unknown)]
+        if sender != (self.spec.upstream or session.head):
             self._refused += 1
             refused = Refused("Not the sender of this session.", code="wrong_sender")
-            return [self._error(sender, message.session, refused)]
+            return None, [self._error(sender, message.session, refused)]
+        return session, []
+
+    def _restore(self, sender: PeerId, message: Restore, tail: Tail) -> list[Outgoing]:
+        session, answer = self._known(sender, message)
+        if session is None:
+            return answer
+        try:
+            return self.blocks.restore(session, message, tail)
+        except PyAgentError as error:
+            self._refused += 1
+            return self._give_up(session, error)
+
+    def _step(self, sender: PeerId, message: Step, tail: Tail, now: float) -> list[Outgoing]:
+        spec = self.spec
+        session, answer = self._known(sender, message)
+        if session is None:
+            return answer
         try:
             queued = check_step(
                 message, tail, spec=spec, limits=self._limits, queue=self._queue, session=session
@@ -177,6 +208,7 @@ class StageCore:
             self._refused += 1
             return self._give_up(session, error)
         session.last_seen = now
+        self.blocks.stepped(session)
         session.came(message, keeps=not spec.is_tail)
         self._queue.push(session, queued)
         return []
@@ -288,11 +320,13 @@ class StageCore:
         self._batches += 1
         self._busy += seconds
         out: list[Outgoing] = []
+        each = seconds / max(1, sum(queued.message.n for _, queued in batch.work))
         for (session, queued), output in zip(batch.work, outputs, strict=True):
             message = queued.message
             self._tokens += message.n
             if session.closed:
                 continue
+            self.blocks.computed(session, queued, each * message.n)
             session.last_seen = now
             if message.sample and session.first_sample is None:
                 session.first_sample = now
@@ -329,6 +363,16 @@ class StageCore:
                 out.append(Outgoing(spec.downstream, on, pack_tail(queued.tokens, rows)))
         return out
 
+    def take_ops(self) -> tuple[SequenceOp, ...]:
+        """Take the sequence operations that are due, without any work."""
+        return self._queue.take_ops()
+
+    def not_imported(self, job: Import) -> None:
+        """Note that the runner refused cells; what it took of them is dropped."""
+        self.blocks.not_imported(job)
+        if not job.load.session.closed:
+            self._queue.empty(job.load.session)
+
     def abandoned(self, batch: Batch, error: PyAgentError) -> list[Outgoing]:
         """Give up the sessions of ``batch``: the runner refused it but goes on living."""
         out: list[Outgoing] = []
@@ -355,6 +399,7 @@ class StageCore:
             busy_seconds=self._busy,
             refused=self._refused,
             dropped=self._queue.dropped,
+            restored=self.blocks.restored,
         )
 
     def sessions(self) -> Iterable[StageSession]:
@@ -381,6 +426,7 @@ class StageCore:
         del self._sessions[session.id]
         self._bury(session.id, session.head)
         self._queue.remove(session)
+        self.blocks.freed(session)
 
     def _bury(self, session: SessionId, head: PeerId) -> None:
         self._tombs[session] = head

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
 from pyagent_node.inference.trees import check_tree, depths
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES
+
+CUTS: Final = range(BLOCK_TOKENS, PREFILL_CHUNK + 1, BLOCK_TOKENS)
+"""What a rank may say of the places where a prompt can be cut."""
 
 
 def check_opening(spec: StageSpec, message: OpenSession) -> None:
@@ -18,6 +24,13 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
             f" does not fit a context of {spec.n_ctx}.",
             code="bad_parameter",
             n_ctx=spec.n_ctx,
+        )
+    if len(message.root) not in (0, LINK_BYTES) or message.cut not in CUTS:
+        raise InvalidRequest(
+            f"A session's cache root has {LINK_BYTES} bytes, or none, and its cut is a multiple"
+            f" of {BLOCK_TOKENS} up to {PREFILL_CHUNK}.",
+            code="bad_parameter",
+            parameter="root",
         )
     if spec.is_tail:
         message.sampling.check(spec.n_vocab)
@@ -117,9 +130,11 @@ def _check_end(message: Step, end: int, session: ServedSession) -> None:
 def _in_order(message: Step, session: ServedSession) -> bool:
     """Whether a step will find the cells before it, however the guesses before it turn out.
 
-    The prompt comes without a gap.  A step with a parent follows on it; any other may go back, but
-    not beyond what is sure to be there.
+    The prompt comes without a gap, after what was restored of it.  A step with a parent follows on
+    it; any other may go back, but not beyond what is sure to be there.
     """
+    if session.restores and message.step == session.next_step == 0 and message.parent is None:
+        return 0 <= message.position <= session.sure
     if message.parent is not None:
         follows = message.step == session.next_step and message.parent == message.step - 1
         return follows and session.prompt_tokens <= message.position == session.next_position

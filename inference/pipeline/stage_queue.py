@@ -36,6 +36,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.pipeline.frames import OpenSession, Step
+from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 CROWD: Final = 8
@@ -59,10 +60,12 @@ class ServedSession:
     queued guesses turn out to be.  ``verdict`` is the last step that sampled and its last token, -1
     if one of its guesses was wrong; ``void`` the last step that was dropped; ``cancelled`` the
     steps from which to which the head cancelled.  ``served`` counts its rows on the queue's scale,
-    ``due`` is what that came to when its next step became ready.
+    ``due`` is what that came to when its next step became ready.  ``blocks`` is ``None`` where no
+    KV is kept or reused; ``restores`` says whether its head has asked for blocks.
     """
 
     __slots__ = (
+        "blocks",
         "cancelled",
         "closed",
         "due",
@@ -79,6 +82,7 @@ class ServedSession:
         "positions",
         "prompt_tokens",
         "queue",
+        "restores",
         "sampling",
         "seq",
         "served",
@@ -114,6 +118,8 @@ class ServedSession:
         self.generated = 0
         self.first_sample: float | None = None
         self.last_seen = now
+        self.blocks: SessionBlocks | None = None
+        self.restores = False
 
     def came(self, step: Step, *, keeps: bool) -> None:
         """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""
@@ -244,6 +250,21 @@ class StageQueue:
         heapq.heappush(self._slots, session.seq)
         self._grant()
 
+    def take_ops(self) -> tuple[SequenceOp, ...]:
+        """Take the sequence operations alone."""
+        ops = (*self._ops,)
+        self._ops.clear()
+        return ops
+
+    def empty(self, session: ServedSession) -> None:
+        """Drop all cells of a session; its slot stays its own."""
+        self._ops += self._emptied(session)
+
+    def _emptied(self, session: ServedSession) -> list[SequenceOp]:
+        seq = _slot(session)
+        sampling = session.sampling if self._sampling else None
+        return [FreeSequence(seq), OpenSequence(seq, sampling)]
+
     def clear_ops(self) -> None:
         """Forget the pending sequence operations: there is no runner to carry them out."""
         self._ops.clear()
@@ -263,7 +284,11 @@ class StageQueue:
             step = self._next(session)
             position = step.message.position
             if position < session.end:
-                trims.append(TrimSequence(_slot(session), position))
+                trims += (
+                    self._emptied(session)
+                    if position == 0
+                    else [TrimSequence(_slot(session), position)]
+                )
             session.end = step.message.stop
             work.append((session, step))
         if not work and not self._ops:

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed, Unavailable
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.inference.backend import ResetSequences
+from pyagent_node.inference.kv.port import KvShelf, NullShelf
 from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
@@ -24,6 +26,7 @@ from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_queue import Batch
+from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import (
     Outgoing,
     StageLimits,
@@ -39,29 +42,48 @@ EXPIRE_SECONDS: Final = 5.0
 WIPE_SECONDS: Final = 2.0
 """How long the end of a stage may take to empty its runner."""
 
+Send = Callable[[Iterable[Outgoing]], None]
+
 
 class _Stage:
-    __slots__ = ("core", "runner", "scope", "wake")
+    __slots__ = ("core", "runner", "scope", "shelf", "wake")
 
-    def __init__(self, core: StageCore, runner: StageRunner) -> None:
+    def __init__(self, core: StageCore, runner: StageRunner, shelf: KvShelf, send: Send) -> None:
         self.core = core
         self.runner = runner
         self.scope = trio.CancelScope()
         self.wake = trio.Event()
+        self.shelf = ShelfWork(core, runner, shelf, send, self.rouse)
+
+    def rouse(self) -> None:
+        """Wake the task that feeds the runner."""
+        self.wake.set()
+
+    def look(self) -> None:
+        """See what has come of a frame or an event."""
+        self.shelf.look()
+        if self.core.has_work:
+            self.rouse()
 
 
 class StageService:
     """Serves the stages that this node holds.
 
     The owner calls :meth:`serve` once for each stage it has a runner for, and forwards frames and
-    peer events.  ``links`` carries what the stages answer.
+    peer events.  ``links`` carries what the stages answer; ``shelf`` keeps their KV blocks.
     """
 
-    def __init__(self, peer_id: PeerId, limits: StageLimits | None = None) -> None:
+    def __init__(
+        self,
+        peer_id: PeerId,
+        limits: StageLimits | None = None,
+        shelf: KvShelf | None = None,
+    ) -> None:
         self.refused: Counter[str] = Counter()
         """Frames of peers for stages that are not here, by the answer's code."""
         self._peer_id = peer_id
         self._limits = limits
+        self._shelf = shelf
         self._stages: dict[tuple[Digest, int], _Stage] = {}
         self._wiping: dict[int, trio.Event] = {}
         """By the identity of runners: set when nothing is left in them."""
@@ -96,9 +118,11 @@ class StageService:
                 )
         for other in before:
             self._supersede(other)
-        stage = self._stages[key] = _Stage(
-            StageCore(spec, self._limits, runner.info.joint_shapes), runner
-        )
+        info = runner.info
+        cells = info.kv_codec if self._shelf is not None else ""
+        core = StageCore(spec, self._limits, info.joint_shapes, cells, info.prefill_cut)
+        stage = _Stage(core, runner, self._shelf or NullShelf(), self._send)
+        self._stages[key] = stage
         failure: RunnerFailed | None = None
 
         def fail(error: RunnerFailed) -> None:
@@ -109,6 +133,7 @@ class StageService:
         try:
             with stage.scope:
                 async with trio.open_nursery() as nursery:
+                    stage.shelf.start(nursery)
                     nursery.start_soon(self._watch, runner, fail)
                     nursery.start_soon(self._expire, stage)
                     nursery.start_soon(self._feed, stage, fail)
@@ -118,7 +143,9 @@ class StageService:
         finally:
             if self._stages.get(key) is stage:
                 del self._stages[key]
+            stage.shelf.stop()
             self._send(stage.core.stop(failure or _ended(spec)))
+            stage.look()
             if not any(other.runner is runner for other in self._stages.values()):
                 await self._wipe(runner)
 
@@ -146,6 +173,7 @@ class StageService:
         Stopped, its core gives out no more work; a decode in progress is answered to nobody.
         """
         self._send(stage.core.stop(_ended(stage.core.spec)))
+        stage.look()
         stage.scope.cancel()
 
     # ---- frames and events -----------------------------------------------------------------
@@ -165,29 +193,25 @@ class StageService:
             self._links.forget(core.spec.downstream, message.session)
         if out:
             self._send(out)
-        if core.has_work:
-            stage.wake.set()
+        stage.look()
 
     def peer_down(self, peer: PeerId) -> None:
         """End the sessions that relied on ``peer``."""
         for stage in list(self._stages.values()):
             self._send(stage.core.peer_down(peer))
-            if stage.core.has_work:
-                stage.wake.set()
+            stage.look()
 
     def link_lost(self, peer: PeerId, *, control: bool) -> None:
         """End the sessions whose frames to ``peer`` may be lost."""
         for stage in list(self._stages.values()):
             self._send(stage.core.link_lost(peer, control=control))
-            if stage.core.has_work:
-                stage.wake.set()
+            stage.look()
 
     def _relay(self, sender: PeerId, message: StageError) -> None:
         for stage in list(self._stages.values()):
             if stage.core.spec.model == message.model and stage.core.holds(message.session):
                 self._send(stage.core.receive(sender, message, b"", trio.current_time()))
-                if stage.core.has_work:
-                    stage.wake.set()
+                stage.look()
 
     def _no_stage(self, sender: PeerId, message: PipeMessage) -> None:
         if not isinstance(message, OpenSession | Step):
@@ -215,7 +239,10 @@ class StageService:
 
     def views(self) -> list[StageView]:
         """Return the load of every stage."""
-        return [stage.core.view() for stage in self._stages.values()]
+        return [
+            msgspec.structs.replace(stage.core.view(), kept=stage.shelf.kept)
+            for stage in self._stages.values()
+        ]
 
     def sessions(self) -> list[StageSession]:
         """Return the sessions of every stage."""
@@ -231,14 +258,19 @@ class StageService:
             await runner.apply([ResetSequences()])
             while True:
                 batch = core.next_batch()
-                if batch is None:
+                if batch is None and not stage.shelf.due:
                     stage.wake = trio.Event()
                     await stage.wake.wait()
                     continue
-                if batch.ops:
+                began = trio.current_time()
+                if batch is not None and batch.ops:
                     await runner.apply(batch.ops)
-                if batch.inputs and not core.stopped:
+                if batch is not None and batch.inputs and not core.stopped:
                     await self._compute(core, runner, batch)
+                    stage.look()
+                if stage.shelf.due:
+                    seconds = trio.current_time() - began
+                    await stage.shelf.turn(seconds, idle=not core.has_work)
         except RunnerFailed as error:
             fail(error)
         except PyAgentError as error:
@@ -271,8 +303,7 @@ class StageService:
         while True:
             await trio.sleep(EXPIRE_SECONDS)
             self._send(stage.core.expire(trio.current_time()))
-            if stage.core.has_work:
-                stage.wake.set()
+            stage.look()
 
     def _send(self, out: Iterable[Outgoing]) -> None:
         links = self._links

@@ -80,7 +80,11 @@ class Outgoing(NamedTuple):
 
 
 class StageView(msgspec.Struct, frozen=True):
-    """A stage as ``status`` shows it; the counters count since it was started."""
+    """A stage as ``status`` shows it; the counters count since it was started.
+
+    ``restored`` counts tokens whose KV was imported instead of computed, ``kept`` the blocks that
+    were given to the shelf.
+    """
 
     model: Digest
     epoch: int
@@ -94,6 +98,8 @@ class StageView(msgspec.Struct, frozen=True):
     busy_seconds: float
     refused: int
     dropped: int = 0
+    restored: int = 0
+    kept: int = 0
 
 
 class StageSession(NamedTuple):
