@@ -1,7 +1,10 @@
 """A toy model for the simulator: exact, tiny, and sensitive to every mistake of a pipeline.
 
 Activations are small integers held in float32, so arithmetic is exact and any cut of the layers
-gives the same result.  Each layer mixes a token with its position, the layer's number and a
+gives the same result.  As with a real backend, what a row becomes depends on the kernel that it
+goes through: rows of a piece of at least 64, which begins at a multiple of 64, go one way however
+the prompt is cut; those of other pieces another, by the length of the piece; single rows and rows
+of decoding a third.  Each layer mixes a token with its position, the layer's number and a
 position-weighted sum over all earlier tokens of the sequence, so a wrong order, a lost or repeated
 step, a foreign slot or a skipped layer changes every later token.
 """
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import Final
 
 import numpy as np
@@ -20,6 +23,8 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import CorruptData, InvalidRequest, RunnerFailed, Unsupported
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
+    MAX_DECODE_ROWS,
+    PREFILL_CHUNK,
     Activations,
     BackendInfo,
     FreeSequence,
@@ -49,6 +54,8 @@ BOS_TOKEN: Final = 128
 TOY_CELLS: Final = "toy/1/i2"
 """The toy's cell format: the row that a token brings to a layer, its first half for a key and the
 other for a value, as little-endian 16-bit integers."""
+TILE: Final = 64
+"""Rows that a long piece of a prompt is computed in."""
 _CELL: Final = np.dtype("<i2")
 _HALF: Final = N_EMBD // 2
 
@@ -98,10 +105,26 @@ def _attend(past: _Ints, row: _Ints, position: int) -> _Ints:
     return state
 
 
-def _layer(layer: int, position: int, past: _Ints, row: _Ints) -> tuple[_Ints, _Ints]:
+def _way(position: int, n: int, *, decoding: bool) -> int:
+    """Return the kernel by which the rows of a piece of ``n`` from ``position`` on are computed."""
+    if decoding or n <= MAX_DECODE_ROWS:
+        return 0
+    return 1 if n >= TILE and position % TILE == 0 else n + 1
+
+
+def _prompt_ways(n: int) -> list[int]:
+    """Return the kernel of each row of a prompt that is computed whole."""
+    ways: list[int] = []
+    for start in range(0, n, PREFILL_CHUNK):
+        rows = min(PREFILL_CHUNK, n - start)
+        ways += [_way(start, rows, decoding=False)] * rows
+    return ways
+
+
+def _layer(layer: int, position: int, past: _Ints, row: _Ints, way: int) -> tuple[_Ints, _Ints]:
     """Return the row after ``layer``, and the layer's state with this token added."""
     state = _attend(past, row, position)
-    mixed = row * (layer + 3) + state[_ROLLED[layer % N_EMBD]] + position * 7 + layer
+    mixed = row * (layer + 3) + state[_ROLLED[layer % N_EMBD]] + position * 7 + layer + way * 5
     return mixed % PRIME, state
 
 
@@ -146,19 +169,19 @@ def toy_tokens(n_layers: int, prompt: Sequence[int], params: SamplingParams) -> 
     """Yield the tokens of the whole toy model's answer, up to its end."""
     states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(n_layers)]
     history: list[int] = []
-    pending = list(prompt)
+    pending = list(zip(prompt, _prompt_ways(len(prompt)), strict=True))
     while True:
         row = np.zeros(N_EMBD, dtype=np.int64)
-        for token in pending:
+        for token, way in pending:
             row = _embed(token)
             for layer in range(n_layers):
-                row, states[layer] = _layer(layer, len(history), states[layer], row)
+                row, states[layer] = _layer(layer, len(history), states[layer], row, way)
             history.append(token)
         token = toy_sample(_logits(row), history, params).token
         if token == END_TOKEN:
             return
         yield token
-        pending = [token]
+        pending = [(token, 0)]
 
 
 def _embed(token: int) -> _Ints:
@@ -181,13 +204,10 @@ class _Slot:
             self.states = self.before[start]
             del self.history[start:], self.before[start:], self.rows[start:]
 
-    def add(self, token: int, rows: list[_Ints]) -> None:
-        """Append a token with its cells, one a layer."""
-        position = len(self.history)
+    def add(self, token: int, rows: list[_Ints], states: list[_Ints]) -> None:
+        """Append a token with its cells, and the states that it leads to, one a layer."""
         self.before.append(self.states)
-        self.states = [
-            _attend(past, row, position) for past, row in zip(self.states, rows, strict=True)
-        ]
+        self.states = states
         self.rows.append(rows)
         self.history.append(token)
 
@@ -320,7 +340,8 @@ class ToyRunner:
                 raise CorruptData("the cells are of other layers", code="kv_malformed")
             rows = [_joined(part, n) for part in kv.layers]
             for i, token in enumerate(tokens.tolist()):
-                slot.add(token, [of_layer[i] for of_layer in rows])
+                cells, at = [of_layer[i] for of_layer in rows], len(slot.history)
+                slot.add(token, cells, list(map(_attend, slot.states, cells, repeat(at))))
 
     async def _drain(self) -> None:
         """Let a decode end that nobody waits for; nobody is told how it went."""
@@ -378,15 +399,18 @@ class ToyRunner:
             raise self._refuse("a slice without the output head cannot sample")
         self.tokens_done += len(step.tokens)
         sampled: list[Sampled] = []
+        way = _way(len(slot.history), len(step.tokens), decoding=step.drafts > 0)
         for i, token in enumerate(step.tokens):
             if sampled and sampled[-1].token != token:
                 break
             row = rows[i].astype(np.int64)
             cells: list[_Ints] = []
+            states: list[_Ints] = []
             for index, layer in enumerate(range(self._part.first, self._part.last)):
                 cells.append(row)
-                row, _ = _layer(layer, len(slot.history), slot.states[index], row)
-            slot.add(int(token), cells)
+                row, state = _layer(layer, len(slot.history), slot.states[index], row, way)
+                states.append(state)
+            slot.add(int(token), cells, states)
             out[i] = row
             if step.sample and i >= len(step.tokens) - step.drafts - 1:
                 assert slot.sampling is not None, "a head slot is opened with sampling"

@@ -34,6 +34,7 @@ from pyagent_node.simulations.backend import (
     toy_vocabulary,
 )
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
+from pyagent_node.simulations.shelf import ToyShelves
 
 MODEL = Digest("70" * 32)
 NAME = "toy"
@@ -171,6 +172,8 @@ class PipelineWorld:
         *,
         max_tokens: int = 20,
         sampling: SamplingParams | None = None,
+        cache_salt: str = "",
+        prompt_cache: bool = True,
     ) -> Answer:
         """Ask ``node`` and return the whole answer."""
         request = GenerationRequest(
@@ -178,6 +181,8 @@ class PipelineWorld:
             tokens=tuple(tokens),
             max_tokens=max_tokens,
             sampling=sampling or SamplingParams(temperature=0.0),
+            cache_salt=cache_salt,
+            prompt_cache=prompt_cache,
         )
         got: list[int] = []
         text = ""
@@ -209,17 +214,24 @@ async def open_pipeline_world(
     limits: StageLimits | None = None,
     journal: JournalSink | None = None,
     speculators: Speculators | None = None,
+    shelves: ToyShelves | None = None,
 ) -> AsyncIterator[PipelineWorld]:
     """Run ``nodes`` connected nodes without a placement.
 
-    ``journal`` hears of all heads; ``speculators`` guess for all of them.
+    ``journal`` hears of all heads; ``speculators`` guess for all of them; ``shelves`` keep blocks.
     """
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i), name=f"n{i}") for i in range(nodes)]
         pipelines = [
             await stack.enter_async_context(
-                open_pipeline(mesh, limits=limits, journal=journal, speculators=speculators)
+                open_pipeline(
+                    mesh,
+                    limits=limits,
+                    journal=journal,
+                    speculators=speculators,
+                    shelf=None if shelves is None else shelves.of(mesh.peer_id),
+                )
             )
             for mesh in meshes
         ]

@@ -216,8 +216,8 @@ class World:
         self.heads[session] = core
         self.shown[session] = []
         opening = core.begin(session, PLACEMENT, embed, 0.0)
-        assert opening is not None
-        self.send(HEAD, [opening])
+        assert opening
+        self.send(HEAD, opening)
         while (chunk := core.next_chunk()) is not None:
             assert core.attempt is not None
             rows = embed(core.attempt.tokens(chunk))

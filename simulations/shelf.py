@@ -1,0 +1,134 @@
+"""A shelf of KV blocks for simulated nodes, where whoever is in reach has what others keep.
+
+It is no more than the ``KvShelf`` port says: it forgets, gives less than it promised, is slow, and
+hands out blocks that are broken, all by draws of a seeded generator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from random import Random
+
+import msgspec
+import trio
+
+from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.inference.backend import KvRange, LayerKv
+from pyagent_node.inference.kv.port import SettledBlock, Wanted
+from pyagent_node.inference.kv.ranges import part_of
+
+Name = tuple[Digest, int, bytes, str]
+"""Model, layer, chain hash and cells."""
+
+
+class ShelfFaults(msgspec.Struct):
+    """What may go wrong, as chances of each block or load."""
+
+    lost: float = 0.0
+    broken: float = 0.0
+    foreign: float = 0.0
+    slow: float = 0.0
+    seconds: float = 0.0
+    """What a load takes; one that is slow takes a thousand times as long."""
+
+
+class ToyShelves:
+    """The shelves of all nodes; ``reach`` says whether one peer can ask another."""
+
+    def __init__(
+        self,
+        rng: Random,
+        faults: ShelfFaults | None = None,
+        reach: Callable[[PeerId, PeerId], bool] = lambda one, other: True,
+    ) -> None:
+        self.rng = rng
+        self.faults = faults or ShelfFaults()
+        self.reach = reach
+        self.shelves: dict[PeerId, ToyShelf] = {}
+        self.counts: Counter[str] = Counter()
+
+    def of(self, peer: PeerId) -> ToyShelf:
+        """Return the shelf of a node."""
+        return self.shelves.setdefault(peer, ToyShelf(self, peer))
+
+    def find(self, asker: PeerId, name: Name) -> LayerKv | None:
+        """Return a layer of a block that ``asker`` has or can get."""
+        for peer in sorted(self.shelves, key=lambda peer: (peer != asker, peer)):
+            if peer == asker or self.reach(asker, peer):
+                found = self.shelves[peer].held.get(name)
+                if found is not None:
+                    return found
+        return None
+
+
+class ToyShelf:
+    """The shelf of one node."""
+
+    def __init__(self, shelves: ToyShelves, peer: PeerId) -> None:
+        self.held: dict[Name, LayerKv] = {}
+        self.sessions: Counter[SessionId] = Counter()
+        """Blocks shown by each session that has not ended."""
+        self._shelves = shelves
+        self._peer = peer
+
+    def promises(self, model: Digest, chain: Sequence[bytes], layers: range) -> int:
+        """Return how many leading blocks can be had in some format."""
+        formats = {name[3] for shelf in self._shelves.shelves.values() for name in shelf.held}
+        return max((self._leading(model, chain, layers, cells) for cells in formats), default=0)
+
+    def _leading(self, model: Digest, chain: Sequence[bytes], layers: range, cells: str) -> int:
+        for index, link in enumerate(chain):
+            names = [(model, layer, link, cells) for layer in layers]
+            if any(self._shelves.find(self._peer, name) is None for name in names):
+                return index
+        return len(chain)
+
+    async def load(self, wanted: Wanted) -> list[KvRange]:
+        """Return what can be had, less what goes wrong."""
+        rng, faults = self._shelves.rng, self._shelves.faults
+        slow = rng.random() < faults.slow
+        await trio.sleep(faults.seconds * (1000 if slow else 1))
+        chain = wanted.chain[: wanted.skip + wanted.limit]
+        found: list[KvRange] = []
+        for index in range(wanted.skip, len(chain)):
+            names = [(wanted.model, layer, chain[index], wanted.cells) for layer in wanted.layers]
+            layers = [self._shelves.find(self._peer, name) for name in names]
+            whole = tuple(layer for layer in layers if layer is not None)
+            if len(whole) < len(names) or rng.random() < faults.lost:
+                break
+            kv = KvRange(wanted.cells, 64 * index, 64 * index + 64, whole)
+            if rng.random() < faults.broken:
+                kv = KvRange(kv.codec, kv.start, kv.stop, part_of(kv, kv.start, kv.stop - 1).layers)
+            if rng.random() < faults.foreign:
+                kv = KvRange("elsewhere/1", kv.start, kv.stop, kv.layers)
+            found.append(kv)
+        self._shelves.counts["loads"] += 1
+        self._shelves.counts["blocks"] += len(found)
+        return found
+
+    def wants(self, block: SettledBlock) -> bool:
+        """Want what is not here yet."""
+        if block.index > self.sessions[block.session]:
+            raise AssertionError(f"block {block.index} of {block.session} came out of order")
+        self.sessions[block.session] = block.index + 1
+        return any(
+            (block.model, layer, block.chain, block.cells) not in self.held
+            for layer in block.layers
+        )
+
+    def keep(self, block: SettledBlock, kv: KvRange, seconds: float) -> None:
+        """Keep a block; one of the same name must have the same bits."""
+        assert [layer.layer for layer in kv.layers] == list(block.layers), "the layers of the rank"
+        for layer in kv.layers:
+            name = (block.model, layer.layer, block.chain, block.cells)
+            for shelf in self._shelves.shelves.values():
+                if shelf.held.get(name, layer) != layer:
+                    raise AssertionError(f"two blocks {block.index} have one name")
+            self.held[name] = layer
+        self._shelves.counts["kept"] += 1
+
+    def ended(self, session: SessionId) -> None:
+        """Forget a session."""
+        if self.sessions.pop(session, None) is not None:
+            self._shelves.counts["ended"] += 1
