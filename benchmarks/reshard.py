@@ -66,8 +66,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that happened while the streams ran.
 
     ``stalls_ms`` is each stream's longest pause between two tokens from its beginning until the
-    stream flows again after it; ``plain_ms`` the median pause of all streams then.  ``switches`` says whether layers changed hands: a node that
-    joins gets none by that.
+    stream flows again after it; ``plain_ms`` the median pause of all streams then.  ``switches``
+    says whether layers changed hands: a node that joins gets none by that.
     """
 
     what: str
@@ -297,7 +297,7 @@ def _figures(
     stalls = sorted(stall for event in told if event.switches for stall in event.stalls_ms)
     answers = [stream.answer for stream in streams]
     recomputed = [answer.recomputed_tokens if answer is not None else 0 for answer in answers]
-    switches = sum(event.switches for event in told)
+    count = sum(event.switches for event in told)
     return {
         "streams": len(streams),
         "failed": sum(stream.error is not None for stream in streams),
@@ -308,9 +308,9 @@ def _figures(
         "stall_ms_p50": round(statistics.median(stalls), 1),
         "stall_ms_p99": stalls[min(len(stalls) - 1, int(0.99 * len(stalls)))],
         "recomputed_tokens": sum(recomputed),
-        "recomputed_a_switch": round(max(recomputed) / switches, 1),
+        "recomputed_a_switch": round(max(recomputed) / count, 1),
         "bytes_moved": moved,
-        "switches": switches,
+        "switches": count,
         "events": tuple(told),
         "errors": tuple(str(stream.error) for stream in streams if stream.error is not None),
     }

@@ -330,6 +330,10 @@ class PlacementController:
             behind={m: self._behind(m) for m in self._prepared} if self._behind else {},
         )
 
+    def kept_runners(self) -> frozenset[RunnerKey]:
+        """Return the runners that this node keeps now, whether they work or not."""
+        return frozenset(self._runners)
+
     def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:
         for rank in placement.ranks:
             if self._peer_id in rank.standbys:

@@ -9,6 +9,7 @@ from typing import Final
 from pyagent_node.simulations.fault_kinds import (
     BLOWS,
     MALICE,
+    PHASES,
     Blackout,
     ChurnLeaders,
     ClockDrift,
@@ -32,6 +33,7 @@ from pyagent_node.simulations.fault_kinds import (
     Partition,
     Pause,
     Replace,
+    Reshard,
     Revoke,
     SlowDisk,
     SlowLink,
@@ -152,6 +154,22 @@ def _replace(rng: random.Random, at: float, nodes: int) -> Fault:
     return Replace(at, tuple(boundaries), tuple(rng.sample(range(nodes), count)))
 
 
+def _reshard(rng: random.Random, at: float, nodes: int) -> Fault:
+    count = rng.randint(1, min(4, nodes))
+    boundaries = sorted(rng.sample(range(1, N_LAYERS), count - 1))
+    where = tuple(rng.sample(range(nodes), count))
+    hit = "never" if rng.random() < 0.4 else rng.choice(PHASES[1:])
+    return Reshard(
+        at,
+        tuple(boundaries),
+        where,
+        rng.randrange(nodes),
+        hit,
+        rng.randrange(nodes),
+        _length(rng),
+    )
+
+
 def _draft(rng: random.Random, at: float, nodes: int) -> Fault:
     return Draft(at, rng.randrange(nodes))
 
@@ -185,7 +203,7 @@ _NETWORK: Final = (_partition, _one_way, _flap, _slow_link, _jitter)
 _NODES: Final = (_crash, _crash, _pause, _slow_runner, _kill_runner, _low_memory)
 _CLOCKS: Final = (_clock_jump, _clock_drift)
 _DISKS: Final = (_crash, _slow_disk, _full_disk)
-_OPERATORS: Final = (_move_leader, _replace, _draft, _drain, _join, _depart)
+_OPERATORS: Final = (_move_leader, _replace, _reshard, _draft, _drain, _join, _depart)
 
 MIXES: Final[Mapping[str, tuple[Draw, ...]]] = {
     "none": (),

@@ -37,6 +37,10 @@ endings of sessions that are not its own; Raft ids and messages of others; chang
 propose; taking others' sessions over; journals that are not its own, and changed copies; lies about
 itself when it is asked."""
 MALICE: Final[tuple[Malice, ...]] = get_args(Malice)
+Phase = Literal["never", "proposed", "loading", "ready", "committed"]
+"""How far moving layers has come: it is in the log; the new slices are being loaded beside the old;
+all of them are; the new epoch is in the log."""
+PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 
 
 class Crash(msgspec.Struct, frozen=True, tag="crash"):
@@ -206,6 +210,21 @@ class Replace(msgspec.Struct, frozen=True, tag="replace"):
     nodes: tuple[int, ...]
 
 
+class Reshard(msgspec.Struct, frozen=True, tag="reshard"):
+    """An operator moves the model's layers while it serves, as ``placement apply`` on ``asked``.
+
+    When that has come to the phase ``hit``, the node ``victim`` dies for ``seconds``.
+    """
+
+    at: float
+    boundaries: tuple[int, ...]
+    nodes: tuple[int, ...]
+    asked: int
+    hit: Phase = "never"
+    victim: int = 0
+    seconds: float = 0.0
+
+
 class Draft(msgspec.Struct, frozen=True, tag="draft"):
     """An operator lets another node draft for the model's sessions."""
 
@@ -273,6 +292,7 @@ Fault = (
     | MoveLeader
     | ChurnLeaders
     | Replace
+    | Reshard
     | Draft
     | Drain
     | Join

@@ -19,7 +19,7 @@ import msgspec
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.simulations.draws import BETWEEN_TWO, MIXES, N_LAYERS
-from pyagent_node.simulations.fault_kinds import Fault, Leave, Replace, Revoke
+from pyagent_node.simulations.fault_kinds import Fault, Leave, Replace, Reshard, Revoke
 
 MAX_FAULTS: Final = 4096
 MAX_NODES: Final = 256
@@ -103,14 +103,14 @@ def check_schedule(schedule: Schedule) -> Schedule:
         seconds = getattr(fault, "seconds", 0.0)
         if not (0 <= fault.at <= MAX_SECONDS and 0 <= seconds <= MAX_SECONDS):
             raise _bad(f"a time of {fault} is out of range")
-        for field in ("node", "a", "b", "source", "target", "to"):
+        for field in ("node", "a", "b", "source", "target", "to", "asked", "victim"):
             number = getattr(fault, field, 0)
             if not 0 <= number < schedule.nodes:
                 raise _bad(f"there is no node {number} in {fault}")
         several = getattr(fault, "left", ()) or getattr(fault, "nodes", ())
         if any(not 0 <= number < schedule.nodes for number in several):
             raise _bad(f"{fault} names a node that there is not")
-        if isinstance(fault, Replace):
+        if isinstance(fault, Replace | Reshard):
             cuts = (0, *fault.boundaries, N_LAYERS)
             rising = all(a < b for a, b in itertools.pairwise(cuts))
             if not rising or len(fault.nodes) != len(cuts) - 1:

@@ -32,6 +32,7 @@ from pyagent_node.simulations.fault_kinds import (
     Partition,
     Pause,
     Replace,
+    Reshard,
     Revoke,
     SlowDisk,
     SlowLink,
@@ -137,7 +138,7 @@ class Injector:
                 self._machine(fault.node).skew += fault.by
             case HitLeader():
                 await self._hit_leader(fault)
-            case MoveLeader() | ChurnLeaders() | Replace() | Draft() | Drain():
+            case MoveLeader() | ChurnLeaders() | Replace() | Reshard() | Draft() | Drain():
                 await self._operator.do(fault)
             case Join() | Leave() | Revoke():
                 await self._operator.do(fault)

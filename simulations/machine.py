@@ -38,6 +38,7 @@ from pyagent_node.node.placement_messages import (
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.planning import facts_reply, survey
 from pyagent_node.node.registrar import Registrar
+from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
@@ -63,6 +64,7 @@ class Parts:
     controller: PlacementController
     board: PlacementBoard
     healer: Healer
+    resharder: Resharder
     journals: JournalKeeper
     sessions: Sessions
     steward: Steward
@@ -292,6 +294,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         )
 
         board = PlacementBoard(mesh, rpc, consensus, healer.reports)
+        resharder = Resharder(mesh.peer_id, consensus, board)
 
         async def answer_placements(
             asker: PeerId, ask: AskPlacements, tail: bytes
@@ -315,8 +318,9 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             mesh, consensus, membership, LogCheck(mesh, consensus, rpc), clock=machine.wall
         )
         nursery = await enter(background())
-        for task in (controller.run, healer.run, steward.run, guessers.keep_drafting):
+        for task in (controller.run, healer.run, resharder.run, steward.run):
             nursery.start_soon(task)
+        nursery.start_soon(guessers.keep_drafting)
         nursery.start_soon(enforce, consensus, mesh.recheck)
         yield Parts(
             mesh=mesh,
@@ -325,6 +329,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             controller=controller,
             board=board,
             healer=healer,
+            resharder=resharder,
             journals=journals,
             sessions=sessions,
             steward=steward,

@@ -19,9 +19,11 @@ from pyagent_node.simulations.fault_kinds import (
     Leave,
     MoveLeader,
     Replace,
+    Reshard,
     Revoke,
 )
 from pyagent_node.simulations.joining import join
+from pyagent_node.simulations.resharding import reshard
 
 if TYPE_CHECKING:
     from pyagent_node.simulations.machine import Machine, Parts
@@ -33,7 +35,7 @@ PART_SECONDS: Final = 40.0
 """The same for a member's removal, which may have to wait for other voters."""
 RETRY_SECONDS: Final = 0.5
 
-Deed = MoveLeader | ChurnLeaders | Replace | Draft | Drain | Join | Leave | Revoke
+Deed = MoveLeader | ChurnLeaders | Replace | Reshard | Draft | Drain | Join | Leave | Revoke
 
 
 class Operator:
@@ -54,6 +56,8 @@ class Operator:
                 await self._churn(deed)
             case Replace():
                 await swarm.place(deed.boundaries, deed.nodes, SECONDS)
+            case Reshard():
+                await reshard(swarm, deed)
             case Draft():
                 await swarm.draft(deed.node, SECONDS)
             case Drain():

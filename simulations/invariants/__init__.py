@@ -20,6 +20,7 @@ from pyagent_node.simulations.invariants.monotonic import NothingGoesBack
 from pyagent_node.simulations.invariants.moved import RanksMove
 from pyagent_node.simulations.invariants.outsiders import OutsidersStayOut
 from pyagent_node.simulations.invariants.port import Invariant
+from pyagent_node.simulations.invariants.prepared import PreparedDisturbsNothing
 from pyagent_node.simulations.invariants.restored import Restored
 from pyagent_node.simulations.invariants.runners import RunnersAreAsked
 from pyagent_node.simulations.invariants.secrets import NoSecrets
@@ -41,6 +42,7 @@ def all_invariants() -> list[Invariant]:
         OneHeadASession(),
         SessionsStayKnown(),
         RanksMove(),
+        PreparedDisturbsNothing(),
         OutsidersStayOut(),
         Bounded(),
         GuessersAreTold(),
