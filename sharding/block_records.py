@@ -27,7 +27,7 @@ MAX_PAYLOAD: Final = MAX_TAIL
 
 _MAGIC: Final = b"PYAKVS1\n"
 _SEGMENT: Final = struct.Struct("<8s32sI")
-_RECORD: Final = struct.Struct("<4sHIId16s32s32s16s")
+_RECORD: Final = struct.Struct("<4sHIId64s32s32s16s")
 _CRC: Final = struct.Struct("<I")
 _RECORD_MAGIC: Final = b"KVB1"
 

@@ -143,6 +143,11 @@ class BlockStore:
             tier = MEMORY if memory_only else None
             return self._tree.leading(model, chain, layers, codec, tier)
 
+    def counts(self, model: Digest, chain: Sequence[bytes], layers: range, codec: str) -> list[int]:
+        """Return how many leading blocks of ``chain`` are held, for each layer.  Immediate."""
+        with self._mutex:
+            return self._tree.counts(model, chain, layers, codec)
+
     def pin(self, session: str, model: Digest, codec: str, chain: Sequence[bytes]) -> None:
         """Keep what is or will be held of ``chain`` while a session runs.  Immediate.
 

@@ -166,6 +166,20 @@ class BlockTree:
                 return count
         return len(chain)
 
+    def counts(self, model: Digest, chain: Sequence[bytes], layers: range, codec: str) -> list[int]:
+        """Return for each of ``layers`` how many leading links of ``chain`` are held with it."""
+        found = dict.fromkeys(layers, 0)
+        left = mask_of(layers)
+        for count, link in enumerate(chain, 1):
+            unit = self.units.get(UnitId(model, codec, link))
+            left &= unit.masks[MEMORY] | unit.masks[DISK] if unit else 0
+            if not left:
+                break
+            for layer in layers:
+                if left >> layer & 1:
+                    found[layer] = count
+        return list(found.values())
+
     def touch(self, name: UnitId, share: float) -> None:
         """Note that ``share`` of the layers of a unit were used."""
         unit = self.units.get(name)

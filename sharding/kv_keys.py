@@ -37,19 +37,22 @@ LINK_BYTES: Final = 32
 """Bytes of a name in a chain: a BLAKE3 digest."""
 MAX_LAYER: Final = 0xFFFF
 """The highest layer that a key can name."""
+MAX_CODEC: Final = 64
+"""Characters in the name of a codec, ASCII without blanks."""
 MAX_SALT: Final = 1024
 """Bytes of a salt in UTF-8."""
 
 _ROOT_DOMAIN: Final = b"pyagent-node kv root 1\0"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_CODEC: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,15}")
+_CODEC: Final = re.compile(rf"[!-~]{{1,{MAX_CODEC}}}")
 
 
 class BlockKey(msgspec.Struct, frozen=True, order=True, array_like=True):
     """The name of one stored block.
 
     ``layer`` counts from 0 in the whole model, not in a slice; ``chain`` is a link of
-    :func:`block_chain`; ``codec`` the level at which the payload is encoded (``"f16"``, ...).
+    :func:`block_chain`; ``codec`` names the format and level of the payload, such as
+    ``"llama.cpp/<version>/f16"``.
     """
 
     model: Digest
