@@ -144,16 +144,16 @@ def plan_overlap(
 ) -> Plan:
     """Return which blocks to fetch while those before them are computed.
 
-    The blocks after them are computed when both are done.  ``blocks`` and ties as above.
+    The blocks after them are computed when both are done.  Never slower than
+    :func:`plan_prefix`.
     """
-    computing = prefill.of(0, blocks)
-    best = Plan(0, 0, computing, 0.0, computing)
-    stop = min(blocks, max((s.held for s in sources), default=0))
-    for start in range(stop - 1, -1, -1):
-        fetching = fetch_seconds(sources, start, stop, decode_seconds)
-        seconds = max(fetching, prefill.of(0, start)) + prefill.of(stop, blocks)
-        if seconds < best.seconds and seconds < WORTH * computing:
-            best = Plan(start, stop, seconds, fetching, computing)
+    best = plan_prefix(sources, blocks, prefill, decode_seconds=decode_seconds)
+    for stop in sorted({min(blocks, source.held) for source in sources}):
+        for start in range(stop - 1, 0, -1):
+            fetching = fetch_seconds(sources, start, stop, decode_seconds)
+            seconds = max(fetching, prefill.of(0, start)) + prefill.of(stop, blocks)
+            if seconds < best.seconds and seconds < WORTH * best.computing:
+                best = Plan(start, stop, seconds, fetching, best.computing)
     return best
 
 

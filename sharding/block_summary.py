@@ -167,8 +167,7 @@ def _contains(group: _Group, chain: Sequence[bytes]) -> NDArray[np.bool_]:
     at = _positions(chain, group.hashes, len(group.bits) * 8)
     bits = np.frombuffer(group.bits, np.uint8)
     hit = bits[at >> np.uint64(3)] >> (at & np.uint64(7)).astype(np.uint8) & 1
-    every: NDArray[np.bool_] = hit.all(axis=1)
-    return every
+    return np.asarray(hit.all(axis=1), dtype=np.bool_)
 
 
 def _check(group: _Group) -> int:
