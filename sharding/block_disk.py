@@ -326,22 +326,29 @@ class BlockDisk:
     def _rewrite(self, victim: Segment) -> None:
         """Copy what counts of a segment to the end of another one, and remove it."""
         victim.sealed = True
+        # Without room for both at once (the limit was lowered) the old one goes first.
+        tight = self._file_bytes + victim.live > self.limit - SEGMENT_HEADER_BYTES
         copies: list[tuple[Label, bytes]] = []
         size = 0
         for key, spot in list(victim.spots.items()):
-            if self._file_bytes + size + spot.size > self.limit - SEGMENT_HEADER_BYTES:
-                found = None  # the limit was lowered: there is no room for two of them
-            else:
-                found = victim.read(key, spot)
+            found = victim.read(key, spot)
             if found is None:
                 self._lose(victim, key)
                 continue
             label, payload = found
             copies.append(encode_record(key, label.parent, label.number, label.cost, payload))
             size += spot.size
-            if size >= _COPY_BYTES:
+            if size >= _COPY_BYTES and not tight:
                 self._move(victim, copies, size)
                 copies, size = [], 0
+        if tight:
+            for label, _ in copies:
+                self._lose(victim, label.key)
+            self._remove(victim)
+            if copies:
+                self._write(self._active(victim.model, size), copies)
+                self._lost = [key for key in self._lost if key not in self._where]
+            return
         if copies:
             self._move(victim, copies, size)
         self._commit()

@@ -291,8 +291,11 @@ class BlockStore:
             return False
         over = self._tree.nbytes[MEMORY] + size - self._limit
         if over > 0:
+            before = UnitId(key.model, key.codec, parent)
+            if parent and before not in self._tree.units:
+                return False  # behind a gap: nothing goes for what nobody can use
             # Its own chain must not go to make room for it.
-            near = [UnitId(key.model, key.codec, link) for link in (key.chain, parent) if link]
+            near = (UnitId(key.model, key.codec, key.chain), before)
             for name in near:
                 self._tree.pin(name)
             for gone in self._tree.evict(MEMORY, over):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import random
 
 import pytest
 
+from pyagent_node.base.files import map_os_error
+from pyagent_node.sharding.block_disk import BlockDisk
 from pyagent_node.sharding.block_store import RETRY_SECONDS, BlockStore
 from pyagent_node.sharding.kv_keys import BlockKey
-from pyagent_node.simulations.block_disk import SimulatedIndex, simulated_block_disk
+from pyagent_node.simulations.block_disk import (
+    SimulatedBlocks,
+    SimulatedIndex,
+    simulated_block_disk,
+)
 from pyagent_node.simulations.disk import PowerLoss, SimulatedDisk
 from tests.unit.sharding.blocks import MODEL, OTHER, chain_of, payload_of, put_chain
 
@@ -208,3 +215,34 @@ def test_the_limit_on_disk_holds_under_any_load() -> None:
     world.start()
     world.check()
     world.check_reads(sorted(world.known))
+
+
+class ReadOnly(SimulatedBlocks):
+    """A file system that was remounted read-only."""
+
+    mended = False
+
+    def create(self, name: str, data: bytes) -> None:
+        if not self.mended:
+            raise map_os_error(OSError(errno.EROFS, "Read-only file system"), name, "writing")
+        super().create(name, data)
+
+
+def test_a_read_only_disk_is_one_warning_until_it_is_mended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk, now = SimulatedDisk(random.Random(0)), [0.0]
+    files = ReadOnly(disk)
+    tier = BlockDisk(files, SimulatedIndex(disk, random.Random(0)), limit=LIMIT, reserve=0)
+    store = BlockStore(memory_bytes=60_000, disk=tier, clock=lambda: now[0])
+    store.open()
+    keys = put_chain(store, chain_of(1, 3))
+    for _ in range(3):
+        assert store.write_back() == 0
+        now[0] += RETRY_SECONDS
+    assert store.stats().disk == "file_not_permitted"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert None not in store.read(keys)
+    files.mended = True
+    assert store.write_back() == 6
+    assert store.stats().disk == "on"
