@@ -329,22 +329,6 @@ def test_one_process_at_a_time_has_the_directory(
     second.close()
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
-    reason="needs a user who may not write everywhere",
-)
-def test_a_read_only_directory_is_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "kv"
-    folder.mkdir()
-    folder.chmod(0o500)
-    store = make(folder)
-    assert store.stats().disk == "file_not_permitted"
-    assert len(put_chain(store, chain_of(1, 2))) == 4
-    folder.chmod(0o700)
-
-
 def test_a_directory_that_cannot_be_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
