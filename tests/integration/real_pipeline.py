@@ -13,6 +13,7 @@ from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.speculators import Speculators
@@ -26,6 +27,7 @@ from pyagent_node.inference.runner import (
 from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.mesh import open_network
 from pyagent_node.simulations.pipeline import peer
+from pyagent_node.simulations.shelf import ToyShelves
 
 NAME = "bundled"
 
@@ -49,6 +51,8 @@ async def open_real_pipeline(
     n_seq: int,
     latency: float = 0.0,
     speculators: Speculators | None = None,
+    shelves: ToyShelves | None = None,
+    journal: JournalSink | None = None,
 ) -> AsyncIterator[RealPipeline]:
     """Run the model cut at ``boundaries``, each rank on a node of its own."""
     file = store.model_file(digest)
@@ -63,7 +67,14 @@ async def open_real_pipeline(
         network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i)) for i in range(count + 1)]
         pipelines = [
-            await stack.enter_async_context(open_pipeline(mesh, speculators=speculators))
+            await stack.enter_async_context(
+                open_pipeline(
+                    mesh,
+                    speculators=speculators,
+                    shelf=None if shelves is None else shelves.of(mesh.peer_id),
+                    journal=journal,
+                )
+            )
             for mesh in meshes
         ]
         await network.connect_all()
