@@ -85,6 +85,11 @@ def sampling_options(command: F) -> F:
             ),
             click.option("--draft-length", type=int, help="Guesses a step, instead of as it pays."),
             click.option("--draft-depth", type=int, help="Steps in flight; see --draft-length."),
+            click.option(
+                "--prompt-cache/--no-prompt-cache",
+                default=None,
+                help="Whether what is computed of the prompt is kept for the next request.",
+            ),
             click.option("--system", metavar="TEXT", help="The system message."),
         )
     ):
@@ -108,6 +113,8 @@ def sampling_ask(model: str, given: dict[str, object]) -> Ask:
         "draft_length",
         "draft_depth",
         "draft_tree",
+        "cache_salt",
+        "prompt_cache",
     )
     fields = {name: given[name] for name in names if given.get(name) is not None}
     stop = cast("tuple[str, ...]", given.get("stop") or ())

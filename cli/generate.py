@@ -53,6 +53,11 @@ def generate_command(app: App, /, prompt: str, raw: bool, stats: bool, **given: 
             f" first after {answer.ttft_seconds:.2f} s, {len(answer.placement.ranks)} ranks,"
             f" seed {answer.seed}"
         )
+        if answer.cached_tokens:
+            app.out.note(
+                f"{answer.cached_tokens} of {answer.prompt_tokens} tokens of the prompt were"
+                " there already"
+            )
         guesses = answer.speculation
         if guesses is not None:
             app.out.note(

@@ -90,6 +90,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draft_length: int | None = None
     draft_depth: int | None = None
     draft_tree: bool | None = None
+    cache_salt: str | None = None
+    prompt_cache: bool | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -111,7 +113,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     the first over the time after the first, measured in the daemon.  ``failovers`` counts how often
     the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
     ``stall_seconds`` is the longest pause between two tokens.  ``speculation`` says what guessing
-    came to, if anybody guessed.
+    came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed.
     """
 
     text: str
@@ -128,6 +130,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     recomputed_tokens: int = 0
     stall_seconds: float = 0.0
     speculation: SpeculationUsage | None = None
+    cached_tokens: int = 0
 
 
 class LoadedCard(msgspec.Struct, frozen=True):
@@ -169,9 +172,14 @@ class _Details(msgspec.Struct, frozen=True):
     speculation: SpeculationUsage | None = None
 
 
+class _PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0
+
+
 class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
+    prompt_tokens_details: _PromptDetails = _PromptDetails()
 
 
 class _Chunk(msgspec.Struct, frozen=True):
@@ -374,6 +382,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
         recomputed_tokens=details.recomputed_tokens,
         stall_seconds=details.stall_seconds,
         speculation=details.speculation,
+        cached_tokens=usage.prompt_tokens_details.cached_tokens,
     )
 
 

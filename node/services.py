@@ -343,6 +343,9 @@ class NodeServices:
                 ("stage_busy_seconds", "Time a stage's runner computed.", view.busy_seconds),
                 ("stage_refused", "Frames refused by a stage.", float(view.refused)),
                 ("stage_dropped", "Void steps dropped by a stage.", float(view.dropped)),
+                ("stage_restored", "Tokens restored from KV blocks.", float(view.restored)),
+                ("stage_kept", "KV blocks given to the shelf.", float(view.kept)),
+                ("stage_unfit", "KV blocks that a stage could not use.", float(view.unfit)),
             )
             for name, text, number in counters:
                 yield Sample(name, text, number, labels=labels)

@@ -88,6 +88,8 @@ class GenerationMetrics:
       ``length``), ``cancelled`` or the error's code.
     * ``pyagent_generations_running``: in progress.
     * ``pyagent_prompt_tokens_total{model}``, ``pyagent_completion_tokens_total{model}``.
+    * ``pyagent_cached_tokens_total{model}``: of prompts, those whose KV was there already;
+      ``pyagent_recomputed_tokens_total{model}``: computed again after a loss of ranks or heads.
     * ``pyagent_ttft_seconds{model}``: time to the first token.
     * ``pyagent_token_seconds{model}``: time a token after the first, mean of a generation.
     * ``pyagent_speculation_tokens_total{model, drafter, verdict}``: guesses that were sent, by
@@ -108,6 +110,15 @@ class GenerationMetrics:
         )
         self.completion_tokens = Counter(
             PREFIX + "completion_tokens", "Tokens generated.", ("model",), registry=registry
+        )
+        self.cached_tokens = Counter(
+            PREFIX + "cached_tokens",
+            "Tokens of prompts that were not computed.",
+            ("model",),
+            registry=registry,
+        )
+        self.recomputed_tokens = Counter(
+            PREFIX + "recomputed_tokens", "Tokens computed again.", ("model",), registry=registry
         )
         drafted = ("model", "drafter")
         self.guesses = Counter(

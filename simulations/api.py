@@ -87,6 +87,9 @@ class WordEngine:
     words = (*(f"w{i} " for i in range(100)), "é ", "🦀 ")
 
     def __init__(self) -> None:
+        self.caches = False
+        """Whether prompts that were asked before count as cached, all but a token."""
+        self._known: set[tuple[str, object]] = set()
         self.running = 0
         self.started = 0
         self.cancelled = 0
@@ -102,6 +105,15 @@ class WordEngine:
         return Placement(
             DIGEST, 7, (Rank(0, Slice(0, 30, True), PEER),), n_ctx=N_CTX, n_seq=self.limit
         )
+
+    def _cached(self, request: GenerationRequest, prompt: int) -> int:
+        """Return how much of a prompt was asked for before, and note it."""
+        name = (request.cache_salt, request.prompt or request.tokens or request.messages)
+        if not request.prompt_cache or not self.caches:
+            return 0
+        cached = prompt - 1 if name in self._known else 0
+        self._known.add(name)
+        return cached
 
     def models(self) -> list[LoadedModel]:
         """Return the model ``words``, unless ``loaded`` is off."""
@@ -198,7 +210,14 @@ class WordEngine:
             yield Finished(
                 "stop" if reason == "stop" else "length",
                 "",
-                Usage(prompt, count, now, now, speculation=_guesses(request)),
+                Usage(
+                    prompt,
+                    count,
+                    now,
+                    now,
+                    speculation=_guesses(request),
+                    cached_tokens=self._cached(request, prompt),
+                ),
                 self.placement(),
             )
 

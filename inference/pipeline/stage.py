@@ -400,6 +400,7 @@ class StageCore:
             refused=self._refused,
             dropped=self._queue.dropped,
             restored=self.blocks.restored,
+            unfit=self.blocks.refused,
         )
 
     def sessions(self) -> Iterable[StageSession]:

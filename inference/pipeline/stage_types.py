@@ -83,7 +83,7 @@ class StageView(msgspec.Struct, frozen=True):
     """A stage as ``status`` shows it; the counters count since it was started.
 
     ``restored`` counts tokens whose KV was imported instead of computed, ``kept`` the blocks that
-    were given to the shelf.
+    were given to the shelf, ``unfit`` the times that blocks were not what they should be.
     """
 
     model: Digest
@@ -100,6 +100,7 @@ class StageView(msgspec.Struct, frozen=True):
     dropped: int = 0
     restored: int = 0
     kept: int = 0
+    unfit: int = 0
 
 
 class StageSession(NamedTuple):

@@ -328,6 +328,8 @@ def _count(metrics: GenerationMetrics, model: str, event: Finished) -> None:
     metrics.ended.labels(model, event.reason).inc()
     metrics.prompt_tokens.labels(model).inc(usage.prompt_tokens)
     metrics.completion_tokens.labels(model).inc(usage.completion_tokens)
+    metrics.cached_tokens.labels(model).inc(usage.cached_tokens)
+    metrics.recomputed_tokens.labels(model).inc(usage.recomputed_tokens)
     metrics.ttft.labels(model).observe(usage.ttft_seconds)
     if usage.tokens_per_second > 0:
         metrics.token.labels(model).observe(1 / usage.tokens_per_second)

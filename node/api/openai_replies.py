@@ -265,6 +265,9 @@ class Writer:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(usage.cached_tokens for usage in ended[::each])
+            },
         }
         guesses = [usage.speculation for usage in ended if usage.speculation is not None]
         if guesses:

@@ -7,9 +7,10 @@ Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repeti
 ``ignore_eos``, ``max_tokens: -1`` (up to the context), ``return_token_ids`` (adds
 ``token_ids``, with ``step_seconds`` and ``compute_seconds`` of each, to every choice and a
 ``pyagent`` object with the placement and the times of the first choice to the end of the answer),
-``resume_seconds`` (how long the answer goes on without its client, who may come back for it), and
+``resume_seconds`` (how long the answer goes on without its client, who may come back for it),
 ``speculation`` with ``draft_length``, ``draft_depth`` and ``draft_tree`` (who guesses tokens ahead,
-how many and in what shape; see ``GenerationRequest``).
+how many and in what shape; see ``GenerationRequest``), and ``prompt_cache`` with ``cache_salt``
+(whether KV of the prompt is kept and reused, and among whom).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pyagent_node.inference.generation import (
 )
 from pyagent_node.inference.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from pyagent_node.node.api.errors import decode_body
+from pyagent_node.sharding.kv_keys import MAX_SALT
 
 MAX_CHOICES: Final = 8
 """Generations that one request may ask for (``n`` times the number of prompts)."""
@@ -90,6 +92,8 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     draft_length: int | None = None
     draft_depth: int | None = None
     draft_tree: bool | None = None
+    cache_salt: str | None = None
+    prompt_cache: bool | None = None
 
 
 class ChatBody(_Common, frozen=True, kw_only=True):
@@ -250,6 +254,8 @@ def _plan(
         raise _bad("n", f"is {n}; it must lie between 1 and {MAX_CHOICES}")
     if n * len(requests) > MAX_CHOICES:
         raise _bad("n", f"times {len(requests)} prompts is over {MAX_CHOICES} choices")
+    if len((body.cache_salt or "").encode()) > MAX_SALT:
+        raise _bad("cache_salt", f"may have at most {MAX_SALT} bytes")
     sampling = requests[0].sampling
     choices = [
         msgspec.structs.replace(
@@ -259,6 +265,8 @@ def _plan(
             draft_length=body.draft_length,
             draft_depth=body.draft_depth,
             draft_tree=body.draft_tree,
+            cache_salt=body.cache_salt or "",
+            prompt_cache=body.prompt_cache is not False,
         )
         for request in requests
         for index in range(n)

@@ -25,7 +25,12 @@ async def test_whole_answer(api):
     assert choice["finish_reason"] == "length"
     assert choice["message"]["role"] == "assistant"
     assert len(choice["message"]["content"].split()) == 5
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
+    assert body["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 5,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def events(text: str) -> list[dict[str, object]]:
@@ -52,7 +57,12 @@ async def test_stream_equals_whole(api):
     assert len(set(texts)) == 3
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == whole["usage"]
-    assert whole["usage"] == {"prompt_tokens": 2, "completion_tokens": 27, "total_tokens": 29}
+    assert whole["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 27,
+        "total_tokens": 29,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_choices_have_documented_seeds(api):

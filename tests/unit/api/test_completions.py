@@ -21,7 +21,12 @@ async def test_legacy_shape_and_default_length(api):
 
 async def test_tokens_as_prompt(api):
     body = (await ask(api, prompt=[1, 2, 3], max_tokens=2)).json()
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert api.engine.requests[0].tokens == (1, 2, 3)
 
 
@@ -33,7 +38,12 @@ async def test_several_prompts(api):
     body = (await ask(api, prompt=["a b", "c d e"], max_tokens=3, n=2)).json()
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
     assert [body["choices"][0]["text"], body["choices"][2]["text"]] == alone
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert body["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 12,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     body = (await ask(api, prompt=[[1, 2], [3]], max_tokens=1)).json()
     assert len(body["choices"]) == 2
 
