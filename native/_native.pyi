@@ -588,13 +588,14 @@ def kv_encode(
     width: int,
     rope_base: float = 0.0,
     rope_halves: bool = False,
+    first: int = 0,
 ) -> bytes:
     """Return the rows of one layer for up to 64 tokens as a block; see ``sharding.kv_codec``.
 
     ``keys`` and ``values`` hold ``tokens`` rows of ``heads * width`` little-endian f16 each.
     ``rope_base`` is the base of the rotation that the keys have been through, 0 when it is not
-    known; ``rope_halves`` says that it turns number i with number i + width / 2 of a head.  Raises
-    ``ValueError`` for numbers out of range, rows of another length, and NaN or infinity at a level
+    known; ``rope_halves`` says that it turns number i with number i + width / 2 of a head.  The
+    first ``first`` tokens are kept finer than the others.  Raises ``ValueError`` for numbers out of range, rows of another length, and NaN or infinity at a level
     that is not exact.
     """
 

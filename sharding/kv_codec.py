@@ -6,6 +6,12 @@ error.  Levels:
 
 ``f16``
     exact: every bit comes back.
+``int8``, ``int4``, ``int3``
+    lossy, within :data:`ERROR_BOUNDS`; on text about 2.2, 4.4 and 6 times smaller, see
+    ``docs/kv.md`` for what that costs.  Keys are turned back to where they were before their
+    rotation by position and told as differences from the mean of their channel, values in parts of
+    their token's size; everything is rounded to uniform steps and entropy coded
+    (``native/src/kv/quantised.rs`` has the sources).
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import msgspec
 from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.native import kv_decode, kv_encode
 
-Level = Literal["f16"]
+Level = Literal["f16", "int8", "int4", "int3"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 """Every level, the exact one first, then by size."""
 EXACT: Final[Level] = "f16"
@@ -27,8 +33,10 @@ MAX_TOKENS: Final = 64
 MAX_ROW: Final = 1 << 16
 """The most numbers in a row of keys or of values."""
 _F16: Final = 2
+_SINKS: Final = 4
+"""The tokens that attention rests on: four, by Xiao et al. (arXiv:2309.17453)."""
 
-_NUMBERS: Final[dict[Level, int]] = {"f16": 0}
+_NUMBERS: Final[dict[Level, int]] = {"f16": 0, "int8": 1, "int4": 2, "int3": 3}
 _NAMES: Final = {number: level for level, number in _NUMBERS.items()}
 
 
@@ -51,6 +59,34 @@ class KvShape(msgspec.Struct, frozen=True, gc=False):
         return self.heads * self.width * _F16
 
 
+class Bounds(NamedTuple):
+    """The most that a number can be off, but for its rounding to f16.
+
+    ``keys`` in parts of the root mean square of the head's keys in the block, ``values`` in parts
+    of that of the token's values in the head.
+    """
+
+    keys: float
+    values: float
+
+
+def _bounds(keys: float, values: float) -> Bounds:
+    """Bounds for steps in parts of root mean squares that are told in quarter octaves.
+
+    A number is off by half a step; a key is one side of a rotated pair, which may both be.
+    """
+    rounded = 2 ** (1 / 8)
+    return Bounds(keys / 2 * rounded * 2**0.5, values / 2 * rounded)
+
+
+ERROR_BOUNDS: Final[dict[Level, Bounds]] = {
+    "f16": Bounds(0.0, 0.0),
+    "int8": _bounds(0.03, 0.03),
+    "int4": _bounds(0.35, 0.35),
+    "int3": _bounds(0.7, 0.7),
+}
+
+
 class Rows(NamedTuple):
     """Rows of one layer, in f16 as the backend keeps them: ``tokens * row_bytes`` bytes each."""
 
@@ -58,8 +94,19 @@ class Rows(NamedTuple):
     values: bytes
 
 
-def encode(level: Level, keys: bytes, values: bytes, *, tokens: int, shape: KvShape) -> bytes:
+def encode(
+    level: Level,
+    keys: bytes,
+    values: bytes,
+    *,
+    tokens: int,
+    shape: KvShape,
+    begins_text: bool = False,
+) -> bytes:
     """Return a block of the rows of ``tokens`` tokens.  The interpreter lock is released meanwhile.
+
+    ``begins_text`` says that the first token has position 0: attention rests on the first tokens of
+    a text, so lossy levels keep them finer.
 
     Raises :class:`InvalidRequest` (``kv_shape``) when the rows do not have the shape, when that is
     out of bounds, for an unknown level, and for NaN or infinity at a level that is not exact.
@@ -77,6 +124,7 @@ def encode(level: Level, keys: bytes, values: bytes, *, tokens: int, shape: KvSh
             width=shape.width,
             rope_base=shape.rope_base,
             rope_halves=shape.rope_halves,
+            first=_SINKS if begins_text else 0,
         )
     except (ValueError, OverflowError) as error:
         raise _unfit(str(error)) from None

@@ -15,7 +15,7 @@ impl From<Problem> for PyErr {
 
 /// Make a block of the rows of one layer.
 #[pyfunction]
-#[pyo3(signature = (level, keys, values, *, tokens, heads, width, rope_base = 0.0, rope_halves = false))]
+#[pyo3(signature = (level, keys, values, *, tokens, heads, width, rope_base = 0.0, rope_halves = false, first = 0))]
 #[allow(clippy::too_many_arguments)] // by keyword, in Python
 pub fn kv_encode<'py>(
     py: Python<'py>,
@@ -27,6 +27,7 @@ pub fn kv_encode<'py>(
     width: &Bound<'py, PyAny>,
     rope_base: f32,
     rope_halves: bool,
+    first: usize,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let level = u8::try_from(integer::<u32>("level", level)?).unwrap_or(u8::MAX);
     let shape = Shape {
@@ -39,7 +40,7 @@ pub fn kv_encode<'py>(
     let keys = Bytes::new("keys", keys)?;
     let values = Bytes::new("values", values)?;
     let (keys, values) = (keys.as_slice(), values.as_slice());
-    let block = py.detach(|| super::encode(level, keys, values, shape))?;
+    let block = py.detach(|| super::encode(level, keys, values, shape, first))?;
     Ok(PyBytes::new(py, &block))
 }
 
