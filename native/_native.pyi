@@ -595,8 +595,8 @@ def kv_encode(
     ``keys`` and ``values`` hold ``tokens`` rows of ``heads * width`` little-endian f16 each.
     ``rope_base`` is the base of the rotation that the keys have been through, 0 when it is not
     known; ``rope_halves`` says that it turns number i with number i + width / 2 of a head.  The
-    first ``first`` tokens are kept finer than the others.  Raises ``ValueError`` for numbers out of range, rows of another length, and NaN or infinity at a level
-    that is not exact.
+    first ``first`` tokens are kept finer than the others.  Raises ``ValueError`` for numbers out of
+    range, rows of another length, and NaN or infinity at a level that is not exact.
     """
 
 def kv_decode(block: Buffer, /) -> tuple[int, int, int, int, bytes, bytes]:
