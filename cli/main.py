@@ -45,6 +45,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("model", "model", "Pull, list, load, unload and remove models."),
             ("placement", "placement", "Show and change which nodes hold which layers."),
+            ("kv", "kv", "Show and clear the KV blocks that this node keeps."),
             ("session", "session", "List, follow, move, export and import answers in progress."),
             ("generate", "generate", "Answer one prompt."),
             ("chat", "chat", "Talk to a model."),

@@ -101,6 +101,15 @@ def _flags(command: F) -> F:
             click.option("--api", metavar="[HOST:]PORT", help="Where the HTTP API listens."),
             click.option("--mdns/--no-mdns", default=None, help="Find peers on the local network."),
             click.option("--memory", metavar="SIZE", help="Memory that models may use (4GiB)."),
+            click.option(
+                "--kv-memory", metavar="SIZE", help="Memory for KV blocks (512MiB; 0: none)."
+            ),
+            click.option("--kv-disk", metavar="SIZE", help="Disk for KV blocks (2GiB; 0: none)."),
+            click.option(
+                "--kv-stream",
+                metavar="SIZE",
+                help="Bytes a second of KV to standbys (32MiB; 0: none).",
+            ),
             click.option("--threads", metavar="N", help="Threads that compute."),
             click.option(
                 "--shape",
@@ -124,6 +133,9 @@ def settings_flags(given: dict[str, object]) -> dict[str, object]:
         "bootstrap": given["bootstrap"] or None,
         "mdns": given["mdns"],
         "memory_limit": given["memory"],
+        "kv_memory_bytes": given["kv_memory"],
+        "kv_disk_bytes": given["kv_disk"],
+        "kv_stream_bytes_per_second": given["kv_stream"],
         "threads": given["threads"],
         "shape": given["shape"],
         "log_level": given["log_level"],

@@ -54,6 +54,9 @@ MAX_HOLDERS = 8
 MAX_BLOCKS = 256
 MAX_BLOCK_KEY = 32
 """Bytes of a KV block's key."""
+MAX_KV_PARTS = 64
+"""Parts of one session's KV that a checkpoint speaks of."""
+MAX_KV_LAYERS = 0x10000
 VOTES = ("auto", "always", "never")
 MAX_TEXT = 256
 MAX_CERTIFICATE = 4 * KIB
@@ -228,6 +231,12 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
     _ensure(len(checkpoint.blocks) <= MAX_BLOCKS, "blocks", len(checkpoint.blocks))
     for key in checkpoint.blocks:
         _ensure(0 < len(key) <= MAX_BLOCK_KEY, "blocks", "the length of a key")
+    _ensure(len(checkpoint.block_holders) <= MAX_KV_PARTS, "kv", len(checkpoint.block_holders))
+    for part in checkpoint.block_holders:
+        _number("first_layer", part.first_layer, 0, MAX_KV_LAYERS)
+        _number("last_layer", part.last_layer, part.first_layer + 1, MAX_KV_LAYERS)
+        _number("blocks", part.blocks, 0)
+        _peers("holders", part.holders, MAX_HOLDERS)
 
 
 def _bounded(data: bytes) -> bytes:

@@ -197,6 +197,18 @@ class SetBuckets(msgspec.Struct, frozen=True, tag="set_buckets"):
     after_epoch: int
 
 
+class BlockHolders(msgspec.Struct, frozen=True, array_like=True):
+    """Who holds a session's leading KV blocks of the layers ``[first_layer, last_layer)``.
+
+    Each of ``holders`` has ``blocks`` of them at least.
+    """
+
+    first_layer: int
+    last_layer: int
+    blocks: int
+    holders: tuple[PeerId, ...]
+
+
 class Checkpoint(msgspec.Struct, frozen=True):
     """Where a session can be resumed from: never its text, only who holds it.
 
@@ -204,7 +216,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     there; ``blocks`` are the keys of its KV blocks.  ``head`` serves the session; ``claim`` counts
     its heads, from 1.  ``expires`` is in Unix seconds.  ``signer`` is the head that signed the
     holders' copies, so that no holder can make one up: after a claim it still names the head whose
-    copies they are, until the new head puts its own.
+    copies they are, until the new head puts its own.  ``kv`` says where the session's KV is.
     """
 
     session: SessionId
@@ -216,6 +228,13 @@ class Checkpoint(msgspec.Struct, frozen=True):
     blocks: tuple[bytes, ...] = ()
     claim: int = 1
     signer: PeerId | None = None
+    kv: tuple[BlockHolders, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Not written where nothing is known, so that older programs read what they know."""
+
+    @property
+    def block_holders(self) -> tuple[BlockHolders, ...]:
+        """Who holds the session's KV blocks."""
+        return () if isinstance(self.kv, msgspec.UnsetType) else self.kv
 
 
 class PutCheckpoints(msgspec.Struct, frozen=True, tag="put_checkpoints"):

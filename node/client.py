@@ -58,6 +58,7 @@ from pyagent_node.node.client_transport import (
     failure_of,
     not_running,
 )
+from pyagent_node.node.kv_api import KvApiClient
 from pyagent_node.node.mesh_client import MeshClient
 from pyagent_node.node.session_client import SessionClient
 
@@ -196,6 +197,7 @@ class Client:
         self._api = Transport(url, token)
         self.mesh = MeshClient(self._api)
         self.sessions = SessionClient(self._api)
+        self.kv = KvApiClient(self._api)
 
     @classmethod
     def from_home(cls, home: Home) -> Client:

@@ -62,6 +62,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     threads: int
     memory_limit: int
+    kv_memory_bytes: int
+    kv_disk_bytes: int
+    kv_stream_bytes_per_second: int
     model_dir: str
     n_ctx: int
     n_seq: int

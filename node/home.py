@@ -103,6 +103,11 @@ class Home:
         return self.meshes_dir / "active"
 
     @property
+    def kv_dir(self) -> Path:
+        """KV blocks of earlier prompts."""
+        return self.root / "kv"
+
+    @property
     def models_dir(self) -> Path:
         """The model store, unless the setting ``model_dir`` moves it."""
         return self.root / "models"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import PyAgentError, Unavailable
@@ -44,6 +45,7 @@ class Manifests:
     def put(self, session: HeadedSession) -> None:
         """Register or renew a session, with the holders that it has when its turn comes."""
         session.registered = frozenset(session.holders)
+        session.kv.registered(trio.current_time())
         self._puts[session.public] = session
         self._wake.set()
 
@@ -125,4 +127,5 @@ class Manifests:
             expires=expires,
             claim=session.claim,
             signer=self._head,
+            kv=session.kv.parts() or msgspec.UNSET,
         )

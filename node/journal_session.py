@@ -19,6 +19,7 @@ from pyagent_node.node.journal_messages import (
     public_id,
     signed_bytes,
 )
+from pyagent_node.node.kv_manifest import SessionKv
 
 Sign = Callable[[bytes], bytes]
 
@@ -29,6 +30,7 @@ class HeadedSession:
     ``wanted`` are the peers that get a copy, ``holders`` says how many tokens each of them is known
     to hold, ``registered`` are the holders in the newest manifest.  ``retained``: somebody still
     reads the answer, or may; ``kept``: others may go on with it, so its end drops nothing.
+    ``kv`` says who holds the session's KV blocks.
     """
 
     def __init__(self, journal: SessionJournal, head: PeerId, claim: int, sign: Sign) -> None:
@@ -45,6 +47,7 @@ class HeadedSession:
         self.outcome: Outcome | None = None
         self.retained = False
         self.kept = False
+        self.kv = SessionKv()
         self._changed = trio.Event()
         self._sign = sign
         self._chain = chain_of(self.pieces[0])

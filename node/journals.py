@@ -33,6 +33,8 @@ from pyagent_node.node.journal_lanes import JournalLane
 from pyagent_node.node.journal_manifests import Manifests
 from pyagent_node.node.journal_messages import Begin, JournalCopy
 from pyagent_node.node.journal_session import HeadedSession
+from pyagent_node.node.kv_messages import Report
+from pyagent_node.node.kv_rights import computed
 from pyagent_node.node.nurseries import background
 from pyagent_node.node.rpc import Rpc
 from pyagent_node.node.telemetry import Sample
@@ -49,6 +51,8 @@ SHUN_SECONDS: Final = 10.0
 """How long a peer that failed as a holder is given nothing new."""
 FLUSH_SECONDS: Final = 1.0
 """Longest time that a node which ends takes to hand out the last tokens."""
+WIRE_DIGITS: Final = 16
+"""Digits of a session's id with which the ids of its attempts begin."""
 RENEWALS: Final = 4
 """Renewals of a manifest in one ``session_ttl``."""
 
@@ -137,6 +141,22 @@ class JournalKeeper:
             known.retained = False
             known.touch()
 
+    def blocks_held(self, peer: PeerId, report: Report) -> None:
+        """Take a rank's word about who holds the KV blocks of sessions that this node heads.
+
+        What somebody says of layers that he does not compute, or of an unknown session, is not
+        heard.  A session's ids on the wire begin as its own does.
+        """
+        sessions = {session[:WIRE_DIGITS]: known for session, known in self._by_id.items()}
+        for each in report.sessions:
+            known = sessions.get(each.session[:WIRE_DIGITS])
+            layers = range(each.first_layer, each.last_layer)
+            if known is None or known.model != each.model:
+                continue
+            if computed(self._consensus.state, each.model, peer).issuperset(layers):
+                known.kv.learn(each)
+                known.touch()
+
     def stop(self) -> None:
         """This node is ending: whatever ends from now on may go on elsewhere."""
         self._stopping = True
@@ -203,7 +223,9 @@ class JournalKeeper:
                 now = trio.current_time()
                 self._assign(session, now)
                 if session.holders and (
-                    session.registered != session.holders.keys() or now >= renew
+                    session.registered != session.holders.keys()
+                    or now >= renew
+                    or session.kv.due(now)
                 ):
                     self._manifests.put(session)
                     renew = now + self._consensus.state.settings["session_ttl"] / RENEWALS

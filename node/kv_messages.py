@@ -140,6 +140,19 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
+class Sealed(msgspec.Struct, frozen=True, gc=False):
+    """A block to be kept: number ``index`` of its chain, behind ``parent`` (empty for the first).
+
+    ``seconds`` is what it took to compute.
+    """
+
+    key: BlockKey
+    parent: bytes
+    index: int
+    data: bytes
+    seconds: float
+
+
 KvRequest = Have | Fetch | Put | Advert | Report
 KvReply = Had | Piece | Done | Failed
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pyagent_node.base.types import PeerId
+from pyagent_node.sharding.block_costs import Prefill, Source, plan_prefix
 
 SLOWEST: Final = 0.2
 """A peer is given nothing to send that is so much slower than the fastest of those who have it."""
@@ -72,6 +73,28 @@ def share_out(
         group.append(layer)
     close()
     return asks
+
+
+def worth(
+    count: int,
+    have: int,
+    *,
+    blocks: int,
+    block_bytes: float,
+    prefill_seconds: float,
+    round_trip: float,
+    bandwidth: float,
+) -> int:
+    """Return how many leading blocks to have, of ``count`` that can be had.
+
+    ``have`` of them are here; ``blocks`` are wanted in all, and what is not had is computed.
+    ``block_bytes`` is what a block takes on the way, ``bandwidth`` what its senders give together,
+    ``prefill_seconds`` what a token takes here.  What is not known yet speaks for fetching.
+    """
+    if prefill_seconds <= 0 or block_bytes <= 0 or count <= have:
+        return count
+    source = Source("peers", count - have, block_bytes, round_trip, bandwidth)
+    return have + plan_prefix([source], blocks - have, Prefill(prefill_seconds)).stop
 
 
 def _divide(

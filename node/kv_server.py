@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-import msgspec
 import trio
 
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, Unavailable
@@ -38,6 +37,7 @@ from pyagent_node.node.kv_messages import (
     Piece,
     Put,
     Report,
+    Sealed,
     check_request,
     frames_of,
     split,
@@ -60,19 +60,6 @@ PUT_BURST: Final = 512 * MIB
 """Bytes of blocks that a peer may send here to be kept at once ..."""
 PUT_RATE: Final = 64 * MIB
 """... and how many more each second."""
-
-
-class Sealed(msgspec.Struct, frozen=True, gc=False):
-    """A block to be kept: number ``index`` of its chain, behind ``parent`` (empty for the first).
-
-    ``seconds`` is what it took to compute.
-    """
-
-    key: BlockKey
-    parent: bytes
-    index: int
-    data: bytes
-    seconds: float
 
 
 class Vault(Protocol):

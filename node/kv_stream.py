@@ -49,6 +49,9 @@ REPORT_SECONDS: Final = 1.0
 """How often heads are told who holds their sessions' blocks, if that has changed."""
 REPORT_STEP: Final = 8
 """Blocks that must have been added for a report, where the holders are the same."""
+KNOWN_SECONDS: Final = 60.0
+"""For how long a target is taken to have what it had."""
+MAX_KNOWN: Final = 65_536
 BURST_SECONDS: Final = 0.25
 """So much of a second's budget may be used at once."""
 
@@ -79,11 +82,13 @@ class CheckpointStream:
         self._client = client
         self._vault = vault
         self._on_report = on_report
-        self._rate = rate
-        self._budget = ByteBudget(rate * BURST_SECONDS, rate, 0.0)
+        self.rate = rate
+        self._budget = ByteBudget(rate * BURST_SECONDS, max(1, rate), 0.0)
         self._lanes: dict[PeerId, trio.CancelScope] = {}
         self._wakes: dict[PeerId, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
+        self._known: dict[tuple[PeerId, bytes, tuple[int, ...]], float] = {}
+        """Blocks that targets have, and until when that is relied upon."""
 
     async def run(self) -> None:
         """Serve the stream, for ever."""
@@ -114,7 +119,7 @@ class CheckpointStream:
     # ---- targets -------------------------------------------------------------------------------
 
     def _retarget(self, part: Part) -> None:
-        if not self._rate:
+        if not self.rate:
             return
         key = part.key
         wanted = targets(self._consensus.state, key.model, self._mesh.peer_id, key.layers)
@@ -154,6 +159,8 @@ class CheckpointStream:
                 self._client.forget(event.peer_id)
                 if event.change == "down":
                     self.book.lost(event.peer_id)
+                    for place in [each for each in self._known if each[0] == event.peer_id]:
+                        del self._known[place]
                 self._wake()
 
     # ---- lanes ---------------------------------------------------------------------------------
@@ -189,12 +196,19 @@ class CheckpointStream:
         part, key = job.part, job.part.key
         mark = part.marks[peer]
         epoch = epoch_of(self._consensus.state, key.model)
+        place = (peer, part.chain[job.number], job.layers)
+        now = trio.current_time()
+        if self._known.get(place, 0.0) > now:
+            self.book.sent(peer, job)
+            return
         if not mark.asked:
             chain = tuple(part.chain[mark.held : mark.held + MAX_CHAIN])
             first, last = job.layers[0], job.layers[-1] + 1
             have = Have(key.model, part.codec, chain, first, last, epoch)
             counts = await self._client.have(peer, have)
             held = min(counts[layer - first] for layer in job.layers)
+            for link in chain[:held]:
+                self._learn(peer, link, job.layers)
             self.book.has(peer, job, job.number + held)
             return
         keys = [
@@ -218,7 +232,15 @@ class CheckpointStream:
             await self._client.tell(peer, put, tail)
             self.bytes_sent += len(tail)
         self.blocks_sent += 1
+        self._learn(peer, link, job.layers)
         self.book.sent(peer, job)
+
+    def _learn(self, peer: PeerId, link: bytes, layers: tuple[int, ...]) -> None:
+        """Remember for a while that a target has a block: other sessions may have it too."""
+        if len(self._known) >= MAX_KNOWN:
+            for place in list(self._known)[: MAX_KNOWN // 2]:
+                del self._known[place]
+        self._known[peer, link, layers] = trio.current_time() + KNOWN_SECONDS
 
     # ---- heads ---------------------------------------------------------------------------------
 

@@ -238,6 +238,27 @@ OPTIONS: tuple[Option, ...] = (
         "Memory that models may use; 0: what is free.",
         high=MIB * MIB * KIB,
     ),
+    Option(
+        "kv_memory_bytes",
+        "size",
+        512 * MIB,
+        "Memory for KV blocks of earlier prompts and of sessions of others; 0: keep none.",
+        high=MIB * MIB * KIB,
+    ),
+    Option(
+        "kv_disk_bytes",
+        "size",
+        2 * KIB * MIB,
+        "Disk for KV blocks, in the home; 0: keep them in memory only.",
+        high=MIB * MIB * KIB,
+    ),
+    Option(
+        "kv_stream_bytes_per_second",
+        "size",
+        32 * MIB,
+        "Bandwidth for KV blocks of running sessions on their way to standbys; 0: send none.",
+        high=MIB * MIB,
+    ),
     Option("model_dir", "text", "", "Where models are kept; empty: in the home."),
     Option(
         "n_ctx",

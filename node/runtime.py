@@ -36,6 +36,8 @@ from pyagent_node.node.hosting import open_models
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.joining import keep_fresh, merge_bootstrap
 from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.kv_service import KvService, open_kv
+from pyagent_node.node.kv_vault import KvVault
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.log_check import LogCheck
 from pyagent_node.node.logs import Redactor
@@ -51,6 +53,8 @@ from pyagent_node.node.session_moves import MovedSessions
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
 from pyagent_node.node.shaping import parse_shape
 from pyagent_node.node.steward import Steward
+from pyagent_node.sharding.block_disk import open_real_disk
+from pyagent_node.sharding.block_store import BlockStore
 
 log = logging.getLogger("pyagent_node.daemon")
 
@@ -74,6 +78,7 @@ class Node:
     models: NodeModels
     transfers: TransferStats
     journals: JournalKeeper
+    kv: KvService
     recovery: SessionRecovery
     live: LiveSessions
     moved: MovedSessions
@@ -128,7 +133,18 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         open_consensus(mesh, home, membership) as consensus,
         open_rpc(mesh) as rpc,
         open_journals(mesh, consensus, rpc, key) as journals,
-        open_pipeline(mesh, journal=journals, speculators=speculators) as pipeline,
+        open_kv(
+            mesh,
+            consensus,
+            KvVault(block_store(settings, home)),
+            stream_bytes_per_second=settings.kv_stream_bytes_per_second,
+        ) as kv,
+        open_pipeline(
+            mesh,
+            journal=journals,
+            speculators=speculators,
+            shelf=kv if settings.kv_memory_bytes else None,
+        ) as pipeline,
         open_models(
             mesh=mesh,
             consensus=consensus,
@@ -145,6 +161,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         background() as nursery,
     ):
         membership.bind(consensus)
+        kv.on_report = journals.blocks_held
         registrar = _registrar(mesh, membership, consensus, key)
         steward = Steward(mesh, consensus, clock=time.time)
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
@@ -174,6 +191,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             models=models,
             transfers=transfers,
             journals=journals,
+            kv=kv,
             recovery=sessions.recovery,
             live=sessions.live,
             moved=sessions.moved,
@@ -182,6 +200,13 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             ),
             started=time.time(),
         )
+
+
+def block_store(settings: Settings, home: Home) -> BlockStore:
+    """Return the store of KV blocks as the settings say."""
+    memory, limit = settings.kv_memory_bytes, settings.kv_disk_bytes
+    disk = open_real_disk(home.kv_dir, limit) if memory and limit else None
+    return BlockStore(memory_bytes=memory, disk=disk)
 
 
 def memory_budget(limit: int) -> Callable[[], int]:

@@ -15,7 +15,7 @@ from pyagent_node.inference.drafting.remote_messages import DRAFT_PROTOCOL
 from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
-from pyagent_node.node import journal_messages, rpc, session_moves
+from pyagent_node.node import journal_messages, kv_messages, kv_views, rpc, session_moves
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
@@ -36,6 +36,7 @@ from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
 from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.governance import Governance
+from pyagent_node.node.kv_service import KvService
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.placement_messages import (
     DrafterReport,
@@ -67,6 +68,7 @@ class NodeServices:
         self.telemetry.bridge(self._part_samples)
         self.telemetry.bridge(self._transfer_samples)
         self.telemetry.bridge(self._session_samples)
+        self.telemetry.bridge(lambda: kv_views.samples(node.kv))
         self.telemetry.bridge(self._refusal_samples)
 
     @property
@@ -93,6 +95,11 @@ class NodeServices:
         """See :class:`ApiServices`."""
         node = self._node
         return SessionAdmin(node.mesh, node.consensus, node.engine, node.live, node.journals.holder)
+
+    @property
+    def kv(self) -> KvService:
+        """See :class:`ApiServices`."""
+        return self._node.kv
 
     def shutdown(self) -> None:
         """See :class:`ApiServices`."""
@@ -313,6 +320,7 @@ class NodeServices:
             (rpc.PROTOCOL, node.rpc.server.refused),
             (blob_messages.PROTOCOL, node.models.blobs.refused),
             (journal_messages.PROTOCOL, node.journals.holder.refused),
+            (kv_messages.PROTOCOL, node.kv.server.refused),
             (PIPE_PROTOCOL, node.pipeline.stages.refused),
             (PIPE_PROTOCOL, node.engine.refused),
             (DRAFT_PROTOCOL, node.pipeline.drafts.refused),

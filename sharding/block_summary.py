@@ -146,6 +146,10 @@ class Summary:
             default=0.0,
         )
 
+    def codecs(self, model: Digest) -> frozenset[str]:
+        """Return the codecs in which blocks of a model are held."""
+        return frozenset(group.codec for _, group in self._groups if group.model == model)
+
     def counts(
         self, model: Digest, chain: Sequence[bytes], layers: range, codec: str
     ) -> dict[int, int]:

@@ -62,6 +62,7 @@ from pyagent_node.node.api.session_schema import (
 from pyagent_node.node.live_sessions import LiveSessions, Recovered, open_live_sessions
 from pyagent_node.node.session_recovery import session_not_found
 from pyagent_node.node.telemetry import Telemetry
+from pyagent_node.simulations.api_kv import SimulatedKvServices
 from pyagent_node.simulations.api_mesh import SimulatedMeshServices
 
 TOKEN = "test-token-of-32-characters-0000"  # noqa: S105 (of simulated nodes only)
@@ -319,6 +320,7 @@ class SimulatedServices:
         self.engine = WordEngine()
         self.mesh = SimulatedMeshServices()
         self.sessions = SimulatedSessionServices()
+        self.kv = SimulatedKvServices()
         self.telemetry = Telemetry()
         self.reasons: tuple[str, ...] = ()
         self.stopped = False

@@ -15,6 +15,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
 from pyagent_node.node.api.errors import decode_body
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, ndjson_error
+from pyagent_node.node.api.kv_routes import kv_router
 from pyagent_node.node.api.mesh_routes import mesh_router
 from pyagent_node.node.api.placement_schema import DrainRequest, PlacementsReply
 from pyagent_node.node.api.schema import (
@@ -97,6 +98,7 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
 
     router.include_router(mesh_router(services.mesh, reply))
     router.include_router(session_router(services.sessions, reply))
+    router.include_router(kv_router(services.kv, reply))
 
     @router.get("/status")
     async def status() -> Response:

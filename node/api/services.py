@@ -7,6 +7,7 @@ from typing import Protocol
 
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.generation import Engine
+from pyagent_node.node.api.kv_routes import KvServices
 from pyagent_node.node.api.mesh_routes import MeshServices
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
@@ -61,6 +62,11 @@ class ApiServices(Protocol):
     @property
     def sessions(self) -> SessionServices:
         """What operators ask of sessions."""
+        ...
+
+    @property
+    def kv(self) -> KvServices:
+        """What operators ask of the KV blocks that are kept here."""
         ...
 
     def readiness(self) -> Readiness:

@@ -13,8 +13,8 @@ from pyagent_node.consensus.port import Applied, ClusterState
 from pyagent_node.consensus.state import State
 from pyagent_node.inference.kv.port import SettledBlock
 from pyagent_node.node.kv_client import KvClient
-from pyagent_node.node.kv_messages import Report, seal
-from pyagent_node.node.kv_server import KvServer, Sealed
+from pyagent_node.node.kv_messages import Report, Sealed, seal
+from pyagent_node.node.kv_server import KvServer
 from pyagent_node.node.kv_stream import CheckpointStream
 from pyagent_node.sharding.kv_keys import BlockKey
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network

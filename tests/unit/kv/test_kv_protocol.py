@@ -288,6 +288,21 @@ async def test_what_a_target_has_is_not_sent_again(autojump_clock):
         assert a.stream.blocks_sent == 3
 
 
+async def test_a_prompt_that_comes_again_is_not_sent_again(autojump_clock):
+    async with nodes(placed(*TWO), A, C) as (_, _, [a, c]):
+        a.blocks.fill(range(10), 5)
+        for session in ("5" * 32, "6" * 32):
+            for number in range(5):
+                block = settled(number, session)
+                a.stream.settled(block, CODEC)
+                a.stream.ready(block, 0.1)
+                await trio.sleep(0.2)
+        await trio.sleep(2)
+        assert len(c.blocks) == 50
+        assert a.stream.blocks_sent == 5
+        assert [part.marks[C].held for part in a.stream.book] == [5, 5]
+
+
 async def test_older_blocks_follow_to_a_prepared_node(autojump_clock):
     async with nodes(placed(*TWO), A, C, D) as (_, log, [a, _c, d]):
         a.blocks.fill(range(10), 4)
