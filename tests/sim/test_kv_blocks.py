@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 from hypothesis import given, settings
@@ -14,9 +15,20 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from pyagent_node.base.types import Placement, Rank, SessionId, Slice
+from pyagent_node.base.wire import Frame
 from pyagent_node.inference.generation import Generated, GenerationRequest
 from pyagent_node.inference.pipeline import restoring
+from pyagent_node.inference.pipeline.frames import (
+    PIPE_CODEC,
+    PIPE_PROTOCOL,
+    Restore,
+    Restored,
+    pack_tail,
+)
 from pyagent_node.inference.pipeline.journal import JournalSink, Outcome, SessionJournal
+from pyagent_node.inference.pipeline.speculators import Speculators
+from pyagent_node.inference.pipeline.stage_blocks import Load, StageBlocks
+from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.simulations.backend import toy_generate
 from pyagent_node.simulations.deterministic import run_deterministic
@@ -29,6 +41,8 @@ from pyagent_node.simulations.pipeline import (
     peer,
 )
 from pyagent_node.simulations.shelf import ShelfFaults, ToyShelves
+
+from .drafters import oracles
 
 LAYERS = 10
 GREEDY = SamplingParams(temperature=0.0)
@@ -43,11 +57,16 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 @asynccontextmanager
 async def world_of(
-    nodes: int = 4, faults: ShelfFaults | None = None, journal: JournalSink | None = None
+    nodes: int = 4,
+    faults: ShelfFaults | None = None,
+    journal: JournalSink | None = None,
+    speculators: Speculators | None = None,
 ) -> AsyncIterator[tuple[PipelineWorld, ToyShelves]]:
     """Run nodes whose shelves all reach each other."""
     shelves = ToyShelves(random.Random(1), faults)
-    async with open_pipeline_world(nodes, latency=0.002, shelves=shelves, journal=journal) as world:
+    async with open_pipeline_world(
+        nodes, latency=0.002, shelves=shelves, journal=journal, speculators=speculators
+    ) as world:
         yield world, shelves
 
 
@@ -211,10 +230,11 @@ class Keeper:
 
 
 async def answer_with(
-    world: PipelineWorld, tokens: list[int], n: int, events: dict[int, object]
+    world: PipelineWorld, tokens: list[int], n: int, events: dict[int, object], **options: object
 ) -> Answer:
     """Ask node 0 and call ``events[i]`` when token number i has come."""
     request = GenerationRequest(NAME, tokens=tuple(tokens), max_tokens=n, sampling=SEEDED)
+    request = msgspec.structs.replace(request, **options)
     got: list[int] = []
     async with world.pipelines[0].engine.generate(request) as stream:
         async for event in stream:
@@ -302,6 +322,82 @@ async def test_another_head_goes_on_from_the_blocks(autojump_clock: MockClock) -
                     assert event.usage.recomputed_tokens <= 64
                     assert event.usage.cached_tokens == 0
         assert got == toy_generate(LAYERS, tokens, 140, SEEDED)
+        await left(world, shelves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("drafter", "depth", "tree"), [("quick", 1, True), ("quick", 4, False)])
+async def test_guesses_are_no_part_of_blocks(
+    drafter: str, depth: int, tree: bool, autojump_clock: MockClock
+) -> None:
+    speculators, _ = oracles(0.3)
+    async with world_of(speculators=speculators) as (world, shelves):
+        world.place((3, 7), (1, 2, 3))
+        tokens = unending(100, 200)
+        answer = await answer_with(
+            world,
+            tokens,
+            200,
+            {90: lambda: lose(world, 1), 160: lambda: world.place((5,), (0, 1))},
+            speculation=drafter,
+            draft_length=6,
+            draft_depth=depth,
+            draft_tree=tree,
+        )
+        usage = answer.finished.usage
+        assert usage.failovers == 2
+        assert usage.recomputed_tokens < 2 * (64 + 32 * depth)
+        assert usage.speculation is not None
+        assert usage.speculation.accepted
+        await left(world, shelves)
+
+
+# ---- strangers, and ranks that say nothing ---------------------------------------------------
+
+
+async def test_strangers_restore_nothing_and_are_not_believed(autojump_clock: MockClock) -> None:
+    async with world_of() as (world, shelves):
+        placement = world.place((3, 7), (0, 1, 2))
+        tokens = unending(200, 140)
+        await answer_with(world, tokens, 140, {})
+        await trio.sleep(1)
+        mallory = world.meshes[3]
+
+        async def lie() -> None:
+            (view,) = world.pipelines[1].engine.sessions()
+            tail = pack_tail(np.zeros(64, np.int32), None)
+            for rank in range(3):
+                stream = await mallory.open(peer(rank), PIPE_PROTOCOL)
+                for message in (
+                    Restore(view.session, MODEL, placement.epoch, rank, 64),
+                    Restored(view.session, MODEL, placement.epoch, rank, 3, 64),
+                ):
+                    data = tail if isinstance(message, Restore) else b""
+                    await stream.send(Frame(PIPE_CODEC.encode(message), data))
+
+        answer = await answer_with(world, tokens, 140, {5: lambda: world.start_soon(lie)})
+        assert answer.finished.usage.cached_tokens == 128
+        assert world.pipelines[0].engine.refused == {"wrong_sender": 1}
+        assert all(view.refused for p in world.pipelines[:3] for view in p.stages.views())
+        await left(world, shelves)
+
+
+async def test_a_rank_that_says_nothing_is_waited_for_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(self: StageBlocks, load: Load) -> list[Outgoing]:
+        return []
+
+    async with world_of() as (world, shelves):
+        world.place((3, 7), (1, 2, 3))
+        tokens = text(300)
+        await world.ask(0, tokens)
+        await trio.sleep(1)
+        monkeypatch.setattr(StageBlocks, "loaded", silent)
+        answer = checked(await world.ask(0, tokens), tokens, 20, GREEDY)
+        assert answer.finished.usage.cached_tokens == 0
+        waited = answer.finished.usage.ttft_seconds
+        assert restoring.RESTORE_SECONDS <= waited < restoring.RESTORE_SECONDS + 1
         await left(world, shelves)
 
 

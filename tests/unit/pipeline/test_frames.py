@@ -15,12 +15,15 @@ from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
     PipeMessage,
+    Restore,
+    Restored,
     Result,
     StageError,
     Step,
     chunk_end,
     pack_tail,
     unpack_tail,
+    unpack_tokens,
 )
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
@@ -29,7 +32,11 @@ S, M = SessionId("5" * 32), Digest("a" * 64)
 MESSAGES: list[PipeMessage] = [
     OpenSession(S, M, 3, 1, PeerId("head"), 100, 7, SamplingParams(seed=2**64 - 1)),
     Step(S, M, 3, 1, 5, 512, 17, True, 0.25),
+    OpenSession(S, M, 3, 1, PeerId("head"), 100, 7, SamplingParams(), bytes(32), 512),
+    Step(S, M, 3, 1, 5, 512, 2, True, 0.25, 1, 4, (), 512),
     CloseSession(S, M, 3, 0),
+    Restore(S, M, 3, 1, 128, (PeerId("a"), PeerId("b"))),
+    Restored(S, M, 3, 1, 2, 64),
     Result(S, M, 3, 2, 5, 0.5, (Sampled(7, -0.5, ((7, -0.5), (9, -2.0))), Sampled(3))),
     Result(S, M, 3, 2, 4, 0.5),
     StageError(S, M, 3, 1, PeerId("x"), ErrorInfo("conflict", "stale_epoch", "old")),
@@ -65,6 +72,15 @@ def test_a_tail_of_another_size_is_refused(n: int, size: int) -> None:
     with pytest.raises(CorruptData) as caught:
         unpack_tail(bytes(size), n, 2)
     assert caught.value.code == "malformed_step"
+
+
+def test_the_tokens_of_whole_blocks_are_restored() -> None:
+    tokens = np.arange(128, dtype=np.int32)
+    assert unpack_tokens(pack_tail(tokens, None), 128).tolist() == tokens.tolist()
+    for n, size in ((128, 511), (128, 516), (0, 0), (-64, 256), (63, 252), (2**62, 0)):
+        with pytest.raises(CorruptData) as caught:
+            unpack_tokens(bytes(size), n)
+        assert caught.value.code == "malformed_restore"
 
 
 @given(st.integers(0, 5000), st.integers(1, 5000))
