@@ -13,7 +13,6 @@ of it, so the methods may be called from any threads; all of them block.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,19 +29,10 @@ from pyagent_node.sharding.block_records import (
     SEGMENT_HEADER_BYTES,
     Label,
     encode_record,
-    encode_segment_header,
 )
-from pyagent_node.sharding.block_segments import (
-    Segment,
-    Spot,
-    open_segment,
-    segment_name,
-    segment_number,
-)
+from pyagent_node.sharding.block_segments import Segment, SegmentSet
 from pyagent_node.sharding.block_tree import Place, UnitId
 from pyagent_node.sharding.kv_keys import BlockKey
-
-log = logging.getLogger("pyagent_node.sharding.disk")
 
 MAX_SEGMENT: Final = 64 * MIB
 MIN_SEGMENT: Final = 64 * KIB
@@ -80,19 +70,12 @@ class BlockDisk:
     ) -> None:
         self.limit = limit
         self.segment_bytes = min(limit // 4, max(MIN_SEGMENT, min(MAX_SEGMENT, limit // 16)))
-        self.trouble: PyAgentError | None = None
-        """What went wrong beside an operation that did its own part; for the caller to take."""
         self._directory = directory
         self._index = index
         self._reserve = reserve
         self._lock = lock
         self._mutex = threading.Lock()
-        self._segments: dict[int, Segment] = {}
-        self._where: dict[BlockKey, int] = {}
-        self._changes = Changes()
-        self._lost: list[BlockKey] = []
-        self._next = 1
-        self._file_bytes = 0
+        self._set = SegmentSet(directory, self.segment_bytes)
 
     @property
     def room(self) -> int:
@@ -102,7 +85,7 @@ class BlockDisk:
     @property
     def file_bytes(self) -> int:
         """Bytes of all segments."""
-        return self._file_bytes
+        return self._set.file_bytes
 
     def label(self) -> str:
         """Return what to call the place in a message."""
@@ -118,83 +101,12 @@ class BlockDisk:
             if self._lock is not None:
                 self._lock.acquire()
             try:
-                return self._open()
+                rows = self._set.open(*self._index.load())
+                self._commit()
+                return rows
             except BaseException:
                 self._close()
                 raise
-
-    def _open(self) -> list[Row]:
-        names = self._directory.names()
-        rows, ends = self._index.load()
-        numbers = sorted(n for n in map(segment_number, names) if n is not None)
-        self._next = max([0, *numbers, *ends]) + 1
-        by_segment: dict[int, list[Row]] = {}
-        for row in rows:
-            by_segment.setdefault(row.segment, []).append(row)
-        for number in by_segment.keys() | ends.keys():
-            if number not in numbers:
-                for row in by_segment.get(number, ()):
-                    self._changes.drop(row.key)
-                self._changes.remove_segment(number)
-        found: dict[BlockKey, Row] = {}
-        for number in numbers:
-            for row in self._open_segment(number, by_segment.get(number, ()), ends.get(number)):
-                if row.key in found:  # a rewriting was cut short: two copies, the later one counts
-                    self._segments[found[row.key].segment].drop(row.key)
-                    self._changes.put(row)
-                found[row.key] = row
-                self._where[row.key] = number
-        self._commit()
-        return list(found.values())
-
-    def _open_segment(self, number: int, rows: Iterable[Row], indexed: int | None) -> list[Row]:
-        file = self._directory.open(segment_name(number))
-        segment = open_segment(number, file)
-        if segment is None:
-            file.close()
-            log.warning("segment %d of KV blocks has no header; it is removed", number)
-            for row in rows:
-                self._changes.drop(row.key)
-            self._changes.remove_segment(number)
-            self._directory.remove(segment_name(number))
-            return []
-        self._segments[number] = segment
-        size = file.size()
-        kept: list[Row] = []
-        for row in rows:
-            if row.model == segment.model and row.offset + row.size <= size:
-                segment.place(row.key, Spot(row.offset, row.size))
-                kept.append(row)
-            else:
-                self._changes.drop(row.key)
-        start = max(SEGMENT_HEADER_BYTES, indexed or 0)
-        if start > size:
-            segment.end, segment.sealed = size, True  # the disk has lost the end of it
-        else:
-            for label, spot in segment.scan(start):
-                if label.key not in segment.spots:
-                    segment.place(label.key, spot)
-                    kept.append(self._put(label, spot, number))
-            self._changes.ends[number] = segment.end
-        self._file_bytes += file.size()
-        return kept
-
-    def _put(self, label: Label, spot: Spot, segment: int) -> Row:
-        key = label.key
-        row = Row(
-            key.model,
-            key.codec,
-            key.chain,
-            key.layer,
-            label.parent,
-            label.number,
-            label.cost,
-            1,
-            segment,
-            *spot,
-        )
-        self._changes.put(row)
-        return row
 
     def read(self, key: BlockKey) -> bytes | None:
         """Return a payload; ``None`` when it is not there, or was and is damaged (then forgotten).
@@ -202,13 +114,13 @@ class BlockDisk:
         Raises :class:`Unavailable` when the disk fails.
         """
         with self._mutex:
-            number = self._where.get(key)
+            number = self._set.where.get(key)
             if number is None:
                 return None
-            segment = self._segments[number]
+            segment = self._set.segments[number]
             found = segment.read(key, segment.spots[key])
             if found is None:
-                self._lose(segment, key)
+                self._set.lose(key)
                 return None
             return found[1]
 
@@ -226,7 +138,7 @@ class BlockDisk:
                     mine = [
                         block
                         for block in blocks
-                        if block.place.key.model == model and block.place.key not in self._where
+                        if block.place.key.model == model and block.place.key not in self._set.where
                     ]
                     self._append_records(
                         model,
@@ -237,7 +149,7 @@ class BlockDisk:
 
     def has(self, key: BlockKey) -> bool:
         """Say whether a block is there."""
-        return key in self._where
+        return key in self._set.where
 
     def _append_records(self, model: Digest, records: Sequence[tuple[Label, bytes]]) -> None:
         need = sum(len(data) for _, data in records)
@@ -253,64 +165,14 @@ class BlockDisk:
                 remedy="Free some space, or lower kv.disk_bytes.",
                 free=free,
             )
-        self._write(self._active(model, need), records)
-
-    def _write(self, segment: Segment, records: Sequence[tuple[Label, bytes]]) -> None:
-        data = b"".join(record for _, record in records)
-        try:
-            segment.file.append(data)
-        except PyAgentError:
-            self._undo(segment)
-            raise
-        for label, record in records:
-            spot = Spot(segment.end, len(record))
-            segment.place(label.key, spot)
-            self._where[label.key] = segment.number
-            self._put(label, spot, segment.number)
-            segment.end += len(record)
-        self._file_bytes += len(data)
-        self._changes.ends[segment.number] = segment.end
-
-    def _undo(self, segment: Segment) -> None:
-        """Cut a half-written record off, or leave the segment as it is for good."""
-        try:
-            segment.file.truncate(segment.end)
-        except PyAgentError:
-            segment.sealed = True
-            with contextlib.suppress(PyAgentError):
-                self._file_bytes += segment.file.size() - segment.end
-                segment.end = segment.file.size()
-
-    def _active(self, model: Digest, need: int) -> Segment:
-        """Return the segment of a model to append to."""
-        for segment in self._segments.values():
-            if segment.model == model and not segment.sealed:
-                empty = segment.end == SEGMENT_HEADER_BYTES
-                if empty or segment.end + need <= self.segment_bytes:
-                    return segment
-                self._seal(segment)
-        number, self._next = self._next, self._next + 1
-        header = encode_segment_header(model)
-        self._directory.create(segment_name(number), header)
-        segment = Segment(
-            number, model, self._directory.open(segment_name(number)), SEGMENT_HEADER_BYTES
-        )
-        self._segments[number] = segment
-        self._file_bytes += len(header)
-        self._changes.ends[number] = segment.end
-        return segment
-
-    def _seal(self, segment: Segment) -> None:
-        segment.sealed = True
-        with self._beside():
-            segment.file.sync()
+        self._set.write(self._set.active(model, need), records)
 
     def _make_room(self, need: int) -> None:
         """Rewrite segments until ``need`` more bytes fit; see :meth:`append`."""
         goal = self.limit - self.segment_bytes - need
-        while self._file_bytes > goal:
+        while self._set.file_bytes > goal:
             victim = min(
-                (s for s in self._segments.values() if s.live + SEGMENT_HEADER_BYTES < s.end),
+                (s for s in self._set.segments.values() if s.live + SEGMENT_HEADER_BYTES < s.end),
                 key=lambda s: (s.live / s.end, s.number),
                 default=None,
             )
@@ -327,13 +189,13 @@ class BlockDisk:
         """Copy what counts of a segment to the end of another one, and remove it."""
         victim.sealed = True
         # Without room for both at once (the limit was lowered) the old one goes first.
-        tight = self._file_bytes + victim.live > self.limit - SEGMENT_HEADER_BYTES
+        tight = self._set.file_bytes + victim.live > self.limit - SEGMENT_HEADER_BYTES
         copies: list[tuple[Label, bytes]] = []
         size = 0
         for key, spot in list(victim.spots.items()):
             found = victim.read(key, spot)
             if found is None:
-                self._lose(victim, key)
+                self._set.lose(key)
                 continue
             label, payload = found
             copies.append(encode_record(key, label.parent, label.number, label.cost, payload))
@@ -343,61 +205,49 @@ class BlockDisk:
                 copies, size = [], 0
         if tight:
             for label, _ in copies:
-                self._lose(victim, label.key)
-            self._remove(victim)
+                self._set.lose(label.key)
+            self._set.remove(victim)
             if copies:
-                self._write(self._active(victim.model, size), copies)
-                self._lost = [key for key in self._lost if key not in self._where]
+                self._set.write(self._set.active(victim.model, size), copies)
+                self._set.lost = [key for key in self._set.lost if key not in self._set.where]
             return
         if copies:
             self._move(victim, copies, size)
         self._commit()
-        self._remove(victim)
+        self._set.remove(victim)
 
     def _move(self, victim: Segment, copies: Sequence[tuple[Label, bytes]], size: int) -> None:
-        self._write(self._active(victim.model, size), copies)
+        self._set.write(self._set.active(victim.model, size), copies)
         for label, _ in copies:
             victim.drop(label.key)
 
-    def _remove(self, segment: Segment) -> None:
-        """Remove the file of a segment in which nothing counts."""
-        size = segment.file.size()
-        segment.file.close()
-        del self._segments[segment.number]
-        # Should this fail, the file goes on to count, and the next start finds nothing in it.
-        self._directory.remove(segment_name(segment.number))
-        self._file_bytes -= size
-        self._changes.remove_segment(segment.number)
-
-    def _lose(self, segment: Segment, key: BlockKey) -> None:
-        segment.drop(key)
-        del self._where[key]
-        self._changes.drop(key)
-        self._lost.append(key)
+    def take_trouble(self) -> PyAgentError | None:
+        """Return, once, what went wrong beside an operation that did its own part."""
+        with self._mutex:
+            trouble, self._set.trouble = self._set.trouble, None
+            return trouble
 
     def take_lost(self) -> list[BlockKey]:
         """Return, once, the blocks that were found damaged or had to go with their segment."""
         with self._mutex:
-            lost, self._lost = self._lost, []
+            lost, self._set.lost = self._set.lost, []
             return lost
 
     def forget(self, keys: Iterable[BlockKey]) -> None:
         """Give blocks up; their bytes come back as segments are rewritten."""
         with self._mutex:
             for key in keys:
-                number = self._where.pop(key, None)
-                if number is not None:
-                    self._segments[number].drop(key)
-                    self._changes.drop(key)
-            for segment in [s for s in self._segments.values() if s.sealed and not s.spots]:
+                if key in self._set.where:
+                    self._set.drop(key)
+            for segment in [s for s in self._set.segments.values() if s.sealed and not s.spots]:
                 with self._beside():
-                    self._remove(segment)
+                    self._set.remove(segment)
             self._commit()
 
     def note_hits(self, hits: dict[UnitId, int]) -> None:
         """Remember how often links were used, for the choice of what goes after a restart."""
         with self._mutex:
-            self._changes.hits.update(hits)
+            self._set.changes.hits.update(hits)
             self._commit()
 
     def drop_model(self, model: Digest) -> None:
@@ -407,13 +257,11 @@ class BlockDisk:
         """
         with self._mutex:
             try:
-                for segment in [s for s in self._segments.values() if s.model == model]:
+                for segment in [s for s in self._set.segments.values() if s.model == model]:
                     for key in list(segment.spots):
-                        segment.drop(key)
-                        del self._where[key]
-                        self._changes.drop(key)
+                        self._set.drop(key)
                     segment.sealed = True
-                    self._remove(segment)
+                    self._set.remove(segment)
             finally:
                 self._commit()
 
@@ -428,29 +276,24 @@ class BlockDisk:
     def close(self) -> None:
         """Write the index and give everything back; idempotent."""
         with self._mutex:
-            for segment in self._segments.values():
+            for segment in self._set.segments.values():
                 if not segment.sealed:
-                    with self._beside():
-                        segment.file.sync()
+                    self._set.sync(segment)
             self._commit()
             self._close()
 
     def _close(self) -> None:
-        for segment in self._segments.values():
-            segment.file.close()
-        self._segments.clear()
-        self._where.clear()
+        self._set.close()
         self._index.close()
-        self._file_bytes = 0
         if self._lock is not None:
             self._lock.release()
 
     def _commit(self) -> None:
         """Bring the index up to date; what it does not take now, it is given the next time."""
-        if self._changes:
+        if self._set.changes:
             with self._beside():
-                self._index.commit(self._changes)
-                self._changes = Changes()
+                self._index.commit(self._set.changes)
+                self._set.changes = Changes()
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -458,7 +301,7 @@ class BlockDisk:
         try:
             yield
         except PyAgentError as error:
-            self.trouble = error
+            self._set.trouble = error
 
 
 def open_real_disk(folder: Path, limit: int, *, reserve: int = RESERVE) -> BlockDisk:

@@ -13,13 +13,12 @@ to leave memory before that is gone.  Nothing here is the only copy of anything.
 
 A disk that cannot be used (full, read-only, taken by another process, broken) is no error: the
 store goes on in memory, says so once in the log and in :meth:`BlockStore.stats`, and tries again
-every :data:`RETRY_SECONDS`.
+every :data:`~pyagent_node.sharding.block_trouble.RETRY_SECONDS`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -28,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError
+from pyagent_node.base.errors import LimitExceeded, NotFound, PyAgentError
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest
 from pyagent_node.sharding.block_disk import BlockDisk, NewBlock
@@ -36,16 +35,13 @@ from pyagent_node.sharding.block_index import Row
 from pyagent_node.sharding.block_records import check_block
 from pyagent_node.sharding.block_stats import Counts, Held, StoreStats
 from pyagent_node.sharding.block_tree import DISK, MEMORY, BlockTree, Place, UnitId
+from pyagent_node.sharding.block_trouble import DiskTrouble
 from pyagent_node.sharding.kv_keys import BlockKey
-
-log = logging.getLogger("pyagent_node.sharding.store")
 
 OVERHEAD: Final = 512
 """Bytes that a block in memory counts for beside its payload."""
 WRITE_BYTES: Final = 4 * MIB
 """About how much one :meth:`BlockStore.write_back` writes."""
-RETRY_SECONDS: Final = 30.0
-"""A disk that could not be used is tried again after so long."""
 
 
 class BlockStore:
@@ -64,7 +60,6 @@ class BlockStore:
     ) -> None:
         self._limit = memory_bytes
         self._disk = disk
-        self._clock = clock
         self._mutex = threading.Lock()
         self._turn = threading.Lock()  # one change of the disk at a time
         self._tree = BlockTree()
@@ -73,8 +68,7 @@ class BlockStore:
         self._pins: dict[str, list[UnitId]] = {}
         self._used: dict[UnitId, None] = {}
         self._opened = False
-        self._paused: PyAgentError | None = None
-        self._retry_at = -math.inf
+        self._trouble = DiskTrouble(clock)
         self._counts = Counts()
 
     # Immediate ------------------------------------------------------------------------------------
@@ -177,10 +171,9 @@ class BlockStore:
         """Return counts and sizes.  Immediate."""
         with self._mutex:
             disk = self._disk
-            if disk is None:
-                state = "off"
-            else:
-                state = self._paused.code if self._paused else "on" if self._opened else "closed"
+            state = "off" if disk is None else "on" if self._opened else "closed"
+            if self._trouble.error is not None:
+                state = self._trouble.error.code
             return StoreStats(
                 memory_bytes=self._tree.nbytes[MEMORY],
                 memory_limit=self._limit,
@@ -256,7 +249,7 @@ class BlockStore:
                     self._disk.drop_model(model)
             finally:
                 with self._mutex:
-                    keys = self._tree.keys(model)
+                    keys = self._tree.names(model)
                     for key in keys:
                         self._forget(key)
             return len(keys)
@@ -338,7 +331,7 @@ class BlockStore:
         try:
             payload = self._disk.read(key)
         except PyAgentError as error:
-            self._pause(error)
+            self._trouble.note(error)
             return None
         self._settle_lost()
         if payload is None:
@@ -389,7 +382,8 @@ class BlockStore:
         except PyAgentError as failed:
             error = failed
         self._settle_lost()
-        error, disk.trouble = error or disk.trouble, None
+        beside = disk.take_trouble()
+        error = error or beside
         full = isinstance(error, LimitExceeded)
         written = 0
         with self._mutex:
@@ -403,17 +397,34 @@ class BlockStore:
                     self._pending.pop(key, None)
                     self._counts.refused += 1
         if error is not None and not full:
-            self._pause(error)
-        elif batch and self._paused is not None:
-            log.info("KV blocks are kept in %s again", disk.label())
-            self._paused = None
+            self._trouble.note(error)
+        elif batch:
+            self._trouble.over(disk.label())
         return written
 
     def _ready(self) -> bool:
         """Say whether the disk may be written now, after trying a failed one again in time."""
-        if self._paused is not None and self._clock() < self._retry_at:
+        if not self._trouble.due:
             return False
+        if self._opened and isinstance(self._trouble.error, NotFound):
+            self._leave()  # somebody has removed the directory under us: begin a new one
         return self._opened or self._open()
+
+    def _leave(self) -> None:
+        """Close the disk tier and forget what it held; what is in memory is to be written anew."""
+        assert self._disk is not None
+        self._opened = False
+        self._disk.close()
+        self._disk.take_trouble()
+        with self._mutex:
+            for key in self._tree.names():
+                unit = self._tree.units[UnitId(key.model, key.codec, key.chain)]
+                payload = self._payloads.get(key)
+                if payload is not None:
+                    parent = unit.parent.chain if unit.parent else b""
+                    place = Place(key, parent, unit.number)
+                    self._pending[key] = NewBlock(place, unit.costs[key.layer], payload)
+                self._tree.remove(key, DISK)
 
     def _open(self) -> bool:
         if self._disk is None or self._opened:
@@ -422,7 +433,7 @@ class BlockStore:
             rows = self._disk.open()
             self._opened = True
         except PyAgentError as error:
-            self._pause(error)
+            self._trouble.note(error)
             return False
         with self._mutex:
             for row in sorted(rows, key=lambda row: row.number):
@@ -430,9 +441,7 @@ class BlockStore:
             over = self._tree.nbytes[DISK] - self._disk.room
             gone = self._tree.evict(DISK, over) if over > 0 else []
             self._counts.evicted_disk += len(gone)
-            was, self._paused = self._paused, None
-        if was is not None:
-            log.info("KV blocks are kept in %s again", self._disk.label())
+        self._trouble.over(self._disk.label())
         with contextlib.suppress(LimitExceeded):
             try:
                 self._disk.forget(gone)
@@ -440,7 +449,7 @@ class BlockStore:
             except LimitExceeded:
                 raise
             except PyAgentError as error:
-                self._pause(error)
+                self._trouble.note(error)
         self._settle_lost()
         return True
 
@@ -450,11 +459,3 @@ class BlockStore:
         if row.hits > unit.uses:
             self._tree.touch(unit.id, row.hits - unit.uses)
         self._pending.pop(row.key, None)
-
-    def _pause(self, error: PyAgentError) -> None:
-        """Go on without writing to the disk, and say so the first time."""
-        self._retry_at = self._clock() + RETRY_SECONDS
-        if self._paused is None:
-            why = "another process has it" if isinstance(error, Conflict) else str(error)
-            log.warning("KV blocks are kept in memory only for now: %s", why)
-        self._paused = error

@@ -231,7 +231,7 @@ class BlockTree:
             del unit.costs[layer]
         self._emptied(unit, tier)
 
-    def keys(self, model: Digest | None = None) -> list[BlockKey]:
+    def names(self, model: Digest | None = None) -> list[BlockKey]:
         """Return the names of all blocks, or of a model's."""
         return [
             unit.key(layer)

@@ -10,7 +10,8 @@ import pytest
 
 from pyagent_node.base.files import map_os_error
 from pyagent_node.sharding.block_disk import BlockDisk
-from pyagent_node.sharding.block_store import RETRY_SECONDS, BlockStore
+from pyagent_node.sharding.block_store import BlockStore
+from pyagent_node.sharding.block_trouble import RETRY_SECONDS
 from pyagent_node.sharding.kv_keys import BlockKey
 from pyagent_node.simulations.block_disk import (
     SimulatedBlocks,

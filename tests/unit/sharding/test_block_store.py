@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
@@ -21,7 +22,8 @@ from pyagent_node.sharding.block_records import (
     encode_record,
     encode_segment_header,
 )
-from pyagent_node.sharding.block_store import OVERHEAD, RETRY_SECONDS, BlockStore
+from pyagent_node.sharding.block_store import OVERHEAD, BlockStore
+from pyagent_node.sharding.block_trouble import RETRY_SECONDS
 from pyagent_node.sharding.kv_keys import BlockKey
 from tests.unit.sharding.blocks import MODEL, OTHER, chain_of, payload_of, put_chain
 
@@ -346,6 +348,25 @@ def test_a_directory_that_cannot_be_is_one_warning(
     assert store.write_back() == 4
     assert all_right(store, keys) == 4
     store.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, open files cannot be removed")
+def test_a_directory_that_is_removed_under_us_is_begun_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    store = make(tmp_path / "kv", clock=clock)
+    old = put_chain(store, chain_of(1, 2))
+    flush(store)
+    shutil.rmtree(tmp_path / "kv")
+    keys = put_chain(store, chain_of(9, 2))
+    assert store.write_back() == 0
+    assert store.stats().disk == "file_not_found"
+    clock.now += RETRY_SECONDS
+    flush(store)
+    assert store.stats().disk == "on"
+    store.close()
+    again = make(tmp_path / "kv")
+    assert all_right(again, old + keys) == 8
+    again.close()
 
 
 def test_dropping_a_model_removes_its_files(tmp_path: Path) -> None:

@@ -192,6 +192,6 @@ def test_any_history_agrees_with_a_plain_model(seed: int) -> None:
                     assert left <= below
         assert tree.nbytes == [sum(held.values()) for held in plain.held]
         assert tree.blocks == [len(held) for held in plain.held]
-        assert set(tree.keys()) == plain.held[0].keys() | plain.held[1].keys()
+        assert set(tree.names()) == plain.held[0].keys() | plain.held[1].keys()
         for one in chains:
             assert tree.leading(MODEL, one, range(2), "f16", None) == plain.leading(one, range(2))
