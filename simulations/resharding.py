@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -10,19 +11,18 @@ from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import PeerId, Placement, Rank, Slice
 from pyagent_node.consensus.commands import SetPlacement
 from pyagent_node.node.api.schema import Progress
-from pyagent_node.node.placement_messages import RankReport
 from pyagent_node.simulations.draws import N_LAYERS
 from pyagent_node.simulations.fault_kinds import Phase, Reshard
 from pyagent_node.simulations.pipeline import MODEL, peer
 
 if TYPE_CHECKING:
-    from pyagent_node.simulations.machine import Machine, Parts
+    from pyagent_node.simulations.machine import Machine
     from pyagent_node.simulations.swarm import Swarm
 
 RESHARD_SECONDS: Final = 30.0
 """How long an operator waits for the next ranks before the change is given up."""
 ONLY_LOADED: Final = "switched when loaded"
-"""The invariant that :func:`reshard` looks after."""
+"""The invariant that is looked after here."""
 
 
 async def reshard(swarm: Swarm, deed: Reshard) -> None:
@@ -36,7 +36,6 @@ async def reshard(swarm: Swarm, deed: Reshard) -> None:
     if parts is None or before is None:
         return
     blow = _Blow(swarm, deed)
-    lives = {m.peer_id: m.lives for m in swarm.machines}
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_after, machine.over, nursery.cancel_scope)
         with trio.move_on_after(RESHARD_SECONDS):
@@ -44,7 +43,6 @@ async def reshard(swarm: Swarm, deed: Reshard) -> None:
                 command = _command(deed, before)
                 placement = await parts.resharder.reshard(command, blow.note)
                 swarm.trace.add(machine.number, "resharded", f"epoch {placement.epoch}")
-                _check_loaded(swarm, placement, lives)
                 blow.strike("committed")
             except PyAgentError as error:
                 swarm.trace.add(machine.number, "refused", f"reshard: {error.code}")
@@ -67,45 +65,35 @@ def _command(deed: Reshard, before: Placement) -> SetPlacement:
     return SetPlacement(MODEL, ranks, before.n_ctx, before.n_seq, before.epoch)
 
 
-def _check_loaded(swarm: Swarm, placement: Placement, lives: dict[PeerId, int]) -> None:
-    """Nodes that have lived all the time have their runner, or had it: a switch waits for that."""
-    for rank in placement.ranks:
-        for machine in swarm.up():
-            parts = machine.parts
-            if machine.peer_id != rank.peer_id or parts is None:
-                continue
-            told = [r for r in _reports(parts, placement, rank.rank) if not r.failures]
-            if machine.lives == lives.get(machine.peer_id) and any(
-                report.state != "ready" for report in told
-            ):
+def _check_loaded(swarm: Swarm, lives: Mapping[PeerId, int]) -> None:
+    """Nodes that have lived all the time have loaded what is prepared: a switch waits for that."""
+    for machine in swarm.up():
+        if machine.parts is None or machine.lives != lives.get(machine.peer_id):
+            continue
+        for report in machine.parts.controller.reports().prepared:
+            if report.state != "ready" and not report.failures:
                 swarm.violation(
                     ONLY_LOADED,
-                    f"epoch {placement.epoch} began before rank {rank.rank} was loaded on node"
-                    f" {machine.number}",
+                    f"change {report.number} is to be committed before rank {report.rank} is"
+                    f" loaded on node {machine.number}",
                 )
 
 
-def _reports(parts: Parts, placement: Placement, rank: int) -> list[RankReport]:
-    return [
-        report
-        for report in parts.controller.reports().ranks
-        if (report.epoch, report.rank) == (placement.epoch, rank)
-    ]
-
-
 class _Blow:
-    """Kills the victim when the change has come to its phase, once."""
+    """Follows a change, and kills the victim when it has come to its phase, once."""
 
     def __init__(self, swarm: Swarm, deed: Reshard) -> None:
         self._swarm = swarm
         self._deed = deed
         self._struck: Machine | None = None
+        self._lives = {machine.peer_id: machine.lives for machine in swarm.machines}
 
     def note(self, progress: Progress) -> None:
         """Take a progress report of the change."""
         if progress.step == "prepare":
             self.strike("loading" if progress.done else "proposed")
         elif progress.step == "switch":
+            _check_loaded(self._swarm, self._lives)
             self.strike("ready")
 
     def strike(self, phase: Phase) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from . import guess_bugs, log_bugs, placement_bugs, session_bugs
+from . import guess_bugs, log_bugs, placement_bugs, reshard_bugs, session_bugs
 
-BUGS = (*log_bugs.BUGS, *placement_bugs.BUGS, *session_bugs.BUGS, *guess_bugs.BUGS)
+BUGS = (
+    *log_bugs.BUGS,
+    *placement_bugs.BUGS,
+    *reshard_bugs.BUGS,
+    *session_bugs.BUGS,
+    *guess_bugs.BUGS,
+)
