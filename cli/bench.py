@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 import click
 import msgspec
 
-from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.bench_consensus import consensus
@@ -22,6 +21,7 @@ from pyagent_node.cli.bench_reshard import reshard
 from pyagent_node.cli.bench_simulator import simulator
 from pyagent_node.cli.bench_speculation import speculation
 from pyagent_node.cli.demo import MAX_NODES, N_CTX, model_file, place
+from pyagent_node.cli.lists import numbers
 from pyagent_node.cli.model import DEFAULT
 from pyagent_node.cli.output import size
 
@@ -62,21 +62,6 @@ bench_command.add_command(edge)
 bench_command.add_command(speculation)
 
 
-def _counts(text: str) -> list[int]:
-    """Read ``--ranks 1,2,3``."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or not all(1 <= count <= MAX_NODES for count in counts):
-        raise InvalidRequest(
-            f"--ranks is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write numbers from 1 to {MAX_NODES} with commas: 1,2,3.",
-        )
-    return counts
-
-
 @bench_command.command("pipeline")
 @click.option("--ranks", default="1,2,3", show_default=True, metavar="N,M,..")
 @click.option(
@@ -113,7 +98,14 @@ def pipeline(
     from pyagent_node.benchmarks.single import SingleProcess  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible, local_swarm  # noqa: PLC0415
 
-    counts = _counts(ranks)
+    counts = numbers(
+        "--ranks",
+        ranks,
+        int,
+        least=1,
+        most=MAX_NODES,
+        remedy=f"Write numbers from 1 to {MAX_NODES} with commas: 1,2,3.",
+    )
     with interruptible():
         path = model_file(app, model)
         plan = bench.Plan(

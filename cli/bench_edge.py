@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
-from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.demo import N_CTX, model_file
+from pyagent_node.cli.lists import names, numbers
 from pyagent_node.cli.model import DEFAULT
 
 if TYPE_CHECKING:
@@ -17,40 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyagent_node.benchmarks.edge import EdgeReport, Plan, Run
-    from pyagent_node.benchmarks.texts import Kind
 
 MAX_CLIENTS = 32
 MAX_EDGES = 8
 DEFAULT_TOKENS = 64
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    """Read ``--clients 1,4,16``."""
-    try:
-        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        counts = ()
-    if not counts or not all(1 <= count <= MAX_CLIENTS for count in counts):
-        raise InvalidRequest(
-            f"--clients is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write numbers from 1 to {MAX_CLIENTS} with commas: 1,4,16.",
-        )
-    return counts
-
-
-def _kinds(text: str) -> tuple[Kind, ...]:
-    """Read ``--prompts code,prose``."""
-    from pyagent_node.benchmarks.texts import KINDS  # noqa: PLC0415
-
-    asked = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(asked) <= set(KINDS):
-        raise InvalidRequest(
-            f"--prompts is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write some of these with commas: {','.join(KINDS)}.",
-        )
-    return cast("tuple[Kind, ...]", asked)
 
 
 @click.command("edge")
@@ -95,9 +65,18 @@ def edge(
     """
     from pyagent_node.benchmarks import edge as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
+    from pyagent_node.benchmarks.texts import KINDS  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
 
-    counts, kinds = _counts(clients), _kinds(prompts)
+    counts = numbers(
+        "--clients",
+        clients,
+        int,
+        least=1,
+        most=MAX_CLIENTS,
+        remedy=f"Write numbers from 1 to {MAX_CLIENTS} with commas: 1,4,16.",
+    )
+    kinds = names("--prompts", prompts, KINDS)
     with interruptible():
         path = model_file(app, model)
         draft_path = model_file(app, drafter) if drafter else None

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
-from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.demo import model_file
+from pyagent_node.cli.lists import names
 from pyagent_node.cli.model import DEFAULT
 
 if TYPE_CHECKING:
-    from pyagent_node.benchmarks.failover import FailoverReport, Kind
+    from pyagent_node.benchmarks.failover import FailoverReport
 
 DEFAULT_TOKENS, DEFAULT_ROUNDS, FULL_ROUNDS = 96, 1, 5
-
-
-def _kinds(text: str) -> tuple[Kind, ...]:
-    """Read ``--kinds hot,cold``."""
-    from pyagent_node.benchmarks.failover import KINDS  # noqa: PLC0415
-
-    asked = tuple(part.strip() for part in text.split(",")) if text else KINDS
-    if not asked or not set(asked) <= set(KINDS):
-        raise InvalidRequest(
-            f"--kinds is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write some of these with commas: {','.join(KINDS)}.",
-        )
-    return cast("tuple[Kind, ...]", asked)
 
 
 @click.command("failover")
@@ -67,7 +53,7 @@ def failover(
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
 
-    asked = _kinds(kinds)
+    asked = names("--kinds", kinds, bench.KINDS) if kinds else bench.KINDS
     count = rounds or (FULL_ROUNDS if full else DEFAULT_ROUNDS)
     with interruptible():
         path = str(model_file(app, model))

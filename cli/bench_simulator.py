@@ -12,6 +12,7 @@ import msgspec
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.lists import numbers, refused
 from pyagent_node.cli.output import size as sized
 
 if TYPE_CHECKING:
@@ -30,21 +31,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     machine: dict[str, str | int]
     sizes: tuple[Size, ...]
-
-
-def _counts(text: str) -> list[int]:
-    """Read ``--nodes 10,50,200``."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = []
-    if not 1 <= len(counts) <= MAX_SIZES or not all(3 <= n <= MAX_NODES for n in counts):
-        raise InvalidRequest(
-            f"--nodes is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write up to {MAX_SIZES} numbers from 3 to {MAX_NODES} with commas: 10,50,200.",
-        )
-    return counts
 
 
 @click.command("simulator")
@@ -68,7 +54,10 @@ def simulator(
     from pyagent_node.simulations.scale import measure_apart  # noqa: PLC0415
     from pyagent_node.simulations.scale_plot import plot as draw  # noqa: PLC0415
 
-    counts = _counts(nodes)
+    remedy = f"Write up to {MAX_SIZES} numbers from 3 to {MAX_NODES} with commas: 10,50,200."
+    counts = sorted(numbers("--nodes", nodes, int, least=3, most=MAX_NODES, remedy=remedy))
+    if len(counts) > MAX_SIZES:
+        raise refused("--nodes", nodes, remedy)
     picture = Path(plot).expanduser() if plot is not None else None
     if picture is not None and not picture.parent.is_dir():
         raise InvalidRequest(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.demo import model_file, place
+from pyagent_node.cli.lists import names, numbers, refused
 from pyagent_node.cli.model import DEFAULT
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from pyagent_node.benchmarks.speculation import Plan, Row, SpeculationReport
     from pyagent_node.benchmarks.swarm import LocalNode
-    from pyagent_node.benchmarks.texts import Kind
 
 RANKS = 3
 DEFAULT_TOKENS, FULL_TOKENS = 48, 128
@@ -27,46 +27,14 @@ MAX_RTT_MS = 2000.0
 NAMED_DRAFTERS = ("none", "suffix", "auto")
 
 
-def _trips(text: str) -> tuple[float, ...]:
-    """Read ``--rtt-ms 0,20,50``."""
-    try:
-        trips = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        trips = ()
-    if not trips or not all(0 <= trip <= MAX_RTT_MS for trip in trips):
-        raise InvalidRequest(
-            f"--rtt-ms is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write milliseconds from 0 to {MAX_RTT_MS:g} with commas: 0,50,100.",
-        )
-    return tuple(dict.fromkeys(trips))
-
-
-def _kinds(text: str) -> tuple[Kind, ...]:
-    """Read ``--prompts code,prose``."""
-    from pyagent_node.benchmarks.texts import KINDS  # noqa: PLC0415
-
-    asked = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(asked) <= set(KINDS):
-        raise InvalidRequest(
-            f"--prompts is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write some of these with commas: {','.join(KINDS)}.",
-        )
-    return cast("tuple[Kind, ...]", asked)
-
-
 def _drafters(text: str | None, model: str | None) -> tuple[str, ...]:
     """Read ``--drafter suffix,auto``; a model's name needs ``--drafter-model``."""
     if text is None:
         return ("auto",) if model else ("suffix",)
     asked = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(asked):
-        raise InvalidRequest(
-            f"--drafter is {text[:80]!r}.",
-            code="usage",
-            remedy=f"Write {', '.join(NAMED_DRAFTERS)} or a model's name, with commas.",
-        )
+        remedy = f"Write {', '.join(NAMED_DRAFTERS)} or a model's name, with commas."
+        raise refused("--drafter", text, remedy)
     unknown = [name for name in asked if name not in NAMED_DRAFTERS]
     if unknown and model is None:
         raise InvalidRequest(
@@ -127,12 +95,21 @@ def speculation(
     """
     from pyagent_node.benchmarks import speculation as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
+    from pyagent_node.benchmarks.texts import KINDS  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
 
     if pair:
         model, drafter_model = "qwen2.5-coder-1.5b", drafter_model or "qwen2.5-coder-0.5b"
-    trips = _trips(rtt_ms or (FULL_RTTS if full else DEFAULT_RTTS))
-    kinds, drafters = _kinds(prompts), _drafters(drafter, drafter_model)
+    trips = numbers(
+        "--rtt-ms",
+        rtt_ms or (FULL_RTTS if full else DEFAULT_RTTS),
+        float,
+        least=0.0,
+        most=MAX_RTT_MS,
+        remedy=f"Write milliseconds from 0 to {MAX_RTT_MS:g} with commas: 0,50,100.",
+    )
+    kinds = names("--prompts", prompts, KINDS)
+    drafters = _drafters(drafter, drafter_model)
     count = tokens or (FULL_TOKENS if full else DEFAULT_TOKENS)
     with interruptible():
         path = model_file(app, model)

@@ -69,7 +69,6 @@ def body(model: str, n: int) -> dict[str, object]:
         "seed": 11,
         "stream": True,
         "return_token_ids": True,
-        "speculation": "none",  # an answer that is over before it is read cannot be gone on with
     }
 
 
