@@ -18,13 +18,14 @@ import msgspec
 
 from pyagent_node.inference.drafting.port import Draft
 
-CLAIM_WEIGHT: Final = 3.0
+CLAIM_WEIGHT: Final = 4.0
 """A claim weighs as much as this many outcomes."""
-WIDER_WEIGHT: Final = 6.0
-MEMORY: Final = 0.96
-"""The same within a session: about the last 25 outcomes count."""
+WIDER_WEIGHT: Final = 10.0
+MEMORY: Final = 0.98
+"""The same within a session: about the last 50 outcomes count."""
 PLACES: Final = (1, 2, 4, 8, 16, 32)
-BANDS: Final = 6
+BANDS: Final = 8
+FIRST_BAND: Final = -2.0
 LOWEST: Final = 0.002
 HIGHEST: Final = 0.998
 MAX_PENDING: Final = 64
@@ -52,9 +53,9 @@ def _place(index: int) -> int:
 
 
 def _band(claim: float) -> int:
-    """Return which of ``BANDS`` bands of log-odds, from 0.12 to 0.88, a claim lies in."""
+    """Return which of ``BANDS`` bands of log-odds, from 0.12 to 0.98, a claim lies in."""
     odds = math.log(claim / (1.0 - claim))
-    return min(BANDS - 1, max(0, int((odds + 2.0) / 4.0 * (BANDS - 2)) + 1 if odds > -2.0 else 0))
+    return min(BANDS - 1, max(0, math.floor(odds - FIRST_BAND) + 1))
 
 
 class Calibration:

@@ -19,23 +19,17 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from pyagent_node.inference.drafting.allowance import Allowance
 from pyagent_node.inference.drafting.calibration import Calibration, Judge
 from pyagent_node.inference.drafting.costs import NEVER
 from pyagent_node.inference.drafting.lessons import Lessons
 from pyagent_node.inference.drafting.port import MAX_DRAFT, Draft, Forecast, Pass, Plan
+from pyagent_node.inference.drafting.portions import Portions, tokens_added
 from pyagent_node.inference.drafting.profile import Profile, best_plan, piped_rate
 
 MAX_LENGTH: Final = 16
 MAX_DEPTH: Final = 8
-EXPLORE: Final = 0.005
-"""The part of the time that may be lost by trying out."""
-EXPLORE_PASSES: Final = 1.25
-FOUNDED_PASSES: Final = 2.5
 ENOUGH_JUDGED: Final = 12
-FORGIVEN: Final = 0.995
-"""What is left of a loss after a pass, so that nothing is given up for good."""
-MAX_CREDIT: Final = 4.0
-"""Plain passes: what has been won in the past pays for no more than so many later losses."""
 TRUSTED: Final = 2
 """Guesses of an unknown drafter that are sent; each that is right allows two more."""
 MEMORY: Final = 0.95
@@ -60,7 +54,7 @@ EARLY: Final = 12
 LOOK_EVERY: Final = 6
 """Drafts after which the plan is looked at again; after each of the first ``EARLY``."""
 WASTE: Final = 0.5
-"""The part of a rank's time for a void step by which it holds up the step that comes instead."""
+"""The part of a drafter's time for guesses in vain by which it is late with those that count."""
 
 CROWDED: Final = 4.0
 """Where a pass takes more than so many times its computing, void steps end before it comes."""
@@ -89,14 +83,13 @@ class Controller:
         self._ranks = max(1, ranks)
         self._max_length = min(max_length, MAX_DRAFT)
         self._max_depth = MAX_DEPTH if max_depth is None else max(1, max_depth)
+        self._allowance = Allowance(self.costs, ranks=self._ranks)
+        self._portions = Portions(self.costs, ranks=self._ranks, depth=self._max_depth)
         self._plan = Plan()
         self._best = (0, 1)
         self._plain = self.costs.seconds(1)
         self._tokens = 0.0
         self._seconds = 0.0
-        self._loss = 0.0
-        self._explored = 0.0
-        self._total = 0.0
         self._passes = 0
         self._since_plain = 0
         self._worth = 0.0
@@ -110,6 +103,7 @@ class Controller:
         self._gained = 0
         self._predicted = (0.0, 0.0)
         self._flying: list[float] = []
+        self._width = 1
         self._following = Calibration(self._lessons.following)
         self._claims: deque[tuple[int, float]] = deque(maxlen=MAX_DRAFT)
         self._modesty = 1.0
@@ -191,10 +185,8 @@ class Controller:
 
     def _affordable(self) -> bool:
         """Tell whether something may be tried that could cost time."""
-        # where guesses were judged and promise a gain all the same, a loss is likely bad luck
         founded = self._worth > 0 and self._judged >= ENOUGH_JUDGED
-        passes = FOUNDED_PASSES if founded else EXPLORE_PASSES
-        return self._loss < passes * self._plain + EXPLORE * self._total
+        return self._allowance.affordable(founded=founded)
 
     def choose(self, draft: Draft, ahead: Sequence[int] = (), in_flight: int = 0) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
@@ -209,19 +201,23 @@ class Controller:
         self._note_modesty(chain.confidence, odds)
         del self._flying[len(ahead) :]
         if in_flight:
-            right = self._holds * odds[0] if odds else 0.0
-            n = self._pick(self._best_child(odds, right), draft)
+            holds = self._holds
+            right = holds * odds[0] if odds else 0.0
+            n = self._pick(self._portions.child(odds, holds, self.rate, self._width), draft)
             if n:
                 self._claims.append((in_flight, right))
                 self._predict_child(odds[:n], right, in_flight)
         else:
             self._claims.clear()
-            best = self._best_length(odds, self.rate)
+            best = self._portions.alone(odds, self.rate, self._plain)
             self._note_worth(best, odds)
             self._profile.add(odds)
             n = self._pick(best, draft)
+            if best and not n:
+                self._allowance.forgo(chain.tokens[:best])
             self._predict(odds[:n], len(odds))
         self._flying += odds[:n]
+        self._width = n + (not in_flight)
         return n
 
     def _pick(self, best: int, draft: Draft) -> int:
@@ -250,7 +246,7 @@ class Controller:
         plain = self._plain
         drafting = self.costs.draft_seconds * len(odds)
         took = self.costs.seconds(n + 1) + drafting
-        tokens = _tokens(odds[:n])
+        tokens = tokens_added(odds[:n])
         worth = tokens - took / plain
         if n and self._max_depth > 1 and self.costs.computing_known:
             pace = max(
@@ -264,33 +260,6 @@ class Controller:
         if self._worth > 0:
             self._pause = FIRST_PAUSE
 
-    def _best_length(self, odds: Sequence[float], rate: float) -> int:
-        best, best_worth = 0, 1.0 - rate * self._plain
-        tokens, together = 1.0, 1.0
-        for n, chance in enumerate(odds, 1):
-            together *= chance
-            tokens += together
-            worth = tokens - rate * self.costs.seconds(n + 1)
-            if worth > best_worth:
-                best, best_worth = n, worth
-        return best
-
-    def _best_child(self, odds: Sequence[float], right: float) -> int:
-        """Return how many guesses to send in a step that follows those in flight.
-
-        It counts with probability ``right``, that is if they all and its own first are.
-        """
-        rate, together = self.rate, right
-        best, best_worth, tokens = 0, 0.0, 0.0
-        for n, chance in enumerate(odds, 1):
-            together *= chance if n > 1 else 1.0
-            tokens += together
-            pace, wrong = self._child_seconds(n)
-            worth = tokens - rate * (right * pace + (1.0 - right) * wrong)
-            if worth > best_worth:
-                best, best_worth = n, worth
-        return best
-
     def _recheck_due(self) -> bool:
         """Tell whether the time of a plain pass should be measured again."""
         gain = max(1.0, self.rate * self._plain)
@@ -299,7 +268,7 @@ class Controller:
     def _predict(self, odds: Sequence[float], drafted: int) -> None:
         """Note what the step that is sent now is expected to add and to take."""
         seconds = self.costs.seconds(len(odds) + 1) + self.costs.draft_seconds * drafted
-        tokens = _tokens(odds)
+        tokens = tokens_added(odds)
         self._tokens = self._tokens * MEMORY + tokens
         self._seconds = self._seconds * MEMORY + seconds
         self._predicted = self._predicted[0] + tokens, self._predicted[1] + seconds
@@ -310,18 +279,13 @@ class Controller:
         Where one guess is right the next one is likelier to be.  Sending goes by what is sure
         all the same: what is sent for nothing costs more than it says.
         """
-        pace, wrong = self._child_seconds(len(odds))
-        tokens = _tokens(odds[1:])
+        pace, wrong = self._portions.child_seconds(len(odds))
+        tokens = tokens_added(odds[1:])
         self._tokens = self._tokens * MEMORY + right * tokens
         self._seconds = self._seconds * MEMORY + right * pace + (1.0 - right) * wrong
         right = self._following.probability("", in_flight, right)
         known, seconds = self._predicted
         self._predicted = known + right * tokens, seconds + right * pace + (1.0 - right) * wrong
-
-    def _child_seconds(self, width: int) -> tuple[float, float]:
-        """Return the time that a step costs which follows others, if they are right and if not."""
-        busy = self.costs.busy_seconds(width, self._ranks)
-        return self.costs.pace_seconds(width, self._ranks), WASTE * busy
 
     # ---- after a step ------------------------------------------------------------------------
 
@@ -337,19 +301,8 @@ class Controller:
         self._drafted += done.drafts
         self._right += done.accepted
         self._gained += done.gained
-        plain = self._plain = self.costs.seconds(1)
-        # what such a pass usually takes: one that was held up by chance says nothing of guessing
-        if alone:
-            took = self.costs.seconds(done.width) + done.draft_seconds
-        elif done.gained:
-            took = done.elapsed
-        else:  # it took a rank's time from others, and nobody sees how much of that was lost
-            took = WASTE * self.costs.busy_seconds(done.width, self._ranks)
-        self._total += took
-        self._loss *= FORGIVEN
-        if done.drafts or done.draft_seconds or not alone:
-            self._loss = max(-MAX_CREDIT * plain, self._loss + took - done.gained * plain)
-            self._explored = max(self._explored, self._loss)
+        self._plain = self.costs.seconds(1)
+        self._allowance.passed(done)
         if not alone:
             if self._claims:
                 before, claim = self._claims.popleft()
@@ -363,6 +316,7 @@ class Controller:
 
     def accepted(self, tokens: Sequence[int]) -> None:
         """Take in tokens of the session: the prompt, then what joins the answer."""
+        self._allowance.accepted(tokens)
         del self._flying[: len(tokens)]
         for outcome in self._judge.accepted(tokens):
             self._judged += 1
@@ -389,17 +343,8 @@ class Controller:
             tokens_per_pass=self._gained / self._passes if self._passes else 0.0,
             tokens_per_second=tokens / seconds if seconds > NEVER else plain,
             plain_tokens_per_second=plain,
-            explored_seconds=max(0.0, self._explored),
+            explored_seconds=max(0.0, self._allowance.explored),
         )
-
-
-def _tokens(odds: Sequence[float]) -> float:
-    """Return how many tokens a step with such guesses adds on average."""
-    tokens, together = 1.0, 1.0
-    for chance in odds:
-        together *= chance
-        tokens += together
-    return tokens
 
 
 class FixedController(Controller):

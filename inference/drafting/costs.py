@@ -19,6 +19,10 @@ OUTLIER: Final = 3.0
 NEVER: Final = 1e-9
 PACE_WEIGHT: Final = 3.0
 """What ranks say of their computing weighs as much as this many steps that followed another."""
+WASTE: Final = 0.5
+WASTE_WEIGHT: Final = 4.0
+LEAST_WASTE: Final = 0.05
+"""Void steps are never thought to be had for nothing: ranks may have other sessions to serve."""
 TOKEN_SHARE: Final = 0.3
 """Expected beforehand: a further token costs this part of a pass's computing (CPUs: 0.15-0.5)."""
 BLIND_SHARE: Final = 0.1
@@ -87,6 +91,18 @@ class LineFit:
         self._residuals[width] = weight, residual + (seconds - line - residual) / min(weight, 6.0)
 
 
+class _Mean:
+    """The mean of recent values; beforehand ``value``, as :data:`WASTE_WEIGHT` of them."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self._weight = WASTE_WEIGHT
+
+    def add(self, value: float) -> None:
+        self._weight = self._weight * MEAN_MEMORY + 1.0
+        self.value += (value - self.value) / self._weight
+
+
 class CostModel:
     """What passes, their computing and guesses take.
 
@@ -97,6 +113,7 @@ class CostModel:
         self._passes = LineFit()
         self._computing = LineFit()
         self._pace = LineFit()
+        self._waste = _Mean(WASTE)
         self._drafted = 0.0
         self._draft_seconds = 0.0
 
@@ -104,7 +121,7 @@ class CostModel:
         """Return a model of the same passes, shared from now on, whose guesses cost otherwise."""
         other = CostModel()
         other._passes, other._computing = self._passes, self._computing
-        other._pace = self._pace
+        other._pace, other._waste = self._pace, self._waste
         return other
 
     @property
@@ -155,6 +172,16 @@ class CostModel:
         if not seen:
             return busy
         return (PACE_WEIGHT * busy + seen * self._pace.seconds(width)) / (PACE_WEIGHT + seen)
+
+    @property
+    def waste(self) -> float:
+        """By which part of a rank's time for it a void step holds up what comes instead."""
+        return max(LEAST_WASTE, self._waste.value)
+
+    def add_waste(self, late: float, void: float) -> None:
+        """Take in that a step was ``late``, behind void ones that take a rank ``void`` seconds."""
+        if void > NEVER:
+            self._waste.add(min(1.0, max(-1.0, late / void)))
 
     def add_pace(self, width: int, seconds: float, ranks: int) -> None:
         """Take in how long after the result before it that of a step came."""

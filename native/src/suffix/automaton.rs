@@ -6,7 +6,7 @@
 //! token came after its state, so the likeliest continuation of any context that has been seen is
 //! known without looking at the text.
 
-use std::collections::HashMap;
+use crate::suffix::graph::{Graph, State, NONE};
 
 /// A token that separates documents; nothing is counted across it and it is never proposed.
 pub const SEPARATOR: u32 = u32::MAX;
@@ -15,33 +15,9 @@ pub const ROOT: u32 = 0;
 
 /// How many contexts, longest first, learn from one token: bounds the work where a text repeats itself.
 const MAX_CONTEXTS: usize = 64;
-/// States with more edges than this are looked up by hash.
-const WIDE: u32 = 8;
 /// How many contexts, and edges of each, are looked at for other continuations than the likeliest.
 const SUFFIXES: usize = 6;
 const EDGES: usize = 32;
-const NONE: u32 = u32::MAX;
-
-#[derive(Clone, Copy)]
-struct State {
-    /// The length of the longest string of the state.
-    len: u32,
-    link: u32,
-    first_edge: u32,
-    /// The edge that was taken most often, the most recent one of equals.
-    best_edge: u32,
-    /// How often a token came after it.
-    followed: u32,
-    degree: u32,
-}
-
-#[derive(Clone, Copy)]
-struct Edge {
-    token: u32,
-    target: u32,
-    count: u32,
-    next: u32,
-}
 
 /// A context: a state, and how many tokens of it really match.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,9 +54,7 @@ impl Continuation {
 
 /// The automaton of one text.
 pub struct Automaton {
-    states: Vec<State>,
-    edges: Vec<Edge>,
-    wide: HashMap<u64, u32>,
+    graph: Graph,
     last: u32,
     tokens: usize,
 }
@@ -96,10 +70,10 @@ impl Automaton {
             followed: 0,
             degree: 0,
         };
+        let mut graph = Graph::default();
+        graph.add_state(root);
         Self {
-            states: vec![root],
-            edges: Vec::new(),
-            wide: HashMap::new(),
+            graph,
             last: ROOT,
             tokens: 0,
         }
@@ -112,27 +86,21 @@ impl Automaton {
 
     /// How many bytes it has reserved, about.
     pub fn bytes(&self) -> usize {
-        // A hash table keeps an eighth of its slots free and one byte of notes for each.
-        let slot = size_of::<(u64, u32)>() + 1;
-        self.states.capacity() * size_of::<State>()
-            + self.edges.capacity() * size_of::<Edge>()
-            + self.wide.capacity() * slot * 8 / 7
+        self.graph.bytes()
     }
 
     /// Give back what is reserved beyond need.
     pub fn shrink(&mut self) {
-        self.states.shrink_to_fit();
-        self.edges.shrink_to_fit();
-        self.wide.shrink_to_fit();
+        self.graph.shrink();
     }
 
     /// The longest suffix of the text that has also ended earlier.
     pub fn context(&self) -> Context {
-        let link = self.states[self.last as usize].link;
+        let link = self.graph.states[self.last as usize].link;
         let state = if link == NONE { ROOT } else { link };
         Context {
             state,
-            length: self.states[state as usize].len,
+            length: self.graph.states[state as usize].len,
         }
     }
 
@@ -143,13 +111,13 @@ impl Automaton {
             mut length,
         } = context;
         loop {
-            if let Some(edge) = self.find(state, token) {
+            if let Some(edge) = self.graph.find(state, token) {
                 return Context {
-                    state: self.edges[edge as usize].target,
+                    state: self.graph.edges[edge as usize].target,
                     length: length.saturating_add(1),
                 };
             }
-            let link = self.states[state as usize].link;
+            let link = self.graph.states[state as usize].link;
             if link == NONE {
                 return Context {
                     state: ROOT,
@@ -157,7 +125,7 @@ impl Automaton {
                 };
             }
             state = link;
-            length = self.states[link as usize].len;
+            length = self.graph.states[link as usize].len;
         }
     }
 
@@ -173,9 +141,9 @@ impl Automaton {
                 followed,
                 link,
                 ..
-            } = self.states[state as usize];
+            } = self.graph.states[state as usize];
             if best_edge != NONE {
-                let edge = self.edges[best_edge as usize];
+                let edge = self.graph.edges[best_edge as usize];
                 return Some(Continuation {
                     token: edge.token,
                     count: edge.count,
@@ -188,7 +156,7 @@ impl Automaton {
                 return None;
             }
             state = link;
-            length = self.states[link as usize].len;
+            length = self.graph.states[link as usize].len;
         }
     }
 
@@ -216,14 +184,14 @@ impl Automaton {
                 followed,
                 link,
                 ..
-            } = self.states[state as usize];
+            } = self.graph.states[state as usize];
             let from = found.len();
             let mut at = first_edge;
             for _ in 0..EDGES {
                 if at == NONE {
                     break;
                 }
-                let edge = self.edges[at as usize];
+                let edge = self.graph.edges[at as usize];
                 if edge.count > 0 && found.iter().all(|other| other.token != edge.token) {
                     found.push(Continuation {
                         token: edge.token,
@@ -240,7 +208,7 @@ impl Automaton {
                 break;
             }
             state = link;
-            length = self.states[link as usize].len;
+            length = self.graph.states[link as usize].len;
         }
         found.truncate(count);
         found
@@ -259,27 +227,30 @@ impl Automaton {
             if state == NONE {
                 break;
             }
-            if let Some(edge) = self.find(state, token) {
+            if let Some(edge) = self.graph.find(state, token) {
                 self.count(state, edge);
             }
-            state = self.states[state as usize].link;
+            state = self.graph.states[state as usize].link;
         }
     }
 
     fn count(&mut self, state: u32, edge: u32) {
-        let best = self.states[state as usize].best_edge;
-        self.edges[edge as usize].count = self.edges[edge as usize].count.saturating_add(1);
-        let state = &mut self.states[state as usize];
+        let best = self.graph.states[state as usize].best_edge;
+        self.graph.edges[edge as usize].count =
+            self.graph.edges[edge as usize].count.saturating_add(1);
+        let state = &mut self.graph.states[state as usize];
         state.followed = state.followed.saturating_add(1);
-        if best == NONE || self.edges[edge as usize].count >= self.edges[best as usize].count {
+        if best == NONE
+            || self.graph.edges[edge as usize].count >= self.graph.edges[best as usize].count
+        {
             state.best_edge = edge;
         }
     }
 
     /// Add the states and edges for the text with `token` at its end.
     fn grow(&mut self, token: u32) {
-        let len = self.states[self.last as usize].len + 1;
-        let new = self.add_state(State {
+        let len = self.graph.states[self.last as usize].len + 1;
+        let new = self.graph.add_state(State {
             len,
             link: ROOT,
             first_edge: NONE,
@@ -293,30 +264,30 @@ impl Automaton {
             if at == NONE {
                 return;
             }
-            match self.find(at, token) {
+            match self.graph.find(at, token) {
                 Some(edge) => break edge,
                 None => {
-                    self.add_edge(at, token, new, 0);
-                    at = self.states[at as usize].link;
+                    self.graph.add_edge(at, token, new, 0);
+                    at = self.graph.states[at as usize].link;
                 }
             }
         };
-        let old = self.edges[shared as usize].target;
-        let wanted = self.states[at as usize].len + 1;
-        if self.states[old as usize].len == wanted {
-            self.states[new as usize].link = old;
+        let old = self.graph.edges[shared as usize].target;
+        let wanted = self.graph.states[at as usize].len + 1;
+        if self.graph.states[old as usize].len == wanted {
+            self.graph.states[new as usize].link = old;
             return;
         }
         let split = self.split(old, wanted);
-        self.states[new as usize].link = split;
+        self.graph.states[new as usize].link = split;
         loop {
-            match self.find(at, token) {
-                Some(edge) if self.edges[edge as usize].target == old => {
-                    self.edges[edge as usize].target = split;
+            match self.graph.find(at, token) {
+                Some(edge) if self.graph.edges[edge as usize].target == old => {
+                    self.graph.edges[edge as usize].target = split;
                 }
                 _ => return,
             }
-            at = self.states[at as usize].link;
+            at = self.graph.states[at as usize].link;
             if at == NONE {
                 return;
             }
@@ -331,8 +302,8 @@ impl Automaton {
             best_edge,
             followed,
             ..
-        } = self.states[old as usize];
-        let split = self.add_state(State {
+        } = self.graph.states[old as usize];
+        let split = self.graph.add_state(State {
             len,
             link,
             first_edge: NONE,
@@ -342,66 +313,18 @@ impl Automaton {
         });
         let mut at = first_edge;
         while at != NONE {
-            let edge = self.edges[at as usize];
-            let copy = self.add_edge(split, edge.token, edge.target, edge.count);
+            let edge = self.graph.edges[at as usize];
+            let copy = self
+                .graph
+                .add_edge(split, edge.token, edge.target, edge.count);
             if at == best_edge {
-                self.states[split as usize].best_edge = copy;
+                self.graph.states[split as usize].best_edge = copy;
             }
             at = edge.next;
         }
-        self.states[old as usize].link = split;
+        self.graph.states[old as usize].link = split;
         split
     }
-
-    fn add_state(&mut self, state: State) -> u32 {
-        let index = self.states.len() as u32;
-        self.states.push(state);
-        index
-    }
-
-    fn add_edge(&mut self, from: u32, token: u32, target: u32, count: u32) -> u32 {
-        let index = self.edges.len() as u32;
-        let state = &mut self.states[from as usize];
-        self.edges.push(Edge {
-            token,
-            target,
-            count,
-            next: state.first_edge,
-        });
-        state.first_edge = index;
-        state.degree += 1;
-        if state.degree > WIDE + 1 {
-            self.wide.insert(key(from, token), index);
-        } else if state.degree == WIDE + 1 {
-            let mut at = index;
-            while at != NONE {
-                let edge = self.edges[at as usize];
-                self.wide.insert(key(from, edge.token), at);
-                at = edge.next;
-            }
-        }
-        index
-    }
-
-    fn find(&self, from: u32, token: u32) -> Option<u32> {
-        let state = &self.states[from as usize];
-        if state.degree > WIDE {
-            return self.wide.get(&key(from, token)).copied();
-        }
-        let mut at = state.first_edge;
-        while at != NONE {
-            let edge = &self.edges[at as usize];
-            if edge.token == token {
-                return Some(at);
-            }
-            at = edge.next;
-        }
-        None
-    }
-}
-
-fn key(state: u32, token: u32) -> u64 {
-    u64::from(state) << 32 | u64::from(token)
 }
 
 #[cfg(test)]

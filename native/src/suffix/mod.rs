@@ -2,6 +2,7 @@
 
 mod automaton;
 mod corpus;
+mod graph;
 mod trust;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};

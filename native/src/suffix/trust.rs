@@ -11,6 +11,10 @@ const KINDS: usize = 6;
 const PRIOR: f64 = 4.0;
 /// What is left of an outcome's weight after the next one of its kind: about the last 50 count.
 const MEMORY: f64 = 0.98;
+/// Of a context of one token that was seen once; see [`belief`].
+const ODDS: f64 = 0.5;
+const REPEATED: f64 = 1.5;
+const DIVIDED: f64 = 1.7;
 const LOWEST: f64 = 0.001;
 const HIGHEST: f64 = 0.999;
 
@@ -62,11 +66,19 @@ fn kind(found: &Continuation) -> usize {
     }
 }
 
-/// What is believed before anything was seen: the share, less for few and for short contexts.
+/// What is believed before anything was seen.
+///
+/// What has always been the same is right with odds that grow with the length of the context, and
+/// faster with how often it was seen; of what went on in several ways the likeliest is right less
+/// often than its share. Fitted by eye to answers of two models and to source code and documents: a
+/// run of n tokens that was seen once goes on as before with odds of n to 2, whatever the text.
 fn belief(found: &Continuation) -> f64 {
-    let share = f64::from(found.count) / (f64::from(found.total) + 0.4);
-    let length = f64::from(found.context.length);
-    share * length / (length + 1.0)
+    let count = f64::from(found.count);
+    if found.count == found.total {
+        let odds = ODDS * f64::from(found.context.length) * count.powf(REPEATED);
+        return odds / (odds + 1.0);
+    }
+    (count / f64::from(found.total)).powf(DIVIDED)
 }
 
 impl Trust {

@@ -73,10 +73,10 @@ async def test_both_guess_a_branch_each(autojump_clock: MockClock) -> None:
     assert isinstance(drafter, TreeDrafter)
     drafter.expect_trees()
     drafter.extend(PROMPT)
-    text = PROMPT[:6]
+    text = PROMPT[:2]  # a longer match is believed more than this model ever is
     drafter.extend(text)
     draft = await drafter.propose_tree((), 8)
     assert usable_tree(draft) == draft
-    assert after(draft, PROMPT[6:8]) is not None, "what followed the same letters"
+    assert after(draft, PROMPT[2:4]) is not None, "what followed the same letters"
     assert len(roots(draft)) == 2, "and what the model says"
     await drafter.aclose()

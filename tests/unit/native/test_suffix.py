@@ -56,7 +56,8 @@ class Reference:
     def confidence(self, found: Found) -> float:
         _, count, total, length = found
         hits, trials = self.cells.get(self.cell(found), (0.0, 0.0))
-        belief = count / (total + 0.4) * length / (length + 1)
+        odds = 0.5 * length * count**1.5
+        belief = odds / (odds + 1) if count == total else (count / total) ** 1.7
         return min(0.999, max(0.001, (hits + 4 * belief) / (trials + 4)))
 
     def extend(self, tokens: list[int], weight: float) -> None:
