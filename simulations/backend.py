@@ -160,16 +160,24 @@ def toy_sample(
     return Sampled(token, logprob if params.logprobs else None, tuple(top))
 
 
-def toy_generate(n_layers: int, prompt: Sequence[int], n: int, params: SamplingParams) -> list[int]:
-    """Return what the whole toy model answers: the reference for every pipeline of it."""
-    return list(islice(toy_tokens(n_layers, prompt, params), n))
+def toy_generate(
+    n_layers: int, prompt: Sequence[int], n: int, params: SamplingParams, *, one_way: bool = False
+) -> list[int]:
+    """Return what the whole toy model answers: the reference for every pipeline of it.
+
+    With ``one_way`` as it does where all rows go through the same kernel.
+    """
+    return list(islice(toy_tokens(n_layers, prompt, params, one_way=one_way), n))
 
 
-def toy_tokens(n_layers: int, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def toy_tokens(
+    n_layers: int, prompt: Sequence[int], params: SamplingParams, *, one_way: bool = False
+) -> Iterator[int]:
     """Yield the tokens of the whole toy model's answer, up to its end."""
     states = [np.zeros(N_EMBD, dtype=np.int64) for _ in range(n_layers)]
     history: list[int] = []
-    pending = list(zip(prompt, _prompt_ways(len(prompt)), strict=True))
+    ways = [0] * len(prompt) if one_way else _prompt_ways(len(prompt))
+    pending = list(zip(prompt, ways, strict=True))
     while True:
         row = np.zeros(N_EMBD, dtype=np.int64)
         for token, way in pending:
@@ -216,6 +224,7 @@ class ToyRunner:
     """A runner of one slice of the toy, with the simulator's clock for a processor.
 
     ``seconds`` is what one decode takes.  ``widths`` records the size of each step of each decode.
+    With ``one_way`` all rows go through the same kernel, however a text is cut.
     It refuses anything that a stage must never ask for.  As with a process, a decode that nobody
     waits for any more is finished all the same, and what comes next waits for that.
     """
@@ -228,8 +237,10 @@ class ToyRunner:
         n_ctx: int = 4096,
         n_seq: int = 8,
         seconds: float = 0.0,
+        one_way: bool = False,
     ) -> None:
         self.seconds = seconds
+        self._one_way = one_way
         self.failed = trio.Event()
         self.failure: RunnerFailed | None = None
         self.widths: list[list[int]] = []
@@ -399,7 +410,7 @@ class ToyRunner:
             raise self._refuse("a slice without the output head cannot sample")
         self.tokens_done += len(step.tokens)
         sampled: list[Sampled] = []
-        way = _way(len(slot.history), len(step.tokens), decoding=step.drafts > 0)
+        way = _way(len(slot.history), len(step.tokens), decoding=self._one_way or step.drafts > 0)
         for i, token in enumerate(step.tokens):
             if sampled and sampled[-1].token != token:
                 break

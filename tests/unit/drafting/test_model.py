@@ -28,11 +28,11 @@ COLD = SamplingParams(temperature=0.0)
 
 
 def toy(n_seq: int = 2, n_ctx: int = 4096) -> ToyRunner:
-    return ToyRunner(Slice(0, LAYERS, True), whole=True, n_seq=n_seq, n_ctx=n_ctx)
+    return ToyRunner(Slice(0, LAYERS, True), whole=True, n_seq=n_seq, n_ctx=n_ctx, one_way=True)
 
 
 def answer(n: int, sampling: SamplingParams) -> list[int]:
-    tokens = toy_generate(LAYERS, PROMPT, n, sampling)
+    tokens = toy_generate(LAYERS, PROMPT, n, sampling, one_way=True)
     assert len(tokens) == n
     return tokens
 

@@ -21,7 +21,7 @@ WARM = SamplingParams(seed=7, temperature=0.8, top_k=40, repetition_penalty=1.1)
 
 
 def models(n_ctx: int = 4096) -> ModelDrafters:
-    runner = ToyRunner(Slice(0, LAYERS, True), whole=True, n_seq=2, n_ctx=n_ctx)
+    runner = ToyRunner(Slice(0, LAYERS, True), whole=True, n_seq=2, n_ctx=n_ctx, one_way=True)
     return ModelDrafters("toy", runner, PIECES)
 
 
@@ -46,7 +46,7 @@ async def test_a_model_learns_that_its_first_choice_is_right(
     sampling: SamplingParams, autojump_clock: MockClock
 ) -> None:
     """It is the target itself: the noise gives it the target's tokens, likely or not."""
-    wanted = toy_generate(LAYERS, PROMPT, 40, sampling)
+    wanted = toy_generate(LAYERS, PROMPT, 40, sampling, one_way=True)
     drafter = models().for_model(PIECES, sampling)
     assert isinstance(drafter, TreeDrafter)
     drafter.expect_trees()
