@@ -56,11 +56,7 @@ class KvVault:
 
     def counts(self, model: Digest, chain: Sequence[bytes], layers: range, codec: str) -> list[int]:
         """See ``Vault``."""
-        store = self.store
-        common = store.leading(model, chain, layers, codec)
-        if common == len(chain):
-            return [common] * len(layers)
-        return [store.leading(model, chain, range(n, n + 1), codec) for n in layers]
+        return self.store.counts(model, chain, layers, codec)
 
     def holds(self, model: Digest, link: bytes, layers: range, codec: str) -> bool:
         """Whether all ``layers`` of a block are held."""

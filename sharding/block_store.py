@@ -147,12 +147,22 @@ class BlockStore:
 
         Replaces what was pinned for that session before.
         """
-        names = [UnitId(model, codec, link) for link in chain]
         with self._mutex:
-            for name in names:
-                self._tree.pin(name)
-            self._unpin(session)
-            self._pins[session] = names
+            old = self._pins.get(session, [])
+            if (
+                not old
+                or len(chain) < len(old)
+                or UnitId(model, codec, chain[len(old) - 1]) != old[-1]
+            ):
+                names = [UnitId(model, codec, link) for link in chain]
+                for name in names:
+                    self._tree.pin(name)
+                self._unpin(session)
+                self._pins[session] = names
+                return
+            for link in chain[len(old) :]:  # a name stands for all before it: it has grown
+                old.append(UnitId(model, codec, link))
+                self._tree.pin(old[-1])
 
     def unpin(self, session: str) -> None:
         """End the :meth:`pin` of a session; idempotent.  Immediate."""

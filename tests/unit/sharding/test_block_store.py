@@ -105,6 +105,8 @@ def test_running_sessions_keep_theirs() -> None:
     store.pin("s", MODEL, "f16", mine[:2])  # replaces
     assert len(put_chain(store, chain_of(17, 3), range(1), size=SIZE)) == 2
     assert store.leading(MODEL, mine, range(1), "f16") == 2
+    for length in (1, 2, 3, 3, 1):  # as a session grows, and is trimmed
+        store.pin("s", MODEL, "f16", mine[:length])
     store.unpin("s")
     store.unpin("s")
     assert len(put_chain(store, chain_of(25, 4), range(1), size=SIZE)) == 4
