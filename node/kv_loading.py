@@ -35,7 +35,10 @@ from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
 log = logging.getLogger("pyagent_node.kv")
 
 ASK_SECONDS: Final = 2.0
-"""How long peers have to say what they hold."""
+"""How long peers have to say what they hold; less where little is missing."""
+LEAST_ASK: Final = 0.1
+GRACE_SECONDS: Final = 0.03
+"""How long the others have once one peer has said that it holds everything."""
 MAX_PEERS_ASKED: Final = 8
 """Peers that are asked about one load."""
 ROUNDS: Final = 3
@@ -47,7 +50,7 @@ NEAR_BANDWIDTH: Final = 100e6
 FAR_BANDWIDTH: Final = 12.5e6
 MAX_LINKS: Final = 1024
 SHORTEST_LOAD: Final = 0.5
-LONGEST_LOAD: Final = 20.0
+LONGEST_LOAD: Final = 12.0
 UNKNOWN_LOAD: Final = 5.0
 """Seconds that a load may take where nobody knows what computing would."""
 
@@ -277,12 +280,22 @@ class BlockLoader:
                 return
             self._link(peer).add(0, trio.current_time() - start)
             held[peer] = dict(zip(job.layers, counts, strict=True))
+            if min(counts) == len(job.links):
+                scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
 
-        with trio.move_on_after(ASK_SECONDS):
+        with trio.move_on_after(self._ask_seconds(job)) as scope:
             async with trio.open_nursery() as nursery:
                 for peer in peers:
                     nursery.start_soon(ask, peer)
         return held
+
+    def _ask_seconds(self, job: _Load) -> float:
+        """Return how long to wait for answers: never much longer than what they could save."""
+        have, count = min(job.counts().values()), len(job.links)
+        seconds = job.wanted.prefill_seconds
+        if seconds <= 0:
+            return ASK_SECONDS if 2 * have < count else LEAST_ASK
+        return min(ASK_SECONDS, max(LEAST_ASK, seconds * BLOCK_TOKENS * (count - have) / 2))
 
     async def _fetch(self, job: _Load, ask: Ask, held: dict[PeerId, dict[int, int]]) -> None:
         """Fetch what one peer was asked for; a peer that fails is out of ``held`` after that."""
