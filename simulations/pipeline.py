@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import trio
@@ -17,6 +17,7 @@ import trio
 from pyagent_node.base.errors import Conflict, RunnerFailed
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.inference.generation import Finished, Generated, GenerationRequest
+from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel
@@ -215,26 +216,25 @@ async def open_pipeline_world(
     journal: JournalSink | None = None,
     speculators: Speculators | None = None,
     shelves: ToyShelves | None = None,
+    open_shelf: Callable[[SimulatedMesh], AbstractAsyncContextManager[KvShelf]] | None = None,
 ) -> AsyncIterator[PipelineWorld]:
     """Run ``nodes`` connected nodes without a placement.
 
-    ``journal`` hears of all heads; ``speculators`` guess for all of them; ``shelves`` keep blocks.
+    ``journal`` hears of all heads; ``speculators`` guess for all of them; ``shelves`` keep blocks,
+    or what ``open_shelf`` opens for each node.
     """
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(open_network(latency=latency))
         meshes = [network.node(peer(i), name=f"n{i}") for i in range(nodes)]
-        pipelines = [
-            await stack.enter_async_context(
-                open_pipeline(
-                    mesh,
-                    limits=limits,
-                    journal=journal,
-                    speculators=speculators,
-                    shelf=None if shelves is None else shelves.of(mesh.peer_id),
-                )
+        pipelines = []
+        for mesh in meshes:
+            shelf: KvShelf | None = None if shelves is None else shelves.of(mesh.peer_id)
+            if open_shelf is not None:
+                shelf = await stack.enter_async_context(open_shelf(mesh))
+            opened = open_pipeline(
+                mesh, limits=limits, journal=journal, speculators=speculators, shelf=shelf
             )
-            for mesh in meshes
-        ]
+            pipelines.append(await stack.enter_async_context(opened))
         await network.connect_all()
         nursery = await stack.enter_async_context(background())
         yield PipelineWorld(network, meshes, pipelines, nursery)

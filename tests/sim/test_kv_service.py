@@ -1,0 +1,207 @@
+"""Pipelines over real KV services: what is fetched from peers, streamed to standbys and lied about.
+
+The log says what the test likes; store, protocol, stream and pipeline are the node's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+
+from pyagent_node.base.types import PeerId, Placement, Prepared, Rank, Slice
+from pyagent_node.base.wire import Frame
+from pyagent_node.consensus.state import State
+from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.kv_messages import PROTOCOL
+from pyagent_node.node.kv_service import KvService, open_kv
+from pyagent_node.node.kv_vault import KvVault
+from pyagent_node.sharding.block_store import BlockStore
+from pyagent_node.simulations.backend import toy_generate
+from pyagent_node.simulations.mesh import SimulatedMesh
+from pyagent_node.simulations.pipeline import (
+    MODEL,
+    Answer,
+    PipelineWorld,
+    open_pipeline_world,
+    peer,
+)
+from tests.unit.kv.kv_kit import Log
+
+pytestmark = pytest.mark.slow
+
+LAYERS = 10
+PARAMS = SamplingParams(seed=5, temperature=0.8)
+
+
+async def inline(work):
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+class KvWorld:
+    def __init__(self, world: PipelineWorld, log: Log, kv: list[KvService]) -> None:
+        self.world, self.log, self.kv = world, log, kv
+
+    def place(
+        self,
+        boundaries: Sequence[int],
+        nodes: Sequence[int],
+        standbys: dict[int, int] | None = None,
+    ) -> None:
+        """Place the toy, with a standby for some ranks, in the log too."""
+        placement = self.world.place(boundaries, nodes)
+        ranks = tuple(
+            msgspec.structs.replace(
+                rank, standbys=(peer(standbys[rank.rank]),) if rank.rank in (standbys or {}) else ()
+            )
+            for rank in placement.ranks
+        )
+        placement = msgspec.structs.replace(placement, ranks=ranks)
+        self.log.become(State(index=placement.epoch, placements={MODEL: placement}))
+
+    def prepare(self, boundaries: Sequence[int], nodes: Sequence[int]) -> None:
+        """Say in the log which ranks come next."""
+        state = self.log.state
+        placement: Placement = state.placements[MODEL]
+        cuts = (0, *boundaries, LAYERS)
+        ranks = tuple(
+            Rank(r, Slice(cuts[r], cuts[r + 1], r == len(nodes) - 1), peer(nodes[r]))
+            for r in range(len(nodes))
+        )
+        coming = Prepared(MODEL, 9, placement.epoch, ranks, 4096, 8, peer(0))
+        self.log.become(msgspec.structs.replace(state, prepared={MODEL: coming}))
+
+
+@asynccontextmanager
+async def kv_world(nodes: int) -> AsyncIterator[KvWorld]:
+    log = Log(State())
+    made: list[KvService] = []
+
+    @asynccontextmanager
+    async def shelf(mesh: SimulatedMesh) -> AsyncIterator[KvService]:
+        vault = KvVault(BlockStore(memory_bytes=1 << 28), inline)
+        async with open_kv(
+            mesh,
+            log,  # type: ignore[arg-type]
+            vault,
+            stream_bytes_per_second=1 << 30,
+            offload=inline,
+        ) as kv:
+            made.append(kv)
+            yield kv
+
+    async with open_pipeline_world(nodes, latency=0.002, open_shelf=shelf) as world:
+        yield KvWorld(world, log, made)
+
+
+def text(length: int) -> list[int]:
+    return [(7 * i + i // 11) % 128 for i in range(length)]
+
+
+async def ask(it: KvWorld, head: int, tokens: list[int], n: int = 20) -> Answer:
+    answer = await it.world.ask(head, tokens, max_tokens=n, sampling=PARAMS)
+    assert answer.tokens == toy_generate(LAYERS, tokens, n, PARAMS)
+    return answer
+
+
+async def test_any_head_begins_from_what_ranks_have(autojump_clock):
+    async with kv_world(4) as it:
+        it.place((3, 7), (1, 2, 3))
+        assert (await ask(it, 0, text(500))).finished.usage.cached_tokens == 0
+        await trio.sleep(2)
+        for head in (0, 2):
+            usage = (await ask(it, head, text(500))).finished.usage
+            assert usage.cached_tokens == 384
+        assert all(kv.loader.stats.blocks_remote == 0 for kv in it.kv)
+
+
+async def test_other_boundaries_fetch_from_who_had_the_layers(autojump_clock):
+    async with kv_world(4) as it:
+        it.place((3, 7), (1, 2, 3))
+        await ask(it, 0, text(500))
+        await trio.sleep(2)
+        it.place((5,), (2, 0))
+        assert (await ask(it, 3, text(500))).finished.usage.cached_tokens == 384
+        assert it.kv[0].loader.stats.blocks_remote >= 6, "this node had nothing"
+        assert it.kv[2].loader.stats.blocks_remote >= 6, "this one had other layers"
+
+
+async def moved(it: KvWorld, standbys: dict[int, int], change) -> Answer:
+    """Ask, and have ``change`` called in the middle of the answer."""
+    tokens, got = text(300), []
+
+    async def run() -> None:
+        got.append(await ask(it, 0, tokens, 200))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        with trio.fail_after(600):
+            while sum(r.tokens_done for r in it.world.runners) < 1300:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        assert not got
+        change()
+    return got[0]
+
+
+async def test_a_standby_takes_over_from_streamed_blocks(autojump_clock):
+    async with kv_world(5) as it:
+        it.place((3, 7), (1, 2, 3), {0: 4, 1: 4, 2: 4})
+
+        def fail() -> None:
+            it.world.network.crash(peer(2))
+            it.place((3, 7), (1, 4, 3))
+
+        usage = (await moved(it, {}, fail)).finished.usage
+        assert usage.failovers == 1
+        assert 0 < usage.recomputed_tokens <= 64
+        stats = it.kv[4].loader.stats
+        assert stats.blocks_local >= 5
+        assert stats.blocks_remote == 0
+
+
+async def test_layers_move_to_a_prepared_node_and_nothing_is_computed_again(autojump_clock):
+    async with kv_world(5) as it:
+        it.place((3, 7), (1, 2, 3))
+
+        async def prepared() -> None:
+            await trio.sleep(1)
+            it.prepare((5,), (1, 4))
+
+        it.world.start_soon(prepared)
+        usage = (await moved(it, {}, lambda: it.place((5,), (1, 4)))).finished.usage
+        assert usage.failovers == 1
+        assert 0 < usage.recomputed_tokens <= 64
+        assert it.kv[4].loader.stats.blocks_local >= 5
+
+
+async def test_without_standbys_blocks_come_from_the_ranks_that_live(autojump_clock):
+    async with kv_world(5) as it:
+        it.place((3, 7), (1, 2, 3))
+        usage = (await moved(it, {}, lambda: it.place((5,), (1, 4)))).finished.usage
+        assert 0 < usage.recomputed_tokens <= 64
+        assert it.kv[4].loader.stats.blocks_remote >= 5
+
+
+@pytest.mark.parametrize("how", ["corrupt", "cut", "lost"])
+async def test_spoilt_blocks_on_the_way_change_no_token(how: str, autojump_clock):
+    async with kv_world(5) as it:
+
+        def meddle(sender: PeerId, receiver: PeerId, protocol: str, frame: Frame):
+            if protocol != PROTOCOL or len(frame.tail) < 1000:
+                return [frame]
+            tail = bytearray(frame.tail)
+            tail[len(tail) // 2] ^= 255
+            if how == "corrupt":
+                return [Frame(frame.header, bytes(tail))]
+            return [Frame(frame.header, bytes(tail[:-1]))] if how == "cut" else []
+
+        it.world.network.meddler = meddle
+        it.place((3, 7), (1, 2, 3), {0: 4, 1: 4, 2: 4})
+        usage = (await moved(it, {}, lambda: it.place((5,), (0, 4)))).finished.usage
+        assert usage.failovers == 1
+        assert usage.recomputed_tokens > 300, "nothing could be had: all was computed again"
+        assert (await ask(it, 3, text(300))).tokens
