@@ -17,6 +17,7 @@ from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.bench_consensus import consensus
 from pyagent_node.cli.bench_edge import edge
 from pyagent_node.cli.bench_failover import failover
+from pyagent_node.cli.bench_kv import kv
 from pyagent_node.cli.bench_reshard import reshard
 from pyagent_node.cli.bench_simulator import simulator
 from pyagent_node.cli.bench_speculation import speculation
@@ -59,6 +60,7 @@ bench_command.add_command(simulator)
 bench_command.add_command(failover)
 bench_command.add_command(reshard)
 bench_command.add_command(edge)
+bench_command.add_command(kv)
 bench_command.add_command(speculation)
 
 
