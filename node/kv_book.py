@@ -8,7 +8,7 @@ its marks begin at 0 and the older blocks follow by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from pyagent_node.base.types import Digest, PeerId, SessionId
@@ -165,6 +165,16 @@ class BlockBook:
                 self._turns[peer] = (start + step + 1) % len(parts)
                 return Job(part, mark.held, mark.layers)
         return None
+
+    def behind(self, model: Digest, peers: Collection[PeerId]) -> int:
+        """Return how many blocks of a model's sessions are ready and not at ``peers`` yet."""
+        return sum(
+            max(0, part.leading - mark.held)
+            for part in self._parts.values()
+            if part.key.model == model
+            for peer, mark in part.marks.items()
+            if peer in peers and mark.layers
+        )
 
     def sent(self, peer: PeerId, job: Job) -> None:
         """Note that ``peer`` has taken a block."""

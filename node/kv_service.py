@@ -63,6 +63,7 @@ class KvService:
         self.on_report: Callable[[PeerId, Report], None] = lambda _peer, _report: None
         """Told of the holders of sessions that this node heads."""
         self.vault = vault
+        self._consensus = consensus
         self.adverts = AdvertBook()
         self.client = KvClient(mesh)
         self.server = KvServer(
@@ -130,6 +131,13 @@ class KvService:
         self._queue.append((block, kv, seconds))
         self._queued_bytes += size
         self._wake.set()
+
+    def behind(self, model: Digest) -> int:
+        """Return how many blocks of sessions here have not got to the prepared ranks yet."""
+        prepared = self._consensus.state.prepared.get(model)
+        if prepared is None or not self.stream.rate:
+            return 0
+        return self.stream.book.behind(model, {rank.peer_id for rank in prepared.ranks})
 
     def ended(self, session: SessionId) -> None:
         """See ``KvShelf``."""

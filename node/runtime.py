@@ -156,6 +156,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             threads=threads,
             memory=memory_budget(settings.memory_limit),
             assets=LocalAssets(mesh, store, threads=threads, stats=transfers),
+            behind=kv.behind,
         ) as models,
         open_sessions(mesh.peer_id, consensus, rpc, journals, pipeline.engine) as sessions,
         background() as nursery,

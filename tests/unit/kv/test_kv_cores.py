@@ -279,6 +279,21 @@ def test_a_late_target_gets_the_older_blocks_and_one_with_other_layers_again():
     assert book.next_for(D) is None
 
 
+def test_how_far_prepared_ranks_are_behind():
+    book = BlockBook()
+    for session in "xy":
+        for index in (0, 1, 3):
+            book.settled(block(index, session), "f16")
+            book.ready(block(index, session))
+    for part in book:
+        book.retarget(part, {C: (0, 1), D: ()})
+    assert book.behind(MODEL, {C, D}) == 4
+    assert book.behind(MODEL, {D}) == 0
+    assert book.behind(Digest("0" * 64), {C}) == 0
+    drain(book, C)
+    assert book.behind(MODEL, {C}) == 0
+
+
 def test_a_job_that_was_overtaken_changes_nothing():
     book = BlockBook()
     book.settled(block(0), "f16")
