@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -23,7 +23,7 @@ from pyagent_node.base.errors import InvalidRequest, PyAgentError, Refused, Unav
 from pyagent_node.base.files import make_private_dir, mapped
 from pyagent_node.base.types import Digest
 from pyagent_node.sharding.block_tree import UnitId
-from pyagent_node.sharding.kv_keys import BlockKey
+from pyagent_node.sharding.kv_keys import LINK_BYTES, MAX_LAYER, BlockKey
 
 log = logging.getLogger("pyagent_node.sharding.index")
 
@@ -178,7 +178,7 @@ class SqliteIndex:
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(str(verdict))
-        rows = [_row(values) for values in db.execute("SELECT * FROM blocks")]
+        rows = _rows(db.execute("SELECT * FROM blocks"))
         ends = dict(db.execute("SELECT number, indexed FROM segments").fetchall())
         return rows, msgspec.convert(ends, dict[int, int])
 
@@ -240,14 +240,35 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _row(values: tuple[object, ...]) -> Row:
-    model, *rest = values
-    name = model.hex() if isinstance(model, bytes) else ""
-    row = msgspec.convert((name, *rest), Row)
-    row.key.check()
-    if min(row.number, row.hits, row.segment, row.offset, row.size) < 0:
-        raise InvalidRequest("A number of the index is negative.", code="bad_block")
-    return row
+def _rows(found: Iterable[tuple[object, ...]]) -> list[Row]:
+    """Return checked rows; names that many of them share are kept in memory once."""
+    once: dict[object, object] = {}
+    names: dict[object, str] = {}
+    tuples: list[tuple[object, ...]] = []
+    for model, codec, chain, layer, parent, *rest in found:
+        if model not in names:
+            names[model] = model.hex() if isinstance(model, bytes) else ""
+        tuples.append(
+            (
+                names[model],
+                once.setdefault(codec, codec),
+                once.setdefault(chain, chain),
+                layer,
+                once.setdefault(parent, parent),
+                *rest,
+            )
+        )
+    rows = msgspec.convert(tuples, list[Row])
+    for model, codec in {(row.model, row.codec) for row in rows}:
+        BlockKey(model, 0, bytes(LINK_BYTES), codec).check()
+    for row in rows:
+        if (
+            min(row.layer, row.number, row.hits, row.segment, row.offset, row.size) < 0
+            or row.layer > MAX_LAYER
+            or len(row.chain) != LINK_BYTES
+        ):
+            raise InvalidRequest("A row of the index cannot be.", code="bad_block")
+    return rows
 
 
 def _values(row: Row) -> tuple[object, ...]:

@@ -144,15 +144,18 @@ class SegmentSet:
                 self.changes.remove_segment(number)
         found: dict[BlockKey, Row] = {}
         for number in numbers:
-            for row in self._open_one(number, by_segment.get(number, ()), ends.get(number)):
-                if row.key in found:  # a rewriting was cut short: two copies, the later one counts
-                    self.segments[found[row.key].segment].drop(row.key)
+            opened = self._open_one(number, by_segment.get(number, ()), ends.get(number))
+            for key, row in opened.items():
+                if key in found:  # a rewriting was cut short: two copies, the later one counts
+                    self.segments[found[key].segment].drop(key)
                     self.changes.put(row)
-                found[row.key] = row
-                self.where[row.key] = number
+                found[key] = row
+                self.where[key] = number
         return list(found.values())
 
-    def _open_one(self, number: int, rows: Iterable[Row], indexed: int | None) -> list[Row]:
+    def _open_one(
+        self, number: int, rows: Iterable[Row], indexed: int | None
+    ) -> dict[BlockKey, Row]:
         file = self._directory.open(segment_name(number))
         segment = _open_segment(number, file)
         if segment is None:
@@ -162,14 +165,15 @@ class SegmentSet:
                 self.changes.drop(row.key)
             self.changes.remove_segment(number)
             self._directory.remove(segment_name(number))
-            return []
+            return {}
         self.segments[number] = segment
         size = file.size()
-        kept: list[Row] = []
+        kept: dict[BlockKey, Row] = {}
         for row in rows:
             if row.model == segment.model and row.offset + row.size <= size:
-                segment.place(row.key, Spot(row.offset, row.size))
-                kept.append(row)
+                key = row.key
+                segment.place(key, Spot(row.offset, row.size))
+                kept[key] = row
             else:
                 self.changes.drop(row.key)
         start = max(SEGMENT_HEADER_BYTES, indexed or 0)
@@ -179,7 +183,7 @@ class SegmentSet:
             for label, spot in segment.scan(start):
                 if label.key not in segment.spots:
                     segment.place(label.key, spot)
-                    kept.append(self._put(label, spot, number))
+                    kept[label.key] = self._put(label, spot, number)
             self.changes.ends[number] = segment.end
         self.file_bytes += file.size()
         return kept

@@ -22,8 +22,8 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -38,8 +38,12 @@ from pyagent_node.sharding.block_tree import DISK, MEMORY, BlockTree, Place, Uni
 from pyagent_node.sharding.block_trouble import DiskTrouble
 from pyagent_node.sharding.kv_keys import BlockKey
 
+T = TypeVar("T")
+
 OVERHEAD: Final = 512
 """Bytes that a block in memory counts for beside its payload."""
+_SLICE: Final = 256
+"""Blocks that are looked at without letting go of the lock."""
 WRITE_BYTES: Final = 4 * MIB
 """About how much one :meth:`BlockStore.write_back` writes."""
 
@@ -260,8 +264,10 @@ class BlockStore:
             finally:
                 with self._mutex:
                     keys = self._tree.names(model)
-                    for key in keys:
-                        self._forget(key)
+                for some in _slices(keys):
+                    with self._mutex:
+                        for key in some:
+                            self._forget(key)
             return len(keys)
 
     def clear(self) -> int:
@@ -445,9 +451,11 @@ class BlockStore:
         except PyAgentError as error:
             self._trouble.note(error)
             return False
+        for some in _slices(rows):
+            with self._mutex:
+                for row in some:
+                    self._add_row(row)
         with self._mutex:
-            for row in sorted(rows, key=lambda row: row.number):
-                self._add_row(row)
             over = self._tree.nbytes[DISK] - self._disk.room
             gone = self._tree.evict(DISK, over) if over > 0 else []
             self._counts.evicted_disk += len(gone)
@@ -464,8 +472,14 @@ class BlockStore:
         return True
 
     def _add_row(self, row: Row) -> None:
-        self._tree.add(DISK, Place(row.key, row.parent, row.number), row.size, row.cost)
+        key = row.key
+        self._tree.add(DISK, Place(key, row.parent, row.number), row.size, row.cost)
         unit = self._tree.units[UnitId(row.model, row.codec, row.chain)]
         if row.hits > unit.uses:
             self._tree.touch(unit.id, row.hits - unit.uses)
-        self._pending.pop(row.key, None)
+        self._pending.pop(key, None)
+
+
+def _slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), _SLICE):
+        yield items[start : start + _SLICE]

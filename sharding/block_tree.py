@@ -53,9 +53,25 @@ _Edge = tuple[UnitId, int]
 
 
 class Unit:
-    """What is held of a link; ``masks`` are layers as bits, ``sizes`` bytes by layer, by tier."""
+    """What is held of a link.
 
-    __slots__ = ("costs", "id", "masks", "number", "parent", "priority", "sizes", "stamp", "uses")
+    ``costs`` are seconds by layer.  By tier: ``masks`` are layers as bits, ``sizes`` are bytes by
+    layer, ``nbytes`` and ``seconds`` sums over what is held.
+    """
+
+    __slots__ = (
+        "costs",
+        "id",
+        "masks",
+        "nbytes",
+        "number",
+        "parent",
+        "priority",
+        "seconds",
+        "sizes",
+        "stamp",
+        "uses",
+    )
 
     def __init__(self, unit: UnitId, parent: UnitId | None, number: int) -> None:
         self.id = unit
@@ -64,6 +80,8 @@ class Unit:
         self.uses = 1.0
         self.costs: dict[int, float] = {}
         self.sizes: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self.nbytes = [0, 0]
+        self.seconds = [0.0, 0.0]
         self.masks = [0, 0]
         self.priority = [0.0, 0.0]
         self.stamp = [0, 0]
@@ -108,7 +126,8 @@ class BlockTree:
             children[edge] = children.get(edge, 0) + 1
         unit.sizes[tier][key.layer] = size
         unit.masks[tier] |= 1 << key.layer
-        unit.costs[key.layer] = max(cost, unit.costs.get(key.layer, 0.0))
+        unit.nbytes[tier] += size
+        unit.seconds[tier] += unit.costs.setdefault(key.layer, cost)
         self.nbytes[tier] += size
         self.blocks[tier] += 1
         self._rate(unit, tier)
@@ -118,7 +137,10 @@ class BlockTree:
         unit = self.units.get(UnitId(key.model, key.codec, key.chain))
         if unit is None or key.layer not in unit.sizes[tier]:
             return
-        self.nbytes[tier] -= unit.sizes[tier].pop(key.layer)
+        size = unit.sizes[tier].pop(key.layer)
+        unit.nbytes[tier] -= size
+        unit.seconds[tier] -= unit.costs[key.layer]
+        self.nbytes[tier] -= size
         self.blocks[tier] -= 1
         unit.masks[tier] &= ~(1 << key.layer)
         if key.layer not in unit.sizes[1 - tier]:
@@ -223,8 +245,9 @@ class BlockTree:
 
     def _clear(self, unit: Unit, tier: int) -> None:
         """Drop all layers of a unit from a tier."""
-        self.nbytes[tier] -= sum(unit.sizes[tier].values())
+        self.nbytes[tier] -= unit.nbytes[tier]
         self.blocks[tier] -= len(unit.sizes[tier])
+        unit.nbytes[tier], unit.seconds[tier] = 0, 0.0
         unit.sizes[tier].clear()
         unit.masks[tier] = 0
         for layer in unit.costs.keys() - unit.sizes[1 - tier].keys():
@@ -242,9 +265,8 @@ class BlockTree:
 
     def _rate(self, unit: Unit, tier: int) -> None:
         """Set a unit's priority by its uses, cost and size, and by the age of the tier."""
-        sizes = unit.sizes[tier]
-        cost = sum(unit.costs[layer] for layer in sizes)
-        unit.priority[tier] = self._ages[tier] + unit.uses * cost / max(1, sum(sizes.values()))
+        worth = unit.uses * max(0.0, unit.seconds[tier]) / max(1, unit.nbytes[tier])
+        unit.priority[tier] = self._ages[tier] + worth
         self._offer(unit, tier)
 
     def _offer(self, unit: Unit, tier: int) -> None:
