@@ -5,6 +5,7 @@ a worker thread.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
@@ -16,6 +17,7 @@ from pyagent_node.base.types import Digest, SessionId
 from pyagent_node.node.kv_messages import Sealed
 from pyagent_node.sharding.block_stats import StoreStats
 from pyagent_node.sharding.block_store import BlockStore
+from pyagent_node.sharding.block_trouble import RETRY_SECONDS
 from pyagent_node.sharding.kv_keys import BlockKey
 
 T = TypeVar("T")
@@ -129,7 +131,10 @@ class KvVault:
                 self._wake = trio.Event()
                 while await self._offload(self.store.write_back):
                     pass
-                await self._wake.wait()
+                # What the disk did not take is offered again, though nothing new may come.
+                again = RETRY_SECONDS if self.store.stats().pending else math.inf
+                with trio.move_on_after(again):
+                    await self._wake.wait()
                 await trio.sleep(PAUSE_SECONDS)
         finally:
             with trio.CancelScope(shield=True):
