@@ -44,7 +44,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     after loading.  ``batch_invariant_widths`` are the batch widths whose logits (or
     activations) were bit-identical to width 1 in the self-test; ``kv_portable`` says whether an
     exported KV range loaded again with identical results.
-    ``joint_shapes`` are pairs (sequences, rows of each) that were bit-identical too.
+    ``joint_shapes`` are pairs (sequences, rows of each) that may be computed together: each was
+    bit-identical too, or is tried when it comes up.
     ``kv_shape`` are the rows of a layer, when all layers have such rows in f16.
     ``kv_codec`` names the cell format of its :class:`KvRange`, empty where KV is not portable.
     A prompt may be cut at multiples of ``prefill_cut``, with as many rows or more in each piece,

@@ -2,6 +2,7 @@
 
 from pyagent_node.native._native import (
     Blake3,
+    HeldTensor,
     RaftConf,
     RaftCore,
     RaftDropped,
@@ -24,6 +25,7 @@ from pyagent_node.native._native import (
 
 __all__ = [
     "Blake3",
+    "HeldTensor",
     "RaftConf",
     "RaftCore",
     "RaftDropped",

@@ -514,10 +514,19 @@ class TensorTap:
 
     The callback runs without the interpreter lock.  A tap that is not armed asks for nothing and
     costs next to nothing.
+
+    ``early`` is the name of another tensor, after which a graph may be left: see :meth:`arm`.
     """
 
     def __new__(
-        cls, name: str, capacity: int, *, get_name: int, nbytes: int, tensor_get: int
+        cls,
+        name: str,
+        capacity: int,
+        *,
+        get_name: int,
+        nbytes: int,
+        tensor_get: int,
+        early: str | None = None,
     ) -> TensorTap: ...
     @property
     def callback(self) -> int:
@@ -531,17 +540,53 @@ class TensorTap:
     def capacity(self) -> int:
         """The most floats that an armed array may hold."""
 
-    def arm(self, out: NDArray[np.float32], /) -> None:
+    def arm(self, out: NDArray[np.float32], /, *, early: bool = False) -> None:
         """Send what the tap sees from now on into ``out`` (C-contiguous, writable), from its start.
 
         A batch that runs as several graphs is appended piece by piece.  Arming again starts
-        anew.  Do not read or write ``out`` while a graph runs.
+        anew.  Do not read or write ``out`` while a graph runs.  With ``early`` it is the early
+        tensor that is copied, and what comes after it in its graph is not computed: nothing else
+        that comes out of the call means anything.
         """
 
     def collect(self) -> int:
         """Disarm; return how many floats were written since ``arm``.
 
         Returns -1 when some tensor did not fit.  Raises ``ValueError`` when the tap is not armed.
+        """
+
+    def watch(self, prefix: str, /, *, tensor_bytes: int) -> None:
+        """Note tensors whose names begin with ``prefix`` in the next graphs, until :meth:`found`.
+
+        ``tensor_bytes`` is what a tensor without its data takes: ``ggml_tensor_overhead()`` less 32
+        for the object around it.
+        """
+
+    def found(self) -> list[HeldTensor]:
+        """Stop watching; return what was seen, by name, the largest view of each.
+
+        A view has the name of what it is a view of, and words in brackets after it.
+        """
+
+@final
+class HeldTensor:
+    """A tensor that a :class:`TensorTap` has seen and that can be read later, from any thread.
+
+    The memory behind it must stay where it was, as a KV cache does while its context lives.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of what it is a view of (``"cache_k_l9"``)."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+
+    def read(self, offset: int, size: int, /) -> bytes:
+        """Copy bytes ``[offset, offset + size)``.
+
+        Raises ``ValueError`` when they are not all in it.
         """
 
 @final

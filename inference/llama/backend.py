@@ -48,6 +48,7 @@ from pyagent_node.inference.llama.shapes import ShapeBook
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.gguf_header import GgufHeader, read_header
 from pyagent_node.inference.models.kv_rows import kv_shape
+from pyagent_node.inference.models.layer_kinds import layers_of_every_kind
 from pyagent_node.inference.models.slicing import SLICE_KEY
 from pyagent_node.inference.trees import check_tree, decode_tree, reach
 from pyagent_node.sharding.kv_codec import KvShape
@@ -99,6 +100,7 @@ class LlamaBackend:
                 threads=threads,
                 tapped=not part.head,
                 max_outputs=outputs,
+                early_layer=max(0, layers_of_every_kind(header) - 1),
             )
             try:
                 findings = run_self_test(
@@ -117,8 +119,9 @@ class LlamaBackend:
         shapes = ShapeBook(findings.widths, findings.failed, findings.slow, n_seq=n_seq)
         self._calls = CallRunner(self._context, shapes, findings.lone, head=part.head)
         self._logs: list[SequenceLog | None] = [None] * n_seq
-        layout = findings.layout if findings.kv_portable else None
-        self._cells = CellStore(self._context, part, layout, takes_tokens=self._whole)
+        moving = findings.moving
+        layout = moving.layout if moving.exact else None
+        self._cells = CellStore(self._context, part, layout, moving.cache, takes_tokens=self._whole)
         self._info = BackendInfo(
             backend="llama.cpp",
             version=library.VERSION,
@@ -132,9 +135,10 @@ class LlamaBackend:
             kv_bytes_per_token=need.kv // (cells * n_seq),
             memory_bytes=int(psutil.Process().memory_info().rss),
             batch_invariant_widths=findings.widths,
-            kv_portable=findings.kv_portable,
-            kv_codec=CODEC if findings.kv_portable else "",
+            kv_portable=moving.exact,
+            kv_codec=CODEC if moving.exact else "",
             joint_shapes=shapes.joint,
+            prefill_cut=findings.prefill_cut,
             kv_shape=_kv_shape(header, layout),
         )
 
@@ -236,6 +240,7 @@ class LlamaBackend:
                     outputs[index] = self._decode_tree(step, logs[index])
         except BaseException:
             for log, end in zip(logs, ends, strict=True):
+                self._cells.doubt(log.seq)
                 self._context.drop(log.seq, end)
                 log.trim(end)
             raise

@@ -1,7 +1,8 @@
 """Moving KV cells between sequences, slices and processes, in the format of ``kv_state``.
 
-llama.cpp reads and writes the cells of a sequence only as a whole, so a range costs a copy of all
-of them (about a millisecond for a thousand tokens of a small model).
+llama.cpp reads and writes the cells of a sequence only as a whole.  Writing a range, or reading one
+of a sequence whose positions were moved, therefore costs a copy of all of them (about a millisecond
+for a thousand tokens of a small model); other ranges are read from memory (``cache_view``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError, 
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
 from pyagent_node.inference.llama import library
+from pyagent_node.inference.llama.cache_view import CacheView
 from pyagent_node.inference.llama.context import LlamaContext, Rows
 from pyagent_node.inference.llama.kv_state import (
     CellLayout,
@@ -37,11 +39,19 @@ class CellStore:
     """Reads and writes the cells of a context; ``layout`` is ``None`` when they cannot be moved."""
 
     def __init__(
-        self, context: LlamaContext, part: Slice, layout: CellLayout | None, *, takes_tokens: bool
+        self,
+        context: LlamaContext,
+        part: Slice,
+        layout: CellLayout | None,
+        cache: CacheView | None,
+        *,
+        takes_tokens: bool,
     ) -> None:
         self._context = context
         self._part = part
         self._layout = layout
+        self._cache = cache
+        self._doubtful: set[int] = set()
         self._takes_tokens = takes_tokens
         self._shifted = False
 
@@ -53,15 +63,22 @@ class CellStore:
         self._context.shift(log.seq, start, stop, delta)
         self._shifted = True
 
+    def doubt(self, seq: int) -> None:
+        """Read this sequence through llama.cpp from now on: a call on it has failed half-way."""
+        self._doubtful.add(seq)
+
     def export(self, log: SequenceLog, start: int, stop: int) -> KvRange:
         """Return the cells of positions ``[start, stop)``; errors as for the port."""
         log.select(start, stop)
         self._portable()
-        cells = _picked(self._state(log), start, stop)
-        layers = tuple(
-            LayerKv(self._part.first + i, k.tobytes(), v.tobytes())
-            for i, (k, v) in enumerate(zip(cells.keys, cells.values, strict=True))
-        )
+        if self._cache is not None and log.straight and log.seq not in self._doubtful:
+            rows = self._cache.read(log.seq, start, stop)
+        else:
+            cells = _picked(self._state(log), start, stop)
+            pairs = zip(cells.keys, cells.values, strict=True)
+            rows = [(key.tobytes(), value.tobytes()) for key, value in pairs]
+        first = self._part.first
+        layers = tuple(LayerKv(first + i, key, value) for i, (key, value) in enumerate(rows))
         return KvRange(CODEC, start, stop, layers)
 
     def load(self, log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
@@ -159,6 +176,7 @@ class CellStore:
         try:
             write(pieces)
         except PyAgentError:
+            self.doubt(log.seq)
             if log.count:
                 write(pieces[:1])
             raise

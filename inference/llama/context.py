@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.errors import LimitExceeded
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
-from pyagent_node.inference.llama import library
+from pyagent_node.inference.llama import cache_view, library
 from pyagent_node.inference.llama.library import Model
-from pyagent_node.native import TensorTap
+from pyagent_node.native import HeldTensor, TensorTap
 
 CELL_STEP: Final = 256
 """llama.cpp rounds the cells of a stream, and the cells that attention walks over, up to this."""
@@ -49,7 +49,11 @@ def padded_cells(n_ctx: int) -> int:
 
 
 class LlamaContext:
-    """Owns a context of ``model``; ``tapped`` when activations are wanted instead of logits."""
+    """Owns a context of ``model``; ``tapped`` when activations are wanted instead of logits.
+
+    ``early_layer`` is the one after which :meth:`decode_early` ends.  Without a tap it must not be
+    the last, of which only the wanted rows are computed.
+    """
 
     def __init__(
         self,
@@ -60,13 +64,16 @@ class LlamaContext:
         threads: int,
         tapped: bool,
         max_outputs: int,
+        early_layer: int = 0,
     ) -> None:
         self.model = model
         self.n_seq = n_seq
         self.threads = threads
         self.n_embd = model.n_embd
         self._batch = _Batch(PREFILL_CHUNK)
-        self._tap = _tap(model) if tapped else None
+        self._tapped = tapped
+        self._tap = _tap(model, early_layer)
+        self.can_decode_early = early_layer < model.n_layers - (0 if tapped else 1)
         self._logits_type = ctypes.c_float * model.n_vocab
         params = lc.llama_context_default_params()
         params.n_ctx = padded_cells(n_ctx) * n_seq
@@ -78,10 +85,9 @@ class LlamaContext:
         params.kv_unified = False
         params.offload_kqv = params.op_offload = False
         params.no_perf = True
-        if self._tap is not None:
-            # the callback type of llama-cpp-python casts an address as well as a function
-            params.cb_eval = ctypes.cast(self._tap.callback, lc.ggml_backend_sched_eval_callback)
-            params.cb_eval_user_data = self._tap.user_data
+        # the callback type of llama-cpp-python casts an address as well as a function
+        params.cb_eval = ctypes.cast(self._tap.callback, lc.ggml_backend_sched_eval_callback)
+        params.cb_eval_user_data = self._tap.user_data
         library.complaints()
         handle = lc.llama_init_from_model(model.handle, params)
         if not handle:
@@ -107,19 +113,38 @@ class LlamaContext:
         if lone_threads != self._lone_threads:
             lc.llama_set_n_threads(self.handle, lone_threads, self.threads)
             self._lone_threads = lone_threads
-        batch = self._batch.fill(rows, every=self._tap is not None)
-        if self._tap is not None:
-            assert out is not None, "what leaves the slice needs a place"
+        assert self._tapped == (out is not None), "what leaves the slice needs a place"
+        self._decode(rows, out, early=False)
+
+    def decode_early(self, rows: Rows, out: Activations) -> None:
+        """Compute one call up to a layer; ``out`` of shape (n, n_embd) gets what leaves that layer.
+
+        The cells of later layers are not written: drop those of the call afterwards.  Errors as for
+        :meth:`decode`.
+        """
+        self._decode(rows, out, early=True)
+
+    def _decode(self, rows: Rows, out: Activations | None, *, early: bool) -> None:
+        batch = self._batch.fill(rows, every=self._tapped)
+        if out is not None:
             assert out.shape == (len(rows.seqs), self.n_embd), "one row each"
-            self._tap.arm(out)
+            self._tap.arm(out, early=early)
         status = lc.llama_decode(self.handle, batch)
-        written = self._tap.collect() if self._tap is not None else 0
+        written = self._tap.collect() if out is not None else 0
         if status == 1:
             raise LimitExceeded("No KV cell is free for these tokens.", code="kv_full")
         if status != 0:
             raise library.failure(f"to compute (status {status})", "decode_failed")
         if out is not None and written != out.size:
             raise library.failure(f"to show its last layer ({written} floats)", "tap_failed")
+
+    def watch_cache(self) -> None:
+        """Note the tensors of the KV cache when the next calls use them."""
+        self._tap.watch(cache_view.PREFIX, tensor_bytes=library.tensor_bytes())
+
+    def found_cache(self) -> list[HeldTensor]:
+        """Stop noting; return what was seen, to be read for as long as the context is open."""
+        return self._tap.found()
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """Return the logits of a wanted row of the last call, shape (n_vocab,).
@@ -215,11 +240,12 @@ def _pointer(array: NDArray[Any], kind: Any) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
 
 
-def _tap(model: Model) -> TensorTap:
+def _tap(model: Model, early_layer: int) -> TensorTap:
     return TensorTap(
         f"l_out-{model.n_layers - 1}",
         PREFILL_CHUNK * model.n_embd,
         get_name=library.symbol("ggml_get_name"),
         nbytes=library.symbol("ggml_nbytes"),
         tensor_get=library.symbol("ggml_backend_tensor_get"),
+        early=f"l_out-{early_layer}",
     )

@@ -111,6 +111,16 @@ def symbol(name: str) -> int:
     )
 
 
+_OBJECT_BYTES: Final = 32
+"""What ggml adds to the size of a tensor for the object around it."""
+
+
+def tensor_bytes() -> int:
+    """Return how many bytes a tensor takes without its data."""
+    overhead = ctypes.CFUNCTYPE(ctypes.c_size_t)(symbol("ggml_tensor_overhead"))
+    return int(overhead()) - _OBJECT_BYTES
+
+
 def _libraries() -> list[ctypes.CDLL]:
     # On Linux and macOS a lookup also searches the libraries that libllama depends on.
     libraries: list[ctypes.CDLL] = [lc._lib]

@@ -6,7 +6,9 @@ The reference is one row at a time on one thread.  Tried against it, with ``==``
 * :data:`TRIED` rows of one sequence;
 * the same beyond :data:`LONG` cells, where llama.cpp's CPU flash attention splits the cells of a
   lone row over the threads, so that its bits depend on their number (they do, with more than one);
-* a row after the cells before it were exported and loaded again.
+* a row after the cells before it were exported and loaded again;
+* cells read from memory (``cache_view``), against llama.cpp's own export;
+* a prompt cut at a multiple of 64 positions, see :func:`_prefill_cut`.
 
 Only widths that passed are used, so a kernel that is not invariant costs speed, never bits.  Two or
 three rows that take longer together than one by one are not used either (llama.cpp's way with a
@@ -24,28 +26,31 @@ from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyagent_node.base.errors import PyAgentError, Unsupported
-from pyagent_node.inference.backend import MAX_DECODE_ROWS
-from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext, Rows
+from pyagent_node.inference.backend import MAX_DECODE_ROWS, PREFILL_CHUNK
+from pyagent_node.inference.llama.cache_view import CacheView, find_cache
+from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, build_state, parse_state
+from pyagent_node.inference.llama.probe import LONG_CELLS, PREFIX, Outputs, Probe, made_up_cells
 from pyagent_node.inference.llama.shapes import LONG
+from pyagent_node.native import HeldTensor
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 TRIED: Final = (8, 4, 2, 3)
 """Widths that are tried at loading."""
 BUDGET_SECONDS: Final = 2.0
-"""After so long the last of them is left out; it is tried later."""
+"""After so long width 3 is left out; it is tried later."""
+CUT_SECONDS: Final = 2.0
+"""Where trying cuts would take longer prompts are not cut."""
 
 _NEEDED: Final = (8, 4, 2)
 _DOUBTFUL: Final = (2, 3)
 """Widths that may take longer than as many single rows."""
-_PREFIX: Final = 1
-_LONG_CELLS: Final = LONG + 40
+_CUT_CELLS: Final = LONG - BLOCK_TOKENS
+_CUT_ROWS: Final = 2 * BLOCK_TOKENS + MAX_DECODE_ROWS
 _F16: Final = 1
 """``GGML_TYPE_F16``."""
-
-Outputs = NDArray[np.float32]
 
 
 class LonePolicy(NamedTuple):
@@ -60,78 +65,26 @@ class LonePolicy(NamedTuple):
     companion: bool
 
 
+class Moving(NamedTuple):
+    """How cells can be moved: not at all without a layout, not from memory without a cache."""
+
+    layout: CellLayout | None
+    exact: bool
+    cache: CacheView | None
+
+
 class Findings(NamedTuple):
     """``widths`` are safe, 1 among them; ``failed`` are not; ``slow`` are safe and not worth it.
 
-    ``layout`` is ``None`` when KV cannot be moved.
+    A prompt may be cut at multiples of ``prefill_cut`` positions.
     """
 
     widths: tuple[int, ...]
     failed: frozenset[int]
     slow: frozenset[int]
     lone: LonePolicy
-    layout: CellLayout | None
-    kv_portable: bool
-
-
-class _Probe:
-    """Feeds made-up rows to sequence 0 of a context."""
-
-    def __init__(
-        self,
-        context: LlamaContext,
-        clock: Callable[[], float],
-        *,
-        tapped: bool,
-        takes_tokens: bool,
-    ) -> None:
-        self._context = context
-        self._clock = clock
-        self._tapped = tapped
-        count = MAX_DECODE_ROWS + _PREFIX
-        rng = np.random.default_rng(count)
-        self._tokens = rng.integers(0, context.model.n_vocab, count).astype(np.int32)
-        self._activations = rng.standard_normal((count, context.n_embd)).astype(np.float32)
-        self._takes_tokens = takes_tokens
-        self.fastest: dict[int, float] = {}
-        """Seconds of the fastest call of so many rows."""
-
-    def feed(self, start: int, rows: range, threads: int = 1) -> Outputs:
-        """Compute ``rows`` of the made-up input at position ``start`` and after."""
-        n = len(rows)
-        batch = Rows(
-            np.zeros(n, np.int32),
-            np.arange(start, start + n, dtype=np.int32),
-            self._tokens[rows.start : rows.stop] if self._takes_tokens else None,
-            None if self._takes_tokens else self._activations[rows.start : rows.stop],
-            np.ones(n, np.int8),
-        )
-        out = np.empty((n, self._context.n_embd), np.float32) if self._tapped else None
-        begun = self._clock()
-        self._context.decode(batch, out, lone_threads=threads)
-        seconds = self._clock() - begun
-        self.fastest[n] = min(seconds, self.fastest.get(n, seconds))
-        return out if out is not None else np.stack([self._context.logits(i) for i in range(n)])
-
-    def singly(self, start: int) -> Outputs:
-        """Compute :data:`MAX_DECODE_ROWS` rows one by one, on one thread: the reference."""
-        ones = [self.feed(start + i, range(i, i + 1)) for i in range(MAX_DECODE_ROWS)]
-        return np.concatenate(ones)
-
-    def same(self, start: int, width: int, reference: Outputs, threads: int = 1) -> bool:
-        """Whether so many rows in one call are those of the reference; they are dropped again."""
-        out = self.feed(start, range(width), threads)
-        self.drop(start)
-        return np.array_equal(out, reference[:width])
-
-    def slow(self, widths: Iterable[int]) -> frozenset[int]:
-        """Return those of ``widths`` whose rows took longer together than one by one."""
-        fast = self.fastest
-        return frozenset(w for w in widths if w in _DOUBTFUL and fast[w] > w * fast[1])
-
-    def drop(self, start: int) -> None:
-        """Remove the cells from ``start`` on."""
-        self._context.drop(0, start)
+    moving: Moving
+    prefill_cut: int
 
 
 def run_self_test(
@@ -146,61 +99,103 @@ def run_self_test(
 
     ``clock`` returns seconds.  Raises :class:`Unavailable` when the slice cannot compute at all.
     """
-    probe = _Probe(context, clock, tapped=tapped, takes_tokens=takes_tokens)
+    probe = Probe(context, clock, tapped=tapped, takes_tokens=takes_tokens)
     until = clock() + BUDGET_SECONDS
-    probe.feed(0, range(MAX_DECODE_ROWS, MAX_DECODE_ROWS + _PREFIX))
-    reference = probe.singly(_PREFIX)
-    layout, portable = _round_trip(context, probe, reference)
-    probe.drop(_PREFIX)
+    context.watch_cache()
+    probe.feed(0, range(MAX_DECODE_ROWS, MAX_DECODE_ROWS + PREFIX))
+    found = context.found_cache()
+    reference = probe.singly(PREFIX)
+    moving = _round_trip(probe, reference, found, n_cells)
+    probe.drop(PREFIX)
 
     short = context.threads
-    if short > 1 and not probe.same(_PREFIX, 1, reference, short):
+    if short > 1 and not probe.same(PREFIX, 1, reference, short):
         short = 1
     tried = [width for width in TRIED if width in _NEEDED or clock() < until]
-    kept = [width for width in tried if probe.same(_PREFIX, width, reference)]
-    slow = probe.slow(kept)
+    kept = [width for width in tried if probe.same(PREFIX, width, reference)]
+    slow = _slow(probe, kept)
     probe.drop(0)
 
-    lone = LonePolicy(short, 1, companion=False)
-    if n_cells >= 2 * CELL_STEP and layout is not None:
+    lone, cut = LonePolicy(short, 1, companion=False), PREFILL_CHUNK
+    if n_cells >= 2 * CELL_STEP and moving.layout is not None:
         probe.fastest.clear()
-        kept, lone = _long(context, probe, layout, kept, short)
-        slow &= probe.slow(kept)
+        context.write_state(0, made_up_cells(moving.layout, n_streams=context.n_seq))
+        kept, lone = _long(probe, moving.layout, kept, short)
+        slow &= _slow(probe, kept)
+        if moving.cache is not None and not _reads_alike(context, moving.cache, 0):
+            moving = moving._replace(cache=None)
+        if moving.exact and context.can_decode_early:
+            probe.drop(_CUT_CELLS)
+            cut = _prefill_cut(probe)
         probe.drop(0)
     failed = frozenset(tried) - set(kept)
-    return Findings((1, *sorted(kept)), failed, slow, lone, layout, portable)
+    return Findings((1, *sorted(kept)), failed, slow, lone, moving, cut)
+
+
+def _slow(probe: Probe, widths: Iterable[int]) -> frozenset[int]:
+    """Return those of ``widths`` whose rows took longer together than one by one."""
+    fast = probe.fastest
+    return frozenset(w for w in widths if w in _DOUBTFUL and fast[w] > w * fast[1])
 
 
 def _round_trip(
-    context: LlamaContext, probe: _Probe, reference: Outputs
-) -> tuple[CellLayout | None, bool]:
-    """Export what sequence 0 holds, load half of it again and repeat the next row."""
-    half = MAX_DECODE_ROWS // 2
+    probe: Probe, reference: Outputs, found: Iterable[HeldTensor], n_cells: int
+) -> Moving:
+    """Export what sequence 0 holds, load half of it again and repeat the next row.
+
+    The last sequence gets cells, too, and loses them again.
+    """
+    context, half = probe.context, MAX_DECODE_ROWS // 2
+    nothing = Moving(None, exact=False, cache=None)
     try:
         state = parse_state(context.read_state(0), context.n_seq)
     except Unsupported:
-        return None, False
-    if state is None or len(state.cells.positions) != MAX_DECODE_ROWS + _PREFIX:
-        return None, False
-    kept = state.cells.pick(np.flatnonzero(state.cells.positions < _PREFIX + half))
-    data = build_state(state.layout, [kept], seq=0, n_streams=context.n_seq)
+        return nothing
+    if state is None or len(state.cells.positions) != MAX_DECODE_ROWS + PREFIX:
+        return nothing
+    layout, n_seq = state.layout, context.n_seq
+    cache = find_cache(found, layout, n_cells=n_cells, n_seq=n_seq)
+    alike = cache is not None and _holds(cache, 0, state.cells)
+    kept = state.cells.pick(np.flatnonzero(state.cells.positions < PREFIX + half))
     try:
-        context.write_state(0, data)
+        for seq in {0, n_seq - 1}:
+            context.write_state(seq, build_state(layout, [kept], seq=seq, n_streams=n_seq))
     except PyAgentError:
-        return None, False
-    again = probe.feed(_PREFIX + half, range(half, half + 1))
-    return state.layout, np.array_equal(again[0], reference[half])
+        return nothing
+    again = probe.feed(PREFIX + half, range(half, half + 1))
+    for seq in {0, n_seq - 1}:
+        alike = alike and cache is not None and _reads_alike(context, cache, seq)
+    if n_seq > 1:
+        context.drop(n_seq - 1, 0)
+    return Moving(layout, np.array_equal(again[0], reference[half]), cache if alike else None)
+
+
+def _reads_alike(context: LlamaContext, cache: CacheView, seq: int) -> bool:
+    """Whether the cells of a sequence in memory are those that llama.cpp exports."""
+    state = parse_state(context.read_state(seq), context.n_seq)
+    return state is not None and _holds(cache, seq, state.cells)
+
+
+def _holds(cache: CacheView, seq: int, cells: Cells) -> bool:
+    """Whether the memory of a sequence holds these cells, in the order of their positions."""
+    count = len(cells.positions)
+    if not np.array_equal(cells.positions, np.arange(count)):
+        return False
+    pairs = zip(cells.keys, cells.values, strict=True)
+    return all(
+        keys == key.tobytes() and values == value.tobytes()
+        for (keys, values), (key, value) in zip(cache.read(seq, 0, count), pairs, strict=True)
+    )
 
 
 def _long(
-    context: LlamaContext, probe: _Probe, layout: CellLayout, widths: Iterable[int], short: int
+    probe: Probe, layout: CellLayout, widths: Iterable[int], short: int
 ) -> tuple[list[int], LonePolicy]:
     """Repeat the tests over made-up cells; return the widths left and how to compute lone rows."""
     if any(kind.type != _F16 for kind in (*layout.keys, *layout.values)):
         # what cannot be tried is not used
         return [], LonePolicy(short, 1, companion=False)
-    context.write_state(0, _made_up_cells(layout, n_streams=context.n_seq))
-    start, threads = _LONG_CELLS, context.threads
+    start, threads = LONG_CELLS, probe.context.threads
     reference = probe.singly(start)
     probe.drop(start)
     kept = [width for width in widths if probe.same(start, width, reference)]
@@ -212,20 +207,24 @@ def _long(
     return kept, LonePolicy(short, 1, companion=companion)
 
 
-def _made_up_cells(layout: CellLayout, *, n_streams: int) -> NDArray[np.uint8]:
-    """Finite f16 cells for sequence 0: the same few numbers in every layer."""
-    widest = max(kind.nbytes for kind in (*layout.keys, *layout.values))
-    numbers = np.random.default_rng(_LONG_CELLS).standard_normal(
-        (_LONG_CELLS, widest // 2), np.float32
-    )
-    rows = numbers.astype("<f2").view(np.uint8)
+def _prefill_cut(probe: Probe) -> int:
+    """Return 64 when a prompt may be cut at multiples of 64, else :data:`PREFILL_CHUNK`.
 
-    def cut(nbytes: int) -> NDArray[np.uint8]:
-        return rows[:, :nbytes]
+    llama.cpp's flash attention walks over tiles of 64 rows once there are as many, so that a piece
+    of a prompt can have the same bits however it was cut, if every part begins at a tile and has 64
+    rows.  Tried behind :data:`_CUT_CELLS` cells with 64 rows, with 72 more, and with all of them at
+    once: the first part then walks over 256 cells and the others over 512.
 
-    cells = Cells(
-        np.arange(_LONG_CELLS, dtype=np.int32),
-        tuple(cut(kind.nbytes) for kind in layout.keys),
-        tuple(cut(kind.nbytes) for kind in layout.values),
-    )
-    return build_state(layout, [cells], seq=0, n_streams=n_streams)
+    Only as many layers are computed as show each kind of layer that the slice has; the rest would
+    repeat the same kernels, and takes longer than all other tests together.
+    """
+    first, rest = range(BLOCK_TOKENS), range(BLOCK_TOKENS, _CUT_ROWS)
+    begun = probe.clock()
+    parts = [probe.early(_CUT_CELLS, first)]
+    took = probe.clock() - begun
+    if took * (len(rest) + _CUT_ROWS) / len(first) > CUT_SECONDS:
+        return PREFILL_CHUNK
+    parts.append(probe.early(_CUT_CELLS + len(first), rest))
+    probe.drop(_CUT_CELLS)
+    whole = probe.early(_CUT_CELLS, range(_CUT_ROWS))
+    return BLOCK_TOKENS if np.array_equal(np.concatenate(parts), whole) else PREFILL_CHUNK

@@ -37,6 +37,8 @@ class SequenceLog:
         self.count = 0
         self.end = 0
         """One past the highest position, 0 when empty: where the next step begins."""
+        self.straight = True
+        """Whether llama.cpp keeps the cells in the order of their positions, which begin at 0."""
         self._tokens = np.zeros(n_ctx, np.int32)
         self._positions = np.zeros(n_ctx, np.int32)
 
@@ -74,6 +76,7 @@ class SequenceLog:
     def append(self, position: int, tokens: Tokens) -> None:
         """Note ``tokens`` at ``position`` and after; room was checked."""
         stop = self.count + len(tokens)
+        self.straight = self.straight and position == self.count
         self._tokens[self.count : stop] = tokens
         self._positions[self.count : stop] = np.arange(position, position + len(tokens))
         self.count = stop
@@ -87,6 +90,7 @@ class SequenceLog:
         self._positions[:kept] = self.positions[keep]
         self.count = kept
         self.end = int(self.positions.max()) + 1 if kept else 0
+        self.straight = self.straight or kept == 0
 
     def select(self, start: int, stop: int) -> NDArray[np.intp]:
         """Return the indices of the cells at positions ``[start, stop)``, by position.
@@ -94,6 +98,8 @@ class SequenceLog:
         Raises :class:`InvalidRequest` (``kv_range``) when the range is empty, or not every position
         of it has a cell.
         """
+        if self.straight and 0 <= start < stop <= self.count:
+            return np.arange(start, stop)
         positions = self.positions
         inside = np.flatnonzero((positions >= start) & (positions < stop))
         if not 0 <= start < stop or len(inside) != stop - start:
@@ -120,5 +126,6 @@ class SequenceLog:
             raise InvalidRequest(
                 f"Shifting by {delta} would put two tokens at one position.", code="kv_range"
             )
+        self.straight = False
         self._positions[: self.count] = moved
         self.end = int(moved.max()) + 1 if len(moved) else 0

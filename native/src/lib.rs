@@ -7,6 +7,7 @@
 mod buffers;
 mod choice;
 mod hash;
+mod held;
 mod kv;
 mod philox;
 mod problem;
@@ -23,6 +24,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
+    #[pymodule_export]
+    use super::held::HeldTensor;
     #[pymodule_export]
     use super::kv::{kv_decode, kv_encode};
     #[pymodule_export]

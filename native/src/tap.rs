@@ -3,13 +3,19 @@
 //! While a graph runs, the scheduler calls the callback twice over: with `ask` set, for every node
 //! ("shall I stop after this one for you to see it?"), and without it for the nodes that were asked
 //! for, once they are computed.  Returning false from the second call abandons the rest of that
-//! part of the graph *and still reports success*, so this callback never does.
+//! part of the graph *and still reports success*, so this callback does not.
+//!
+//! Unless it was asked to: an *early* tensor ends the graph once it is copied, for tests that need
+//! the first layers only.
+//!
+//! A tap can also watch for tensors by the beginnings of their names and hold on to them
+//! (see `held`): that is how the memory of the KV cache is found.
 //!
 //! The callback runs on the thread that called `llama_decode`, usually with the interpreter lock
 //! given away, and never touches the interpreter.
 
 use std::ffi::{c_char, c_void, CStr, CString};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
@@ -17,11 +23,19 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::buffers::{integer, type_name};
+use crate::held::{HeldTensor, Watch};
 
 type GetName = unsafe extern "C" fn(tensor: *const c_void) -> *const c_char;
 type NumBytes = unsafe extern "C" fn(tensor: *const c_void) -> usize;
-type TensorGet =
+pub type TensorGet =
     unsafe extern "C" fn(tensor: *const c_void, data: *mut c_void, offset: usize, size: usize);
+
+/// Nothing is copied.
+const IDLE: u8 = 0;
+/// The tapped tensor is copied.
+const ARMED: u8 = 1;
+/// The early tensor is copied, and its graph ends there.
+const EARLY: u8 = 2;
 
 /// The longest tensor name that ggml keeps, with its terminating zero (`GGML_MAX_NAME`).
 const MAX_NAME: usize = 64;
@@ -40,26 +54,57 @@ unsafe impl Send for Target {}
 /// What the callback sees through `user_data`.
 struct Shared {
     name: CString,
+    early: Option<CString>,
     get_name: GetName,
     nbytes: NumBytes,
     tensor_get: TensorGet,
-    armed: AtomicBool,
+    state: AtomicU8,
+    watching: AtomicBool,
     target: Mutex<Option<Target>>,
+    watch: Mutex<Option<Watch>>,
 }
 
 impl Shared {
-    /// Whether `tensor` is the tapped one.
+    /// The name of `tensor`, if it has one.
+    ///
+    /// # Safety
+    /// `tensor` must be a live `ggml_tensor`; the name lives as long.
+    unsafe fn name_of<'a>(&self, tensor: *const c_void) -> Option<&'a CStr> {
+        // SAFETY: `get_name` is ggml's function, which gives a zero-terminated name in the tensor.
+        let name = unsafe { (self.get_name)(tensor) };
+        // SAFETY: as above; a null pointer is turned away first.
+        (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) })
+    }
+
+    /// Whether `tensor` is the one to be copied now.
     ///
     /// # Safety
     /// `tensor` must be a live `ggml_tensor`.
     unsafe fn wants(&self, tensor: *const c_void) -> bool {
-        if !self.armed.load(Ordering::Acquire) {
-            return false;
+        let wanted = match self.state.load(Ordering::Acquire) {
+            ARMED => Some(&self.name),
+            EARLY => self.early.as_ref(),
+            _ => None,
+        };
+        // SAFETY: the tensor is live.
+        wanted.is_some_and(|wanted| unsafe { self.name_of(tensor) } == Some(wanted.as_c_str()))
+    }
+
+    /// Hold on to `tensor` if it is watched for.
+    ///
+    /// # Safety
+    /// `tensor` must be a live `ggml_tensor`.
+    unsafe fn look(&self, tensor: *const c_void) {
+        if !self.watching.load(Ordering::Acquire) {
+            return;
         }
-        // SAFETY: `get_name` is ggml's function, which gives a zero-terminated name in the tensor.
-        let name = unsafe { (self.get_name)(tensor) };
-        // SAFETY: as above; a null pointer is turned away first.
-        !name.is_null() && unsafe { CStr::from_ptr(name) } == self.name.as_c_str()
+        // SAFETY: the tensor is live, and `nbytes` is ggml's function.
+        let (name, bytes) = unsafe { (self.name_of(tensor), (self.nbytes)(tensor)) };
+        let mut guard = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(watch), Some(name)) = (guard.as_mut(), name) {
+            // SAFETY: the tensor is live, so as many bytes as a tensor has can be read from it.
+            unsafe { watch.see(name.to_bytes(), bytes, tensor) };
+        }
     }
 
     /// Append the tensor's floats to the target, or note that they do not fit.
@@ -98,13 +143,17 @@ unsafe extern "C" fn on_tensor(tensor: *const c_void, ask: bool, user_data: *mut
     let shared = unsafe { &*user_data.cast::<Shared>() };
     if ask {
         // SAFETY: the tensor is live.
-        return unsafe { shared.wants(tensor) };
+        return unsafe {
+            shared.look(tensor);
+            shared.wants(tensor)
+        };
     }
     // The scheduler may also show a node that was asked for by another question; look again.
     // SAFETY: the tensor is live and computed.
     unsafe {
         if shared.wants(tensor) {
             shared.copy(tensor);
+            return shared.state.load(Ordering::Acquire) != EARLY;
         }
     }
     true
@@ -120,16 +169,29 @@ pub struct TensorTap {
 }
 
 impl TensorTap {
-    fn set_target(&self, target: Option<Target>) -> Option<Target> {
-        let armed = target.is_some();
+    fn set_target(&self, target: Option<Target>, state: u8) -> Option<Target> {
         let mut guard = self
             .shared
             .target
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.shared.armed.store(armed, Ordering::Release);
+        self.shared.state.store(state, Ordering::Release);
         std::mem::replace(&mut *guard, target)
     }
+}
+
+/// A tensor's name as ggml has it; `what` is the argument it came in.
+fn tensor_name(what: &str, name: &str) -> PyResult<CString> {
+    if name.is_empty() || name.len() >= MAX_NAME {
+        return Err(PyValueError::new_err(format!(
+            "{what} has {} bytes; a tensor's name has 1 to {}",
+            name.len(),
+            MAX_NAME - 1
+        )));
+    }
+    CString::new(name).map_err(|_| {
+        PyValueError::new_err(format!("{what} holds a zero byte, which ends a C string"))
+    })
 }
 
 /// Turn the address of a C function into the function.
@@ -149,36 +211,31 @@ fn function<F: Copy>(what: &str, address: &Bound<'_, PyAny>) -> PyResult<F> {
 #[pymethods]
 impl TensorTap {
     #[new]
-    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get))]
+    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get, early=None))]
     fn new(
         name: &str,
         capacity: &Bound<'_, PyAny>,
         get_name: &Bound<'_, PyAny>,
         nbytes: &Bound<'_, PyAny>,
         tensor_get: &Bound<'_, PyAny>,
+        early: Option<&str>,
     ) -> PyResult<Self> {
-        if name.is_empty() || name.len() >= MAX_NAME {
-            return Err(PyValueError::new_err(format!(
-                "name has {} bytes; a tensor's name has 1 to {}",
-                name.len(),
-                MAX_NAME - 1
-            )));
-        }
         let capacity = usize::try_from(integer::<u64>("capacity", capacity)?)?;
         if capacity == 0 {
             return Err(PyValueError::new_err(
                 "capacity is 0; the tap must hold at least one float",
             ));
         }
-        let name = CString::new(name)
-            .map_err(|_| PyValueError::new_err("name holds a zero byte, which ends a C string"))?;
         let shared = Shared {
-            name,
+            name: tensor_name("name", name)?,
+            early: early.map(|name| tensor_name("early", name)).transpose()?,
             get_name: function("get_name", get_name)?,
             nbytes: function("nbytes", nbytes)?,
             tensor_get: function("tensor_get", tensor_get)?,
-            armed: AtomicBool::new(false),
+            state: AtomicU8::new(IDLE),
+            watching: AtomicBool::new(false),
             target: Mutex::new(None),
+            watch: Mutex::new(None),
         };
         Ok(Self {
             shared: Box::new(shared),
@@ -206,9 +263,14 @@ impl TensorTap {
     }
 
     /// Send what the tap sees from now on into `out`, from its start.
-    #[pyo3(signature = (out, /))]
-    fn arm(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
+    #[pyo3(signature = (out, /, *, early=false))]
+    fn arm(&self, out: &Bound<'_, PyAny>, early: bool) -> PyResult<()> {
         let py = out.py();
+        if early && self.shared.early.is_none() {
+            return Err(PyValueError::new_err(
+                "the tap was made without an early tensor",
+            ));
+        }
         let Ok(array) = out.cast::<PyArrayDyn<f32>>() else {
             let found = match out.cast::<PyUntypedArray>() {
                 Ok(array) => format!("an array of {}", array.dtype()),
@@ -246,7 +308,7 @@ impl TensorTap {
         let kept = array.clone().unbind();
         py.detach(|| {
             let mut owner = self.array.lock().unwrap_or_else(PoisonError::into_inner);
-            self.set_target(Some(target));
+            self.set_target(Some(target), if early { EARLY } else { ARMED });
             owner.replace(kept)
         });
         Ok(())
@@ -256,7 +318,7 @@ impl TensorTap {
     fn collect(&self, py: Python<'_>) -> PyResult<i64> {
         let (target, _array) = py.detach(|| {
             let mut owner = self.array.lock().unwrap_or_else(PoisonError::into_inner);
-            (self.set_target(None), owner.take())
+            (self.set_target(None, IDLE), owner.take())
         });
         match target {
             None => Err(PyValueError::new_err(
@@ -265,5 +327,34 @@ impl TensorTap {
             Some(target) if target.overflow => Ok(-1),
             Some(target) => Ok(i64::try_from(target.written)?),
         }
+    }
+
+    /// From now on, note tensors whose names begin with `prefix`.
+    #[pyo3(signature = (prefix, /, *, tensor_bytes))]
+    fn watch(&self, prefix: &str, tensor_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
+        let bytes = usize::try_from(integer::<u64>("tensor_bytes", tensor_bytes)?)?;
+        let prefix = tensor_name("prefix", prefix)?;
+        let watch = Watch::new(prefix.into_bytes(), bytes)?;
+        let mut guard = self
+            .shared
+            .watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *guard = Some(watch);
+        self.shared.watching.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Stop watching; what was found, by name.
+    fn found(&self) -> Vec<HeldTensor> {
+        let mut guard = self
+            .shared
+            .watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.shared.watching.store(false, Ordering::Release);
+        guard
+            .take()
+            .map_or_else(Vec::new, |watch| watch.finish(self.shared.tensor_get))
     }
 }

@@ -15,6 +15,7 @@ from pyagent_node.inference.llama.batching import (
     plan_calls,
     preference,
 )
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 WIDTH_SETS = st.sets(st.integers(2, MAX_DECODE_ROWS)).map(lambda s: (1, *sorted(s)))
 SHAPE_SETS = st.sets(st.sampled_from(JOINT_SHAPES)).map(tuple)
@@ -127,3 +128,16 @@ def test_guesses_are_decode_rows_however_many() -> None:
         (0, 16, 8),
         (0, 24, 1),
     ]
+
+
+@given(st.integers(0, 40), st.integers(9, 2000))
+def test_a_prompt_that_begins_at_a_block_is_computed_up_to_the_next_boundary(
+    block: int, n: int
+) -> None:
+    position = BLOCK_TOKENS * block
+    calls = plan_calls([StepShape(0, position, n)], (1, 2, 4, 8))
+    first = next(part for part in calls[0])
+    assert first.n == min(n, PREFILL_CHUNK - position % PREFILL_CHUNK)
+    whole = [part for (part,) in calls if part.n > MAX_DECODE_ROWS]
+    assert all((position + part.offset) % PREFILL_CHUNK == 0 for part in whole[1:])
+    assert sum(part.n for part in whole) > n - MAX_DECODE_ROWS - 1

@@ -1,0 +1,179 @@
+//! Tensors that stay readable after the graph in which they were seen.
+//!
+//! The nodes of a graph are rebuilt for every call, but a view of the KV cache points at memory that
+//! stays where it is for the life of the context.  A view is kept as a copy of its bytes - how many a
+//! tensor has, ggml says itself (`ggml_tensor_overhead`), so nothing here knows the struct - and read
+//! through `ggml_backend_tensor_get`, which works on memory of devices, too.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::buffers::{integer, DETACH_FROM};
+use crate::tap::TensorGet;
+
+/// More than any tensor takes, and more than any model has tensors of one kind.
+const MAX_TENSOR_BYTES: usize = 4096;
+const MAX_HELD: usize = 4096;
+
+/// A tensor's bytes, aligned as a struct of pointers needs it.
+type Copy = Box<[u64]>;
+
+/// Which tensors to hold on to, and those seen so far: the largest of each name.
+pub struct Watch {
+    prefix: Vec<u8>,
+    tensor_bytes: usize,
+    seen: BTreeMap<Vec<u8>, (usize, Copy)>,
+}
+
+impl Watch {
+    /// Watch for names that begin with `prefix`, of tensors that take `tensor_bytes` of memory.
+    pub fn new(prefix: Vec<u8>, tensor_bytes: usize) -> PyResult<Self> {
+        if tensor_bytes == 0 || tensor_bytes > MAX_TENSOR_BYTES || tensor_bytes % 8 != 0 {
+            return Err(PyValueError::new_err(format!(
+                "tensor_bytes is {tensor_bytes}; a tensor takes a multiple of 8 up to \
+                 {MAX_TENSOR_BYTES}"
+            )));
+        }
+        Ok(Self {
+            prefix,
+            tensor_bytes,
+            seen: BTreeMap::new(),
+        })
+    }
+
+    /// Hold on to `tensor` if its name is right and it is larger than others of that name.
+    ///
+    /// A view has the name of what it is a view of, and words in brackets behind a space.
+    ///
+    /// # Safety
+    /// `tensor` must point at `tensor_bytes` readable bytes.
+    pub unsafe fn see(&mut self, name: &[u8], bytes: usize, tensor: *const c_void) {
+        if !name.starts_with(&self.prefix) {
+            return;
+        }
+        let base = name.split(|&byte| byte == b' ').next().unwrap_or(name);
+        let known = self.seen.get(base);
+        let larger = known.map_or(self.seen.len() < MAX_HELD, |(most, _)| bytes > *most);
+        if !larger {
+            return;
+        }
+        let mut copy = vec![0_u64; self.tensor_bytes / 8].into_boxed_slice();
+        // SAFETY: the copy has `tensor_bytes` bytes, and so has the tensor.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                tensor.cast::<u8>(),
+                copy.as_mut_ptr().cast::<u8>(),
+                self.tensor_bytes,
+            );
+        }
+        self.seen.insert(base.to_vec(), (bytes, copy));
+    }
+
+    /// What was seen, in the order of the names.
+    pub fn finish(self, tensor_get: TensorGet) -> Vec<HeldTensor> {
+        self.seen
+            .into_iter()
+            .map(|(name, (nbytes, copy))| HeldTensor {
+                name: String::from_utf8_lossy(&name).into_owned(),
+                nbytes,
+                copy,
+                tensor_get,
+            })
+            .collect()
+    }
+}
+
+/// A tensor that can be read for as long as the memory behind it lives.
+#[pyclass(frozen, module = "pyagent_node.native")]
+pub struct HeldTensor {
+    /// The name of what it is a view of.
+    #[pyo3(get)]
+    name: String,
+    /// How many bytes it has.
+    #[pyo3(get)]
+    nbytes: usize,
+    copy: Copy,
+    tensor_get: TensorGet,
+}
+
+#[pymethods]
+impl HeldTensor {
+    /// Bytes `[offset, offset + size)`.
+    #[pyo3(signature = (offset, size, /))]
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        offset: &Bound<'py, PyAny>,
+        size: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let offset = usize::try_from(integer::<u64>("offset", offset)?)?;
+        let size = usize::try_from(integer::<u64>("size", size)?)?;
+        if offset > self.nbytes || size > self.nbytes - offset {
+            return Err(PyValueError::new_err(format!(
+                "bytes {offset} and the next {size} are not in a tensor of {}",
+                self.nbytes
+            )));
+        }
+        PyBytes::new_with(py, size, |out| {
+            if size == 0 {
+                return Ok(());
+            }
+            // An address, because pointers may not be taken out of the interpreter's lock.
+            let to = out.as_mut_ptr() as usize;
+            // SAFETY: `out` has `size` bytes, and nobody else knows of it yet; the range lies in the
+            // tensor, whose memory lives by the promise of the one who made the tap.
+            let copy = || unsafe {
+                (self.tensor_get)(
+                    self.copy.as_ptr().cast::<c_void>(),
+                    to as *mut c_void,
+                    offset,
+                    size,
+                );
+            };
+            if size < DETACH_FROM {
+                copy();
+            } else {
+                py.detach(copy);
+            }
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    unsafe extern "C" fn nothing(_: *const c_void, _: *mut c_void, _: usize, _: usize) {}
+
+    #[test]
+    fn the_largest_view_of_each_name_is_held() {
+        let mut watch = Watch::new(b"cache_".to_vec(), 16).unwrap();
+        let tensors: [[u64; 2]; 4] = [[1, 2], [3, 4], [5, 6], [7, 8]];
+        let names: [(&[u8], usize); 4] = [
+            (b"cache_k_l1 (view)", 10),
+            (b"cache_k_l1 (reshaped) (view)", 30),
+            (b"cache_k_l1 (view) (permuted)", 20),
+            (b"Qcur-1", 99),
+        ];
+        for (tensor, (name, bytes)) in tensors.iter().zip(names) {
+            // SAFETY: a tensor here has 16 bytes.
+            unsafe { watch.see(name, bytes, tensor.as_ptr().cast::<c_void>()) };
+        }
+        let held = watch.finish(nothing);
+        assert_eq!(held.len(), 1);
+        assert_eq!((held[0].name.as_str(), held[0].nbytes), ("cache_k_l1", 30));
+        assert_eq!(*held[0].copy, [3, 4]);
+    }
+
+    #[test]
+    fn sizes_that_no_tensor_has_are_refused() {
+        for bytes in [0, 7, MAX_TENSOR_BYTES + 8] {
+            assert!(Watch::new(b"x".to_vec(), bytes).is_err());
+        }
+    }
+}
