@@ -32,6 +32,8 @@ NODES: Final = 5
 """Five voters still decide when the leader and a rank are gone at once."""
 KILL_AT: Final = 24
 """Tokens that have come when the node is killed."""
+WORDS_A_TOKEN: Final = (1, 2)
+"""About how many words of a long prompt make a token."""
 SETTLE_SECONDS: Final = 120.0
 POLL_SECONDS: Final = 0.1
 
@@ -59,6 +61,8 @@ class FailoverReport(msgspec.Struct, frozen=True, kw_only=True):
     machine: dict[str, str | int]
     model: str
     tokens: int
+    context: int
+    blocks: bool
     recoveries: tuple[Recovery, ...]
 
 
@@ -67,19 +71,26 @@ class _Timed(msgspec.Struct, frozen=True):
     pauses: tuple[float, ...]
 
 
-def measure(kind: Kind, path: str, *, tokens: int, say: Say) -> Recovery:
-    """Start a swarm, kill what ``kind`` says, and return how the answer fared."""
+def measure(
+    kind: Kind, path: str, *, tokens: int, say: Say, context: int = 0, blocks: bool = True
+) -> Recovery:
+    """Start a swarm, kill what ``kind`` says, and return how the answer fared.
+
+    The prompt has about ``context`` tokens more than the question.  Without ``blocks`` the killed
+    answer neither reads nor leaves KV blocks, and is replayed from its journal.
+    """
     with local_swarm(NODES, say=lambda _: None) as nodes:
         model = _load(kind, nodes, path)
         _settle(nodes)
-        expected = _ask(nodes[0], model, tokens, None).answer
+        ask = _question(model, tokens, context)
+        expected = _ask(nodes[0], msgspec.structs.replace(ask, prompt_cache=False), None).answer
         victims = _victims(kind, nodes)
 
         def kill() -> None:
             for victim in victims:
                 victim.kill()
 
-        timed = _ask(nodes[0], model, tokens, kill)
+        timed = _ask(nodes[0], msgspec.structs.replace(ask, prompt_cache=blocks), kill)
     recovery = Recovery(
         kind=kind,
         stall_ms=max(timed.pauses) * 1000,
@@ -164,17 +175,22 @@ def _leader(asked: LocalNode) -> PeerId | None:
     return consensus.leader if consensus is not None else None
 
 
-def _ask(node: LocalNode, model: str, tokens: int, kill: Callable[[], None] | None) -> _Timed:
-    """Answer once; ``kill`` is called when :data:`KILL_AT` tokens have come."""
-    ask = Ask(
+def _question(model: str, tokens: int, context: int) -> Ask:
+    told = (f"Day {day}: {day * 13 % 90} miles, {day % 7} fish." for day in range(1, 1000))
+    words = " ".join(told).split(" ")[: context * WORDS_A_TOKEN[0] // WORDS_A_TOKEN[1]]
+    return Ask(
         model=model,
-        messages=(ChatMessage("user", "Tell me about three rivers."),),
+        messages=(ChatMessage("user", " ".join([*words, "Tell me about three rivers."])),),
         max_tokens=tokens,
         temperature=0.8,
         seed=7,
         ignore_eos=True,
         speculation=NO_SPECULATION,
     )
+
+
+def _ask(node: LocalNode, ask: Ask, kill: Callable[[], None] | None) -> _Timed:
+    """Answer once; ``kill`` is called when :data:`KILL_AT` tokens have come."""
     pauses: list[float] = []
     seen, last = 0, 0.0
     for piece in node.client.generate(ask):

@@ -27,6 +27,18 @@ DEFAULT_TOKENS, DEFAULT_ROUNDS, FULL_ROUNDS = 96, 1, 5
     show_default=True,
     help="The length of an answer.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    show_default=True,
+    help="About how many tokens the prompt has besides the question.",
+)
+@click.option(
+    "--blocks/--no-blocks",
+    default=True,
+    help="Whether the answer leaves KV blocks to go on from (default), or is replayed.",
+)
 @click.option("--rounds", type=click.IntRange(1, 100), help=f"Default {DEFAULT_ROUNDS}.")
 @click.option("--full", is_flag=True, help=f"{FULL_ROUNDS} rounds.")
 @click.option("--model", default=DEFAULT, show_default=True, help="A source or a file.")
@@ -38,6 +50,8 @@ def failover(
     *,
     kinds: str,
     tokens: int,
+    context: int,
+    blocks: bool,
     rounds: int | None,
     full: bool,
     model: str,
@@ -58,7 +72,9 @@ def failover(
     with interruptible():
         path = str(model_file(app, model))
         recoveries = tuple(
-            bench.measure(kind, path, tokens=tokens, say=app.out.note)
+            bench.measure(
+                kind, path, tokens=tokens, say=app.out.note, context=context, blocks=blocks
+            )
             for _ in range(count)
             for kind in asked
         )
@@ -68,6 +84,8 @@ def failover(
         machine=machine(),
         model=model,
         tokens=tokens,
+        context=context,
+        blocks=blocks,
         recoveries=recoveries,
     )
     stored = store(app, output, report)

@@ -49,6 +49,9 @@ from pyagent_node.node.home import Home
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.joining import join
 from pyagent_node.node.journal_messages import PROTOCOL as JOURNAL
+from pyagent_node.node.kv_messages import PROTOCOL as KV
+from pyagent_node.node.kv_messages import REQUESTS as KV_REQUESTS
+from pyagent_node.node.kv_messages import Advert, Fetch, Have, Put
 from pyagent_node.node.logs import Redactor
 from pyagent_node.node.membership import Credentials, Membership
 from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
@@ -159,6 +162,7 @@ async def test_all_that_a_hostile_member_sends_is_refused_and_counted(tmp_path: 
         await bad_commands(it)
         await replays(it)
         await stale_epochs(it)
+        await kv_without_rights(it)
         await false_certificates(it)
         await revoked(it)
         await goes_on(it)
@@ -166,7 +170,7 @@ async def test_all_that_a_hostile_member_sends_is_refused_and_counted(tmp_path: 
 
 async def malformed(it: Attack) -> None:
     unknown = msgspec.msgpack.encode({"type": "unheard_of"})
-    for protocol in (PIPE_PROTOCOL, RPC, BLOB, JOURNAL):
+    for protocol in (PIPE_PROTOCOL, RPC, BLOB, JOURNAL, KV):
         await it.say(protocol, Frame(b"\xc1 garbage", b"tail"))
         await it.say(protocol, Frame(unknown))
         for code in ("malformed_message", "unknown_message"):
@@ -178,7 +182,7 @@ async def malformed(it: Attack) -> None:
 
 
 async def oversized(it: Attack) -> None:
-    for protocol in (PIPE_PROTOCOL, RPC, BLOB, JOURNAL, RAFT):
+    for protocol in (PIPE_PROTOCOL, RPC, BLOB, JOURNAL, KV, RAFT):
         before = it.metric("mesh_refused", code="frame_too_large")
         stream = await it.say(protocol)
         await stream._channel.write(b"\xff" * 8 + b"and more")  # type: ignore[attr-defined]
@@ -186,6 +190,32 @@ async def oversized(it: Attack) -> None:
             lambda before=before: it.metric("mesh_refused", code="frame_too_large") > before,
             protocol,
         )
+
+
+async def kv_without_rights(it: Attack) -> None:
+    """A learner that was given no layers reads and writes no KV, and no nonsense is noted."""
+    other, chain = Digest("cd" * 32), (b"c" * 32,)
+    sealed = b"s" * 40
+    for request, tail, code in (
+        (Have(other, "f16-00000000", chain, 0, 4), b"", "kv_not_yours"),
+        (Fetch(other, "f16-00000000", chain, 0, 4), b"", "kv_not_yours"),
+        (
+            Put(other, "f16-00000000", *chain, b"", 0, 0, (len(sealed),), 1.0),
+            sealed,
+            "kv_not_yours",
+        ),
+        (Have(other, "f16-00000000", (b"short",), 0, 4), b"", "bad_kv_request"),
+        (Advert(), b"nonsense", "bad_summary"),
+    ):
+        labels = {"protocol": KV, "code": code}
+        before = it.metric("refused", **labels)
+        stream = await it.say(KV, Frame(KV_REQUESTS.encode(request), tail))
+        answer = await stream.receive()
+        assert answer is not None
+        assert code.encode() in answer.header
+        assert it.metric("refused", **labels) == before + 1
+        await stream.aclose()
+    assert not it.node.kv.vault.store.held()
 
 
 async def false_names(it: Attack) -> None:
