@@ -7,7 +7,8 @@ the figures are the same.  A drafting model, if there is one, says beforehand wh
     python benchmarks/speculation_replay.py MODEL.gguf [--drafter-model SMALL.gguf] --json
 
 ``share`` is the controller's speed over that of the best fixed setting, which nobody knows
-beforehand; the sessions of a row go by what the ones before them have taught.
+beforehand; the sessions of a row go by what the ones before them have taught.  ``--held-out`` takes
+the texts of ``held_out``, four a kind (``--texts 4``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from pyagent_node.benchmarks.held_out import HELD_OUT
 from pyagent_node.benchmarks.reference import Reference
 from pyagent_node.benchmarks.replay import Costs, Record, Replay
 from pyagent_node.benchmarks.single import Job
@@ -38,8 +40,9 @@ def record(args: argparse.Namespace) -> dict[Kind, list[Record]]:
     drafting = args.drafter_model
     drafter = Reference(drafting, args.n_ctx, args.threads) if drafting else None
     found: dict[Kind, list[Record]] = {}
+    texts = HELD_OUT if args.held_out else TEXTS
     for kind in KINDS:
-        for text in TEXTS[kind][: args.texts]:
+        for text in texts[kind][: args.texts]:
             job = Job(
                 path=args.model,
                 prompt=text,
@@ -106,6 +109,7 @@ def main() -> None:
     parser.add_argument("--draft-ms", type=float, default=20.0, help="A guess of the model.")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--held-out", action="store_true", help="Texts nothing was tuned on.")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--n-ctx", type=int, default=1024)

@@ -1,9 +1,10 @@
 """What guessing has won and lost, and whether something may be tried that could cost time: pure.
 
-The loss is what steps took beyond plain decoding of the same tokens.  It may come to a few plain
-passes and a small part of the time; what was won before is set against it, within bounds, so that a
-session that guesses in vain of late finds that out.  A session that has lost too much still sees
-what would have come of guesses that cost nothing to make, and makes its loss good by them.
+The loss is what steps took beyond plain decoding of the same tokens.  It may come to little more
+than a plain pass and a small part of the time; what was won before is set against it, within
+bounds, so that a session that guesses in vain of late finds that out.  A session that has lost too
+much still sees what would have come of guesses that cost nothing to make, and makes its loss good
+by them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pyagent_node.inference.drafting.port import Pass
 EXPLORE: Final = 0.005
 """The part of the time that may be lost by trying out."""
 EXPLORE_PASSES: Final = 1.25
-FOUNDED_PASSES: Final = 2.5
 FORGIVEN: Final = 0.995
 """What is left of a loss after a pass, so that nothing is given up for good."""
 MAX_CREDIT: Final = 4.0
@@ -44,17 +44,9 @@ class Allowance:
         self._missed = 0.0
 
     @property
-    def in_credit(self) -> bool:
-        """Whether more was won than lost of late."""
-        return self._loss < 0
-
-    def affordable(self, *, founded: bool) -> bool:
-        """Tell whether something may be tried that could cost time.
-
-        ``founded``: guesses were judged and promise a gain, so a loss is likely bad luck.
-        """
-        passes = FOUNDED_PASSES if founded else EXPLORE_PASSES
-        return self._loss < passes * self._costs.seconds(1) + EXPLORE * self._total
+    def affordable(self) -> bool:
+        """Whether something may be tried that could cost time."""
+        return self._loss < EXPLORE_PASSES * self._costs.seconds(1) + EXPLORE * self._total
 
     def passed(self, done: Pass) -> None:
         """Take in a step; the cost model knows it already."""

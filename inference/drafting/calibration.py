@@ -10,6 +10,7 @@ never sent are judged as well.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from typing import Final
@@ -49,7 +50,7 @@ class _Cell:
 
 
 def _place(index: int) -> int:
-    return sum(index >= start for start in PLACES)
+    return bisect_right(PLACES, index)
 
 
 def _band(claim: float) -> int:

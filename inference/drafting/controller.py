@@ -9,7 +9,7 @@ while that pays, and stops at guesses whose value is less than their price.
 
 What is not known is found out without paying for it where that is possible (guesses that were not
 sent are judged too), and else within an allowance: what trying out has cost beyond plain decoding,
-stays below a few plain passes and about one percent of the time.
+stays little above a plain pass and half a percent of the time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pyagent_node.inference.drafting.profile import Profile, best_plan, piped_ra
 
 MAX_LENGTH: Final = 16
 MAX_DEPTH: Final = 8
-ENOUGH_JUDGED: Final = 12
 TRUSTED: Final = 2
 """Guesses of an unknown drafter that are sent; each that is right allows two more."""
 MEMORY: Final = 0.95
@@ -40,6 +39,8 @@ FIRST_PAUSE: Final = 8
 LAST_PAUSE: Final = 128
 CHANCES: Final = 2
 """Drafts in a row that one gets that did not pay, when it is asked again."""
+HEARD: Final = 2
+"""Drafts as many as what earlier sessions got of theirs counts for."""
 PROBE: Final = 4
 """Guesses that a drafter that did not pay is asked for when it gets another chance."""
 CERTAIN: Final = 0.995
@@ -92,9 +93,8 @@ class Controller:
         self._seconds = 0.0
         self._passes = 0
         self._since_plain = 0
-        self._worth = 0.0
-        self._judged = 0
-        self._asked = 0
+        self._worth = self._lessons.worth or 0.0
+        self._asked = 0 if self._lessons.worth is None else HEARD
         self._pause = FIRST_PAUSE
         self._paused = 0
         self._chances = 0
@@ -135,9 +135,9 @@ class Controller:
             return Plan(min(PROBE, self._max_length), 1, floor)
         if cheap:
             return Plan(self._max_length, self._depth(0.0), floor)
-        if self._asked >= 3 and self._worth < 0:
+        if self._asked > HEARD and self._worth < 0:
             return self._another_chance(floor)
-        if not self._affordable():
+        if not self._allowance.affordable:
             return Plan()
         if self._profile.known and (self._asked <= EARLY or self._asked % LOOK_EVERY == 0):
             self._best = best_plan(
@@ -160,7 +160,7 @@ class Controller:
 
     def _depth(self, drafting: float) -> int:
         """Return how many steps may be in flight, if guesses for another take ``drafting``."""
-        if not (self.costs.computing_known and self._affordable()):
+        if not (self.costs.computing_known and self._allowance.affordable):
             return 1
         if not self._flying or not drafting:
             return self._max_depth
@@ -172,7 +172,7 @@ class Controller:
     def _another_chance(self, floor: float) -> Plan:
         """Ask a drafter that did not pay again, after ever longer pauses."""
         self._paused += 1
-        if not self._affordable():
+        if not self._allowance.affordable:
             return Plan()
         if self._paused >= self._pause:
             self._paused = 0
@@ -182,11 +182,6 @@ class Controller:
             return Plan()
         self._chances -= 1
         return Plan(min(PROBE, self._max_length), 1, floor)
-
-    def _affordable(self) -> bool:
-        """Tell whether something may be tried that could cost time."""
-        founded = self._worth > 0 and self._judged >= ENOUGH_JUDGED
-        return self._allowance.affordable(founded=founded)
 
     def choose(self, draft: Draft, ahead: Sequence[int] = (), in_flight: int = 0) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
@@ -222,7 +217,7 @@ class Controller:
 
     def _pick(self, best: int, draft: Draft) -> int:
         """Return how many guesses to send where ``best`` promise most."""
-        if not self._affordable():
+        if not self._allowance.affordable:
             return 0
         trusted = TRUSTED + 2 * self.calibration.hits(draft.source)
         return min(best, trusted, len(draft.tokens), self._max_length + 1)
@@ -257,6 +252,7 @@ class Controller:
         self._asked += 1
         share = max(0.15, 1.0 / self._asked)
         self._worth += (worth - self._worth) * share
+        self._lessons.note_worth(worth)
         if self._worth > 0:
             self._pause = FIRST_PAUSE
 
@@ -319,7 +315,6 @@ class Controller:
         self._allowance.accepted(tokens)
         del self._flying[: len(tokens)]
         for outcome in self._judge.accepted(tokens):
-            self._judged += 1
             self.calibration.add(outcome.source, outcome.index, outcome.claim, hit=outcome.hit)
 
     # ---- what it believes --------------------------------------------------------------------

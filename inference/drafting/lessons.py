@@ -18,6 +18,7 @@ MAX_LESSONS: Final = 32
 """Pairs of a placement and a drafter that are remembered; those not used for longest go."""
 CALIBRATION_MEMORY: Final = 0.99
 """What is left of an outcome's weight in the calibration of all sessions after the next."""
+WORTH_SHARE: Final = 0.1
 PROFILE_SHARE: Final = 0.05
 """How much of the average over all sessions the newest draft makes up."""
 
@@ -34,6 +35,13 @@ class Lessons:
         self.following = Calibration(memory=CALIBRATION_MEMORY)
         """How often steps counted that were sent before the one they follow was answered."""
         self.profile = Profile(share=PROFILE_SHARE)
+        self.worth: float | None = None
+        """Tokens that asking the drafter gained over plain decoding, a draft, of late."""
+
+    def note_worth(self, worth: float) -> None:
+        """Take in what asking the drafter gained."""
+        known = self.worth if self.worth is not None else worth
+        self.worth = known + (worth - known) * WORTH_SHARE
 
 
 class Archive:

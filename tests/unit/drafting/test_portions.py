@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pyagent_node.inference.drafting.allowance import FOUNDED_PASSES, Allowance
+from pyagent_node.inference.drafting.allowance import EXPLORE_PASSES, Allowance
 from pyagent_node.inference.drafting.costs import CostModel
 from pyagent_node.inference.drafting.port import Pass
 from pyagent_node.inference.drafting.portions import Portions, tokens_added
@@ -105,21 +105,21 @@ def test_losses_end_and_what_would_have_been_won_makes_them_good() -> None:
     model = costs()
     account = Allowance(model, ranks=RANKS)
     spent = 0
-    while account.affordable(founded=True):
+    while account.affordable:
         account.passed(wrong(model))
         spent += 1
     lost = model.seconds(9) - model.seconds(1)
-    assert spent <= FOUNDED_PASSES * model.seconds(1) / lost + 1
+    assert spent <= EXPLORE_PASSES * model.seconds(1) / lost + 1
     for _ in range(10):  # in vain: it would have lost more
         account.forgo([1] * 8)
         account.accepted([2])
-        assert not account.affordable(founded=True)
+        assert not account.affordable
     for _ in range(10):
         account.forgo([1] * 8)
         account.accepted([1] * 3)
         account.forgo([5] * 8)  # the first one is not seen to its end yet
         account.accepted([1] * 5)
-    assert account.affordable(founded=False)
+    assert account.affordable
 
 
 def test_void_steps_cost_what_they_hold_up() -> None:
@@ -130,7 +130,7 @@ def test_void_steps_cost_what_they_hold_up() -> None:
         account.passed(Pass(9, 0.1, drafts=8, gained=0, in_flight=2))
         account.passed(Pass(1, model.seconds(1), compute_seconds=0.009, crowded=True))
     assert model.waste < before / 2
-    assert account.affordable(founded=False)
+    assert account.affordable
     for _ in range(40):
         account.passed(Pass(9, 0.1, drafts=8, gained=0, in_flight=2))
         account.passed(Pass(1, model.seconds(1) + 1.0, compute_seconds=0.009, crowded=True))
