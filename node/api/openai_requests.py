@@ -30,6 +30,7 @@ from pyagent_node.inference.generation import (
 )
 from pyagent_node.inference.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from pyagent_node.node.api.errors import decode_body
+from pyagent_node.node.api.openai_bodies import ChatBody, CommonBody, CompletionBody, Message
 from pyagent_node.sharding.kv_keys import MAX_SALT
 
 MAX_CHOICES: Final = 8
@@ -38,89 +39,6 @@ MAX_MESSAGES: Final = 4096
 LEGACY_MAX_TOKENS: Final = 16
 """What ``/v1/completions`` generates when ``max_tokens`` is absent, as OpenAI documents."""
 _SEED_RANGE: Final = 2**64
-
-
-class StreamOptions(msgspec.Struct, frozen=True):
-    """Options of a stream."""
-
-    include_usage: bool | None = None
-
-
-class ContentPart(msgspec.Struct, frozen=True):
-    """One part of a message; only ``type: text`` is supported."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation as OpenAI writes it."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[object] | None = None
-    function_call: object = None
-    audio: object = None
-
-
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """Only ``type: text`` is supported."""
-
-    type: str
-
-
-class _Common(msgspec.Struct, frozen=True, kw_only=True):
-    model: str = ""
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-    resume_seconds: float | None = None
-    speculation: str | None = None
-    draft_length: int | None = None
-    draft_depth: int | None = None
-    draft_tree: bool | None = None
-    cache_salt: str | None = None
-    prompt_cache: bool | None = None
-
-
-class ChatBody(_Common, frozen=True, kw_only=True):
-    """The body of ``POST /v1/chat/completions``."""
-
-    messages: list[Message] | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[object] | None = None
-    tool_choice: object = None
-    functions: list[object] | None = None
-    response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
-    audio: object = None
-    prediction: object = None
-    web_search_options: object = None
-
-
-class CompletionBody(_Common, frozen=True, kw_only=True):
-    """The body of ``POST /v1/completions``."""
-
-    prompt: str | list[str | int | list[int]] | None = None
-    logprobs: int | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,7 +161,7 @@ def plan_completion(body: bytes, fresh_seed: int) -> Plan:
 
 
 def _plan(
-    kind: Literal["chat", "completion"], body: _Common, requests: list[GenerationRequest]
+    kind: Literal["chat", "completion"], body: CommonBody, requests: list[GenerationRequest]
 ) -> Plan:
     if not body.model:
         raise _bad("model", "must name a model; GET /v1/models lists them")
@@ -289,7 +207,7 @@ def _plan(
 
 
 def _sampling(
-    body: _Common,
+    body: CommonBody,
     fresh_seed: int,
     logprobs: bool,
     top_logprobs: int,
