@@ -10,6 +10,7 @@ import random
 
 import msgspec
 
+from pyagent_node.base.errors import Unavailable
 from pyagent_node.sharding.block_disk import BlockDisk
 from pyagent_node.sharding.block_files import BlockFile
 from pyagent_node.sharding.block_index import Changes, Row
@@ -80,6 +81,8 @@ class SimulatedIndex:
     """Implements ``BlockIndex``; a crash brings an earlier state back, or none at all."""
 
     def __init__(self, disk: SimulatedDisk, rng: random.Random) -> None:
+        self.failing = 0
+        """How many of the next commits fail."""
         self._disk = disk
         self._rng = rng
         self._states: list[tuple[dict[BlockKey, Row], dict[int, int]]] = [({}, {})]
@@ -92,6 +95,9 @@ class SimulatedIndex:
     def commit(self, changes: Changes) -> None:
         """See ``BlockIndex.commit``; one operation of the disk."""
         self._disk.operate()
+        if self.failing > 0:
+            self.failing -= 1
+            raise Unavailable("The index cannot be written.", code="disk_failed")
         rows, ends = dict(self._states[-1][0]), dict(self._states[-1][1])
         for key in changes.gone:
             rows.pop(key, None)

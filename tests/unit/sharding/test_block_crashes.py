@@ -115,18 +115,20 @@ def test_the_power_is_lost_at_every_operation(seed: int) -> None:
         assert world.check_reads([k for k in world.known if k.chain in chain_of(99, 3)]) == 6
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_many_lives(seed: int) -> None:
     world = World(seed + 100)
     rng = random.Random(seed)
     for _ in range(25):
         try:
             world.disk.power_for = rng.choice((math.inf, rng.randrange(1, 80)))
+            world.limit = rng.choice((LIMIT, LIMIT, 100_000, 20_000))
             world.start()
             world.check_reads(sorted(world.known))
             for _ in range(30):
                 world.disk.room = rng.choice((10**9, 10**9, rng.randrange(20_000)))
                 world.disk.failing_syncs = rng.choice((0, 0, 0, 1))
+                world.index.failing = rng.choice((0, 0, 0, 2))
                 world.now += 10.0
                 world.step()
             if rng.random() < 0.5:
@@ -135,7 +137,7 @@ def test_many_lives(seed: int) -> None:
             world.crash()
         else:
             world.disk.survive()
-        world.disk.room, world.disk.failing_syncs = 10**9, 0
+        world.disk.room, world.disk.failing_syncs, world.index.failing = 10**9, 0, 0
 
 
 def test_after_a_clean_stop_everything_is_there() -> None:
@@ -216,6 +218,25 @@ def test_the_limit_on_disk_holds_under_any_load() -> None:
     world.start()
     world.check()
     world.check_reads(sorted(world.known))
+
+
+def test_a_lowered_limit_needs_no_room_that_is_not_there() -> None:
+    world = World(4)
+    world.start()
+    keys = []
+    for text in range(11):  # every segment has some that will go and some that stay
+        cost = 1.0 + text % 2
+        keys += put_chain(world.store, chain_of(8 * text, 1), size=8000, cost=cost)
+        while world.store.write_back():
+            pass
+    world.store.close()
+    world.limit, world.disk.room = 170_000, 0.0
+    world.start()
+    stats = world.store.stats()
+    assert stats.disk == "on"
+    assert stats.disk_bytes <= world.limit
+    assert stats.corrupt == 0
+    assert world.check_reads(keys) == stats.disk_blocks == len(keys) - stats.evicted_disk > 6
 
 
 class ReadOnly(SimulatedBlocks):

@@ -287,6 +287,20 @@ def test_mislabelled_and_foreign_records_are_not_believed(tmp_path: Path) -> Non
         store.close()
 
 
+def test_of_several_copies_one_counts(tmp_path: Path) -> None:
+    """As a crash leaves them that came between the copying of a segment and its removal."""
+    key = BlockKey(MODEL, 0, bytes(32), "f16")
+    _, record = encode_record(key, b"", 0, 1.0, payload_of(key, SIZE))
+    for number in range(1, 5):
+        (tmp_path / f"{number:012}.kv").write_bytes(encode_segment_header(MODEL) + record)
+    store = make(tmp_path, disk=4000)
+    stats = store.stats()
+    assert (stats.disk_blocks, stats.disk) == (1, "on")
+    assert stats.disk_bytes <= 3000
+    assert all_right(store, [key]) == 1
+    store.close()
+
+
 def test_a_segment_of_another_model_holds_nothing_of_this_one(tmp_path: Path) -> None:
     key = BlockKey(MODEL, 0, bytes(32), "f16")
     _, record = encode_record(key, b"", 0, 1.0, b"secret")
