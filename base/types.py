@@ -63,7 +63,8 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     ``epoch`` comes from the log and only grows; ``n_ctx`` is the context length in tokens that
     every rank reserves for each of ``n_seq`` concurrent sessions.  ``want_standbys`` and
     ``want_spares`` are how many each rank shall have, ``None`` what the mesh's settings say.
-    ``drafting`` says how its sessions guess, ``None`` that nothing was said.
+    ``drafting`` says how its sessions guess, ``None`` that nothing was said.  ``fixed``: a person
+    chose the cut or the nodes, so they are not changed for more speed.
     """
 
     model: Digest
@@ -74,6 +75,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     want_standbys: int | None = None
     want_spares: int | None = None
     drafting: Drafting | None = None
+    fixed: bool = False
 
     @property
     def tail(self) -> Rank:

@@ -84,6 +84,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     rank shall have from now on, ``None`` what the mesh's settings say.  ``prepared`` is the number
     of the preparation that this commits: if that is not what is prepared now, it is a
     :class:`Conflict` (``not_prepared``).  With 0 whatever was prepared for the model is dropped.
+    ``fixed``: a person chose the cut or the nodes.
     """
 
     model: Digest
@@ -94,6 +95,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     want_standbys: int | None = None
     want_spares: int | None = None
     prepared: int = 0
+    fixed: bool = False
 
 
 class PreparePlacement(msgspec.Struct, frozen=True, tag="prepare_placement"):

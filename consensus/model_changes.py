@@ -84,6 +84,7 @@ def place(state: State, command: SetPlacement) -> State:
         command.want_standbys,
         command.want_spares,
         old.drafting if old is not None else None,
+        command.fixed,
     )
     _check_peers(state, old, placement)
     placement.check(model.n_layers)

@@ -22,6 +22,9 @@ class MeshSetting(msgspec.Struct, frozen=True):
 MESH_SETTINGS: Final[Mapping[str, MeshSetting]] = {
     "standbys": MeshSetting(1, 0, 4, "nodes that keep each rank's slice loaded, to take over"),
     "spares": MeshSetting(1, 0, 4, "nodes that keep each rank's slice on disk"),
+    "rebalance": MeshSetting(
+        25, 0, 90, "percent of a token's time that moving layers by itself must save; 0: never"
+    ),
     "voters_max": MeshSetting(7, 1, 7, "most nodes that vote on changes"),
     "journal_copies": MeshSetting(2, 0, 4, "nodes that keep a copy of each session's journal"),
     "session_ttl": MeshSetting(600, 10, 86_400, "seconds in which a lost session can be resumed"),

@@ -24,6 +24,8 @@ from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.guessing import describe
 from pyagent_node.node.planning import Swarm
 
+MAX_HEADS: Final = 8
+"""Nodes from whose point of view two placements are compared."""
 MAX_RESERVES: Final = 4
 """Most standbys, and most spares, that a rank can be given."""
 
@@ -54,6 +56,10 @@ class Draft(msgspec.Struct, frozen=True):
     models: dict[Digest, str]
     lacking: dict[PeerId, int]
     """Bytes that nodes lack to hold the next ranks beside those in force."""
+    gain: float | None
+    """The share of a token's time that it saves, whichever node asks; ``None`` if unknown."""
+    fixed: bool
+    """Whether a person chose the cut or the nodes."""
 
 
 def with_reserves(
@@ -184,6 +190,37 @@ def token_seconds(
     except PyAgentError:  # a node is away or short of memory
         return None
     return now.token_seconds
+
+
+def gain(
+    shape: ModelShape, before: Placement | None, ranks: Sequence[Rank], swarm: Swarm
+) -> float | None:
+    """Return the share of a token's time that new ranks save at least, whichever node asks."""
+    if before is None:
+        return None
+    after = msgspec.structs.replace(before, ranks=tuple(ranks))
+    least: float | None = None
+    for node in swarm.nodes[:MAX_HEADS]:
+        now = token_seconds(shape, before, swarm, node.peer_id)
+        then = token_seconds(shape, after, swarm, node.peer_id)
+        if now is None or then is None or now <= 0:
+            return None
+        saved = 1 - then / now
+        least = saved if least is None else min(least, saved)
+    return least
+
+
+def slowed(swarm: Swarm, slowness: Mapping[PeerId, float]) -> Swarm:
+    """Return the swarm with what nodes really do instead of what they say."""
+    nodes = [
+        msgspec.structs.replace(
+            node,
+            bandwidth=node.bandwidth / slowness.get(node.peer_id, 1.0),
+            compute=node.compute / slowness.get(node.peer_id, 1.0),
+        )
+        for node in swarm.nodes
+    ]
+    return Swarm(nodes, swarm.rtt_ms)
 
 
 def chooses(request: LoadRequest) -> bool:

@@ -12,7 +12,7 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.base.types import Digest, PeerId, Placement, Slice
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.blob_server import BlobServer
@@ -35,6 +35,7 @@ from pyagent_node.node.placement_parts import Assets
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.placing import ModelDefaults
 from pyagent_node.node.planning import facts_reply, planner_shape, survey
+from pyagent_node.node.rebalancing import Rebalancer, Speeds
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 
@@ -97,6 +98,16 @@ async def open_models(
     board = PlacementBoard(mesh, rpc, consensus, healer.reports)
     resharder = Resharder(peer_id, consensus, board)
 
+    speeds, shapes = Speeds(), Shapes(store)
+
+    async def slowness(placement: Placement) -> dict[PeerId, float]:
+        speeds.forget(consensus.state.placements)
+        shape = await shapes.get(placement.model)
+        if shape is None:
+            return {}
+        told = await board.reports({rank.peer_id for rank in placement.ranks})
+        return speeds.slowness(placement, shape, await nodes(placement.model), told)
+
     def epoch_of(model: Digest) -> int:
         placement = consensus.state.placements.get(model)
         return placement.epoch if placement is not None else 0
@@ -117,7 +128,7 @@ async def open_models(
         nursery.start_soon(controller.run)
         nursery.start_soon(healer.run)
         nursery.start_soon(resharder.run)
-        yield NodeModels(
+        models = NodeModels(
             mesh=mesh,
             consensus=consensus,
             rpc=rpc,
@@ -129,6 +140,9 @@ async def open_models(
             clock=clock,
             resharder=resharder,
         )
+        rebalancer = Rebalancer(consensus, models.placer, slowness)
+        nursery.start_soon(rebalancer.run)
+        yield models
 
 
 class Shapes:

@@ -94,6 +94,11 @@ class NodeModels:
             resharder=resharder,
         )
 
+    @property
+    def placer(self) -> Placer:
+        """What decides where layers go."""
+        return self._placer
+
     # ---- looking ---------------------------------------------------------------------------
 
     async def placements(self) -> tuple[PlacementView, ...]:

@@ -10,7 +10,8 @@ to a placement later, without anybody asking, is ``healer``'s and ``rebalancing`
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -24,7 +25,7 @@ from pyagent_node.base.errors import (
     Unsupported,
 )
 from pyagent_node.base.mesh import Mesh
-from pyagent_node.base.types import Drafting, PeerId, Placement
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement
 from pyagent_node.consensus.commands import (
     ModelRecord,
     RemovePlacement,
@@ -46,10 +47,12 @@ from pyagent_node.node.drafts import (
     check_reserves,
     chooses,
     first_ranks,
+    gain,
     lacking,
     plan_view,
     same,
     same_cut,
+    slowed,
     switching,
     token_seconds,
     with_reserves,
@@ -58,6 +61,7 @@ from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.guessing import moved, says
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
+from pyagent_node.node.rebalancing import Improvement
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 
@@ -182,13 +186,39 @@ class Placer:
     def _current(self, record: ModelRecord) -> Placement | None:
         return self._consensus.state.placements.get(record.digest)
 
-    async def _draft(self, record: ModelRecord, request: LoadRequest, report: Report) -> Draft:
+    async def improve(self, model: Digest, slowness: Mapping[PeerId, float]) -> Improvement | None:
+        """Plan a placed model again, as ``rebalancing`` asks; errors as for :meth:`load`."""
+        state = self._consensus.state
+        record, before = state.models[model], state.placements.get(model)
+        if before is None:
+            return None
+        request = as_it_is(LoadRequest(model=record.name), before)
+        draft = await self._draft(record, request, _silent, slowness)
+        draining = {m.peer_id for m in state.members.values() if m.draining}
+        needed = any(rank.peer_id in draining for rank in before.ranks)
+        if draft.lacking or same(draft) or (draft.gain is None and not needed):
+            return None
+        return Improvement(
+            draft.gain or 0.0,
+            needed,
+            "; ".join(draft.plan.explanation),
+            partial(self._carry_out, draft, _silent),
+        )
+
+    async def _draft(
+        self,
+        record: ModelRecord,
+        request: LoadRequest,
+        report: Report,
+        slowness: Mapping[PeerId, float] = {},
+    ) -> Draft:
         n_ctx, n_seq = self._sizes(record, request)
         check_reserves(request)
         report(Progress(step="plan", text="measuring the nodes"))
         header = await self._header(record, report)
         before = self._current(record)
         swarm, free = await self._swarm(record, before)
+        swarm = slowed(swarm, slowness)
         nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
         try:
             check_sliceable(header)
@@ -236,6 +266,8 @@ class Placer:
             {node.peer_id: node.name for node in swarm.nodes},
             {model.digest: model.name for model in self._consensus.state.models.values()},
             lacking(shape, ranks, before, free, n_ctx=n_ctx, n_seq=n_seq),
+            gain(shape, before, ranks, swarm),
+            any(each is not None for each in (request.ranks, request.layers, request.nodes)),
         )
 
     async def _plain_swarm(self, record: ModelRecord) -> Swarm:
@@ -337,6 +369,7 @@ class Placer:
             after_epoch=draft.before.epoch if draft.before is not None else 0,
             want_standbys=draft.want_standbys,
             want_spares=draft.want_spares,
+            fixed=draft.fixed,
         )
         report(Progress(step="place", text=switching(draft) or "placing the model"))
         if draft.before is not None and not draft.lacking:
@@ -370,6 +403,7 @@ class Placer:
                         after_epoch=now.epoch,
                         want_standbys=before.want_standbys,
                         want_spares=before.want_spares,
+                        fixed=before.fixed,
                     )
                 )
                 restored = self._consensus.state.placements.get(before.model)
@@ -384,3 +418,7 @@ class Placer:
             if (view.model, view.epoch) == (ready.model, ready.epoch):
                 return view
         raise Conflict("The model was unloaded or placed anew meanwhile.", code="stale_epoch")
+
+
+def _silent(progress: Progress) -> None:
+    """Take the progress of what nobody asked for."""

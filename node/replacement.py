@@ -105,6 +105,7 @@ def heal(placement: Placement, outlook: Outlook) -> Healing:
                 placement.epoch,
                 placement.want_standbys,
                 placement.want_spares,
+                fixed=placement.fixed,
             )
             return Healing(command, tuple(reasons), tuple(problems))
     if any(not trouble.patient for trouble in troubles.values()):
