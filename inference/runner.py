@@ -36,8 +36,16 @@ from pyagent_node.inference.backend import (
     Tokens,
 )
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.inference.kv.ranges import joined, part_of
+from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.runner_health import Pace
+from pyagent_node.inference.runner_packing import (
+    pack_kv,
+    pack_steps,
+    unpack_kv,
+    unpack_outputs,
+    unpack_pieces,
+    unpack_tokens,
+)
 from pyagent_node.inference.runner_process import (
     CALL_SECONDS,
     LOAD_SECONDS,
@@ -68,12 +76,6 @@ from pyagent_node.inference.runner_protocol import (
     TokenizerInfo,
     TokenizerLoaded,
     TokenList,
-    pack_kv,
-    pack_steps,
-    unpack_kv,
-    unpack_outputs,
-    unpack_pieces,
-    unpack_tokens,
 )
 
 MAX_TEXT: Final = 8 * MIB
@@ -222,8 +224,8 @@ class SliceRunner(Runner):
     async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
         """Write cells in; when a later part of a long range is refused the earlier ones stay."""
         for first, last in self._kv_pieces(kv.start, kv.stop):
-            part = kv if (first, last) == (kv.start, kv.stop) else part_of(kv, first, last)
-            packed = pack_kv(part, tokens[first - kv.start : last - kv.start])
+            inside = tokens[first - kv.start : last - kv.start]
+            packed = pack_kv(kv, inside, start=first, stop=last)
             request = ImportKv(self._process.next_id(), seq, kv.codec, first, last, packed.layers)
             await self._ask(request, Done, packed.tail)
 

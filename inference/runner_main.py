@@ -28,6 +28,13 @@ import msgspec
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, PyAgentError
 from pyagent_node.base.wire import Frame, FrameDecoder, frame_prefix
+from pyagent_node.inference.runner_packing import (
+    pack_kv,
+    pack_outputs,
+    pack_pieces,
+    unpack_kv,
+    unpack_steps,
+)
 from pyagent_node.inference.runner_protocol import (
     MESSAGES_DECODER,
     OPS_DECODER,
@@ -55,11 +62,6 @@ from pyagent_node.inference.runner_protocol import (
     Tokenize,
     TokenizerLoaded,
     TokenList,
-    pack_kv,
-    pack_outputs,
-    pack_pieces,
-    unpack_kv,
-    unpack_steps,
 )
 
 EXIT_PROTOCOL: Final = 65

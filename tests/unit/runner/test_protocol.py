@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.errors import CorruptData
 from pyagent_node.inference.backend import KvRange, LayerKv, StepInput, StepOutput
-from pyagent_node.inference.runner_protocol import (
-    REPLIES,
-    REQUESTS,
-    Decode,
-    Decoded,
-    OutputHeader,
-    StepHeader,
+from pyagent_node.inference.kv.ranges import part_of
+from pyagent_node.inference.runner_packing import (
     pack_kv,
     pack_outputs,
     pack_pieces,
@@ -25,6 +20,14 @@ from pyagent_node.inference.runner_protocol import (
     unpack_pieces,
     unpack_steps,
     unpack_tokens,
+)
+from pyagent_node.inference.runner_protocol import (
+    REPLIES,
+    REQUESTS,
+    Decode,
+    Decoded,
+    OutputHeader,
+    StepHeader,
 )
 from pyagent_node.inference.sampling import Sampled
 
@@ -84,6 +87,18 @@ def test_kv_survives_with_and_without_tokens() -> None:
     again, tokens = unpack_kv("codec", 3, 5, packed.layers, packed.tail, with_tokens=True)
     assert again == kv
     assert tokens.tolist() == [7, 8]
+
+
+def test_a_part_of_kv_is_packed_like_the_range_it_is() -> None:
+    layers = tuple(LayerKv(i, bytes(range(40)), bytes(range(40, 60))) for i in (4, 5))
+    kv, tokens = KvRange("codec", 6, 26, layers), np.arange(20, dtype=np.int32)
+    packed = pack_kv(kv, tokens[3:5], start=9, stop=11)
+    part, again = unpack_kv("codec", 9, 11, packed.layers, packed.tail, with_tokens=True)
+    assert part == part_of(kv, 9, 11)
+    assert again.tolist() == [3, 4]
+    odd = KvRange("codec", 6, 26, (LayerKv(4, bytes(41), bytes(20)),))
+    with pytest.raises(CorruptData):
+        pack_kv(odd, tokens[3:5], start=9, stop=11)
 
 
 @given(st.lists(st.binary(max_size=9), max_size=20))
