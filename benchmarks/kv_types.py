@@ -62,6 +62,28 @@ class CodecResult(msgspec.Struct, frozen=True, kw_only=True):
     quality: tuple[QualityRow, ...]
 
 
+class ReuseRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The first token behind a prefix that somebody had asked for before; medians, in milliseconds.
+
+    ``recompute_ms``: nothing is reused.  ``local_ms``: every rank has the blocks of its layers.
+    ``remote_ms``: every rank gets them from another node.  ``local_cached`` and ``remote_cached``
+    are the tokens of the prompt that did not have to be computed.  ``loss`` is what leaving the
+    choice to the cost model cost against the better of fetching and computing: 0 if it fetched and
+    that was faster.  ``identical`` says whether all answers had the tokens of the computed ones.
+    """
+
+    level: str
+    link: str
+    prompt_tokens: int
+    recompute_ms: float
+    local_ms: float
+    remote_ms: float
+    local_cached: int
+    remote_cached: int
+    loss: float
+    identical: bool
+
+
 class KvReport(msgspec.Struct, frozen=True, kw_only=True):
     """The figures with what they depend on."""
 
@@ -71,4 +93,5 @@ class KvReport(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     prefix: int
     scored: int
-    result: CodecResult
+    result: CodecResult | None
+    reuse: tuple[ReuseRow, ...]

@@ -34,10 +34,13 @@ POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
-def shaped_swarm(count: int, *, threads: int = 0, say: Say) -> Iterator[list[LocalNode]]:
+def shaped_swarm(
+    count: int, *, threads: int = 0, flags: tuple[str, ...] = (), say: Say
+) -> Iterator[list[LocalNode]]:
     """Run ``count`` daemons as one private mesh, with fast links to begin with.
 
-    ``threads`` compute in each slice, 0 for the default.  Errors as for ``local_swarm``.
+    ``threads`` compute in each slice, 0 for the default; ``flags`` are for each ``up``.  Errors as
+    for ``local_swarm``.
     """
     with (
         interruptible(),
@@ -48,7 +51,7 @@ def shaped_swarm(count: int, *, threads: int = 0, say: Say) -> Iterator[list[Loc
                 f"node-{i}",
                 Home(Path(root, f"node-{i}")),
                 listen=f"/ip4/127.0.0.1/tcp/{port}",
-                flags=("--threads", str(threads)) if threads else (),
+                flags=(*flags, *(("--threads", str(threads)) if threads else ())),
             )
             for i, port in enumerate(_free_ports(count))
         ]
@@ -73,6 +76,14 @@ def draft_with(node: LocalNode, model: str) -> None:
 def reshape(nodes: list[LocalNode], rtt_ms: float, model: str) -> None:
     """Start all daemons again with round trips of ``rtt_ms``, and wait until ``model`` is ready.
 
+    Errors as for :func:`reshape_to`.
+    """
+    reshape_to(nodes, f"rtt={rtt_ms:g}ms" if rtt_ms else "", model)
+
+
+def reshape_to(nodes: list[LocalNode], shape: str, model: str) -> None:
+    """Start all daemons again with links of a shape ("" for none); wait until ``model`` is ready.
+
     Raises :class:`Unavailable` (``daemon_not_started``) and :class:`DeadlineExceeded`
     (``swarm_not_connected``).
     """
@@ -80,7 +91,7 @@ def reshape(nodes: list[LocalNode], rtt_ms: float, model: str) -> None:
         stop_all(nodes)
     for node in nodes:
         kept = node.flags[: node.flags.index("--shape")] if "--shape" in node.flags else node.flags
-        node.flags = (*kept, "--shape", f"rtt={rtt_ms:g}ms") if rtt_ms else kept
+        node.flags = (*kept, "--shape", shape) if shape else kept
         start_process(node)
     deadline = time.monotonic() + START_SECONDS
     for node in nodes:

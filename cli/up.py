@@ -110,6 +110,11 @@ def _flags(command: F) -> F:
                 metavar="SIZE",
                 help="Bytes a second of KV to standbys (32MiB; 0: none).",
             ),
+            click.option(
+                "--kv-level",
+                metavar="LEVEL",
+                help="f16 (exact), or smaller and nearly exact: int8, int4, int3.",
+            ),
             click.option("--threads", metavar="N", help="Threads that compute."),
             click.option(
                 "--shape",
@@ -136,6 +141,7 @@ def settings_flags(given: dict[str, object]) -> dict[str, object]:
         "kv_memory_bytes": given["kv_memory"],
         "kv_disk_bytes": given["kv_disk"],
         "kv_stream_bytes_per_second": given["kv_stream"],
+        "kv_level": given["kv_level"],
         "threads": given["threads"],
         "shape": given["shape"],
         "log_level": given["log_level"],

@@ -65,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int
     kv_disk_bytes: int
     kv_stream_bytes_per_second: int
+    kv_level: str
     model_dir: str
     n_ctx: int
     n_seq: int

@@ -1,8 +1,9 @@
 """From the cells of a runner to the sealed blocks that are kept and sent, and back.  Pure.
 
-Only exact blocks are kept: what is loaded has every bit of what was computed.  Cells in f16 go
-through the block codec; those of any other format are kept as they are.  A block's codec names the
-level and the format of the cells, so that runners of another version never find it.
+Blocks are exact unless the node was told otherwise (``kv_level``): what is loaded has every bit of
+what was computed.  Cells in f16 go through the block codec; those of any other format are kept as
+they are.  A block's codec names the level and the format of the cells, so that runners of another
+version, and nodes that keep blocks at another level, never find it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pyagent_node.inference.backend import LayerKv
 from pyagent_node.inference.kv.port import SettledBlock
 from pyagent_node.native import blake3
 from pyagent_node.node.kv_messages import Bytes, Sealed, seal, unseal
-from pyagent_node.sharding.kv_codec import EXACT, MAX_ROW, KvShape, decode, encode
+from pyagent_node.sharding.kv_codec import EXACT, MAX_ROW, KvShape, Level, decode_rows, encode
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
 
 _CODED: Final = b"\1"
@@ -52,9 +53,9 @@ class RowSizes:
         return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def codec_name(cells: str) -> str:
-    """Return the codec of blocks whose cells have the format ``cells``."""
-    return f"{EXACT}-{blake3(cells.encode())[:4].hex()}"
+def codec_name(cells: str, level: Level = EXACT) -> str:
+    """Return the codec of blocks at a level whose cells have the format ``cells``."""
+    return f"{level}-{blake3(cells.encode())[:4].hex()}"
 
 
 def is_f16(cells: str) -> bool:
@@ -63,26 +64,39 @@ def is_f16(cells: str) -> bool:
 
 
 def make_blocks(
-    block: SettledBlock, parent: bytes, layers: Iterable[LayerKv], seconds: float
+    block: SettledBlock,
+    parent: bytes,
+    layers: Iterable[LayerKv],
+    seconds: float,
+    level: Level = EXACT,
 ) -> list[Sealed]:
-    """Return the sealed layers of a block; ``seconds`` is what each of them took to compute."""
+    """Return the sealed layers of a block; ``seconds`` is what each of them took to compute.
+
+    Raises :class:`InvalidRequest` (``kv_shape``) for numbers that are not finite, at lossy levels.
+    """
     made = []
     for kv in layers:
-        key = BlockKey(block.model, kv.layer, block.chain, codec_name(block.cells))
-        data = seal(key, _pack(kv, block.cells))
+        key = BlockKey(block.model, kv.layer, block.chain, codec_name(block.cells, level))
+        data = seal(key, _pack(kv, block, level))
         made.append(Sealed(key, parent, block.index, data, seconds))
     return made
 
 
-def read_block(key: BlockKey, sealed: Bytes, cells: str, sizes: RowSizes | None = None) -> LayerKv:
+def read_block(
+    key: BlockKey,
+    sealed: Bytes,
+    cells: str,
+    sizes: RowSizes | None = None,
+    level: Level = EXACT,
+) -> LayerKv:
     """Return the cells of a sealed block.
 
     With ``sizes`` it is a peer's, and checked in every respect: its rows must have the right sizes
     and hold finite numbers.  Raises :class:`CorruptData` (``bad_kv_block``, or the codec's).
     """
-    if key.codec != codec_name(cells):
+    if key.codec != codec_name(cells, level):
         raise _bad("another format of cells", key.layer)
-    kv = _unpack(key.layer, unseal(key, sealed), cells)
+    kv = _unpack(key.layer, unseal(key, sealed), cells, level)
     if sizes is not None:
         sizes.check(key.model, cells, kv)
         if is_f16(cells):
@@ -92,23 +106,32 @@ def read_block(key: BlockKey, sealed: Bytes, cells: str, sizes: RowSizes | None 
     return kv
 
 
-def _pack(kv: LayerKv, cells: str) -> bytes:
+def _pack(kv: LayerKv, block: SettledBlock, level: Level) -> bytes:
     row = len(kv.keys) // (BLOCK_TOKENS * _F16_BYTES)
     whole = row * BLOCK_TOKENS * _F16_BYTES == len(kv.keys) == len(kv.values)
-    if is_f16(cells) and whole and 0 < row <= MAX_ROW:
-        data = encode(EXACT, kv.keys, kv.values, tokens=BLOCK_TOKENS, shape=KvShape(1, row))
+    if is_f16(block.cells) and whole and 0 < row <= MAX_ROW:
+        known = block.shape
+        fits = known is not None and known.row_bytes == row * _F16_BYTES
+        data = encode(
+            level,
+            kv.keys,
+            kv.values,
+            tokens=BLOCK_TOKENS,
+            shape=known if known is not None and fits else KvShape(1, row),
+            begins_text=block.index == 0,
+        )
         return _PREFIX.pack(_CODED, len(kv.keys)) + data
     return b"".join((_PREFIX.pack(_PLAIN, len(kv.keys)), kv.keys, kv.values))
 
 
-def _unpack(layer: int, payload: bytes, cells: str) -> LayerKv:
+def _unpack(layer: int, payload: bytes, cells: str, level: Level) -> LayerKv:
     if len(payload) < _PREFIX.size:
         raise _bad("no rows", layer)
     how, size = _PREFIX.unpack_from(payload)
     data = payload[_PREFIX.size :]
     row = size // (BLOCK_TOKENS * _F16_BYTES)
     if how == _CODED and is_f16(cells) and 0 < row <= MAX_ROW:
-        rows = decode(EXACT, data, tokens=BLOCK_TOKENS, shape=KvShape(1, row))
+        rows = decode_rows(level, data, tokens=BLOCK_TOKENS, row_bytes=row * _F16_BYTES)
         return LayerKv(layer, rows.keys, rows.values)
     if how != _PLAIN or not 0 < size < len(data):
         raise _bad("rows in no known form", layer)

@@ -30,6 +30,7 @@ from pyagent_node.node.kv_rights import epoch_of, likely_sources
 from pyagent_node.node.kv_server import Vault
 from pyagent_node.node.kv_vault import Offload
 from pyagent_node.sharding.block_costs import Link
+from pyagent_node.sharding.kv_codec import EXACT, Level
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
 
 log = logging.getLogger("pyagent_node.kv")
@@ -74,9 +75,10 @@ class LoadStats:
 class _Load:
     """One load in progress: ``links`` are the hashes wanted, numbered from 0."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, level: Level) -> None:
         self.wanted = wanted
-        self.codec = codec_name(wanted.cells)
+        self.level: Level = level
+        self.codec = codec_name(wanted.cells, level)
         self.links = wanted.chain[wanted.skip : wanted.skip + wanted.limit]
         self.layers = wanted.layers
         self.found: dict[tuple[int, int], LayerKv] = {}
@@ -128,7 +130,9 @@ class BlockLoader:
         adverts: AdvertBook,
         sizes: RowSizes,
         offload: Offload,
+        level: Level = EXACT,
     ) -> None:
+        self._level: Level = level
         self.stats = LoadStats()
         self.trust = Trust()
         self._mesh = mesh
@@ -142,7 +146,7 @@ class BlockLoader:
 
     async def load(self, wanted: Wanted) -> list[KvRange]:
         """See ``KvShelf``."""
-        job = _Load(wanted)
+        job = _Load(wanted, self._level)
         if not job.links or not job.layers:
             return []
         start, have = trio.current_time(), 0
@@ -182,7 +186,7 @@ class BlockLoader:
                 if data is None:
                     continue
                 try:
-                    job.found[place] = read_block(key, data, wanted.cells)
+                    job.found[place] = read_block(key, data, wanted.cells, level=job.level)
                 except CorruptData as error:
                     log.warning("a KV block of this node's own store is dropped: %s", error)
 
@@ -308,7 +312,7 @@ class BlockLoader:
         def take(number: int, layer: int, sealed: bytes) -> None:
             nonlocal size
             key = job.key(ask.start + number, layer)
-            found = read_block(key, sealed, wanted.cells, self._sizes)
+            found = read_block(key, sealed, wanted.cells, self._sizes, job.level)
             job.found[ask.start + number, layer] = found
             job.fresh.append(job.sealed(ask.start + number, layer, sealed))
             size += len(sealed)

@@ -35,6 +35,7 @@ from pyagent_node.node.kv_stream import CheckpointStream
 from pyagent_node.node.kv_vault import KvVault, Offload, in_thread
 from pyagent_node.node.kv_views import make_view
 from pyagent_node.node.nurseries import background
+from pyagent_node.sharding.kv_codec import EXACT, Level
 
 log = logging.getLogger("pyagent_node.kv")
 
@@ -55,7 +56,9 @@ class KvService:
         *,
         stream_bytes_per_second: int,
         offload: Offload,
+        level: Level = EXACT,
     ) -> None:
+        self._level: Level = level
         self.dropped = 0
         """Blocks that came faster than they could be encoded."""
         self.kept = 0
@@ -79,7 +82,14 @@ class KvService:
         )
         sizes = self._sizes = RowSizes()
         self.loader = BlockLoader(
-            mesh, consensus, self.client, vault, adverts=self.adverts, sizes=sizes, offload=offload
+            mesh,
+            consensus,
+            self.client,
+            vault,
+            adverts=self.adverts,
+            sizes=sizes,
+            offload=offload,
+            level=level,
         )
         self._advertiser = Advertiser(mesh, self.client, vault, self.adverts)
         self._offload = offload
@@ -147,7 +157,7 @@ class KvService:
             self.vault.store.unpin(f"{session}/{key[1]}")
 
     def _learn(self, model: Digest, cells: str) -> str:
-        codec = codec_name(cells)
+        codec = codec_name(cells, self._level)
         self._codecs.setdefault(model, set()).add(codec)
         return codec
 
@@ -193,7 +203,7 @@ class KvService:
         chain = self._parents.get((block.session, block.first_layer), ())
         parent = chain[block.index - 1] if 0 < block.index <= len(chain) else b""
         share = seconds / max(1, len(kv.layers))
-        made = make_blocks(block, parent, kv.layers, share)
+        made = make_blocks(block, parent, kv.layers, share, self._level)
         kept = [self.vault.put(each) for each in made]
         return all(kept)
 
@@ -225,8 +235,9 @@ async def open_kv(
     *,
     stream_bytes_per_second: int,
     offload: Offload = in_thread,
+    level: Level = EXACT,
 ) -> AsyncIterator[KvService]:
-    """Keep, send and get KV blocks while the context lasts."""
+    """Keep, send and get KV blocks, all of them at ``level``, while the context lasts."""
     async with background() as nursery:
         service = KvService(
             mesh,
@@ -234,6 +245,7 @@ async def open_kv(
             vault,
             stream_bytes_per_second=stream_bytes_per_second,
             offload=offload,
+            level=level,
         )
         nursery.start_soon(service.run)
         yield service

@@ -14,6 +14,7 @@ from pyagent_node.base.limits import KIB, MAX_PEERS, MAX_SESSIONS, MIB
 from pyagent_node.node.addresses import check_address
 from pyagent_node.node.genesis import check_name
 from pyagent_node.node.shaping import parse_shape
+from pyagent_node.sharding.kv_codec import EXACT, LEVELS
 
 Value = str | int | bool | float | tuple[str, ...]
 Kind = Literal["text", "list", "integer", "number", "switch", "size"]
@@ -258,6 +259,13 @@ OPTIONS: tuple[Option, ...] = (
         32 * MIB,
         "Bandwidth for KV blocks of running sessions on their way to standbys; 0: send none.",
         high=MIB * MIB,
+    ),
+    Option(
+        "kv_level",
+        "text",
+        EXACT,
+        "How KV blocks are kept and sent: f16 is exact, the others are smaller.",
+        choices=LEVELS,
     ),
     Option("model_dir", "text", "", "Where models are kept; empty: in the home."),
     Option(

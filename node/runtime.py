@@ -55,6 +55,7 @@ from pyagent_node.node.shaping import parse_shape
 from pyagent_node.node.steward import Steward
 from pyagent_node.sharding.block_disk import open_real_disk
 from pyagent_node.sharding.block_store import BlockStore
+from pyagent_node.sharding.kv_codec import level_named
 
 log = logging.getLogger("pyagent_node.daemon")
 
@@ -138,6 +139,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             consensus,
             KvVault(block_store(settings, home)),
             stream_bytes_per_second=settings.kv_stream_bytes_per_second,
+            level=level_named(settings.kv_level),
         ) as kv,
         open_pipeline(
             mesh,

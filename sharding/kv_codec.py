@@ -94,6 +94,14 @@ class Rows(NamedTuple):
     values: bytes
 
 
+def level_named(name: str) -> Level:
+    """Return the level of a name; raises :class:`InvalidRequest` (``kv_shape``) for none."""
+    for level in LEVELS:
+        if level == name:
+            return level
+    raise _unfit(f"there is no level {name[:80]!r}")
+
+
 def encode(
     level: Level,
     keys: bytes,
@@ -136,18 +144,33 @@ def decode(level: Level, block: bytes, *, tokens: int, shape: KvShape) -> Rows:
     Raises :class:`CorruptData`: ``kv_damaged`` for bytes that are truncated, changed or no block,
     ``kv_mislabelled`` for a whole block that is not of this level, number of tokens and shape.
     """
+    heads, width, rows = _open(level, block, tokens)
+    if (heads, width) != (shape.heads, shape.width):
+        raise _mislabelled(f"{heads} heads of {width}, not {shape.heads} of {shape.width}")
+    return rows
+
+
+def decode_rows(level: Level, block: bytes, *, tokens: int, row_bytes: int) -> Rows:
+    """Return the rows of a block of which only the length of a row is known; as :func:`decode`."""
+    heads, width, rows = _open(level, block, tokens)
+    if heads * width * _F16 != row_bytes:
+        raise _mislabelled(f"rows of {heads * width * _F16} bytes, not {row_bytes}")
+    return rows
+
+
+def _open(level: Level, block: bytes, tokens: int) -> tuple[int, int, Rows]:
+    """Return the heads of a block of this level and number of tokens, their width, and its rows."""
     try:
         number, found, heads, width, keys, values = kv_decode(block)
     except ValueError as error:
         raise CorruptData(f"A KV block was refused: {error}.", code="kv_damaged") from None
-    if (_NAMES.get(number), found, heads, width) != (level, tokens, shape.heads, shape.width):
-        raise CorruptData(
-            f"A KV block was refused: it has {found} tokens of {heads} heads of {width} at level"
-            f" number {number}, where {tokens} of {shape.heads} of {shape.width} at {level!r} were"
-            " expected.",
-            code="kv_mislabelled",
-        )
-    return Rows(keys, values)
+    if (_NAMES.get(number), found) != (level, tokens):
+        raise _mislabelled(f"{found} tokens at level number {number}, not {tokens} at {level!r}")
+    return heads, width, Rows(keys, values)
+
+
+def _mislabelled(what: str) -> CorruptData:
+    return CorruptData(f"A KV block was refused: it has {what}.", code="kv_mislabelled")
 
 
 def _unfit(what: str) -> InvalidRequest:

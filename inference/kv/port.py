@@ -18,6 +18,7 @@ import msgspec
 
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import KvRange
+from pyagent_node.sharding.kv_codec import KvShape
 
 
 class SettledBlock(msgspec.Struct, frozen=True, gc=False):
@@ -26,7 +27,8 @@ class SettledBlock(msgspec.Struct, frozen=True, gc=False):
     ``session`` is the id on the wire: its first 16 digits are those of the stable id.  ``head`` is
     the session's.  The block is number ``index`` of its session (it begins at position 64 *
     ``index``) and holds the layers ``[first_layer, last_layer)``.  ``chain`` is its chain hash.
-    ``cells`` names the format of its rows, as in ``KvRange.codec``.
+    ``cells`` names the format of its rows, as in ``KvRange.codec``; ``shape`` says how rows of
+    16-bit floats are made up, where that is known.
     """
 
     session: SessionId
@@ -38,6 +40,7 @@ class SettledBlock(msgspec.Struct, frozen=True, gc=False):
     first_layer: int
     last_layer: int
     cells: str
+    shape: KvShape | None = None
 
     @property
     def layers(self) -> range:

@@ -63,6 +63,7 @@ from pyagent_node.inference.pipeline.stage_types import (
     StageView,
     peer_lost,
 )
+from pyagent_node.sharding.kv_codec import KvShape
 
 
 class StageCore:
@@ -75,13 +76,15 @@ class StageCore:
         joint_shapes: Sequence[tuple[int, int]] = (),
         cells: str = "",
         cut: int = PREFILL_CHUNK,
+        *,
+        kv_shape: KvShape | None = None,
     ) -> None:
-        """Make a stage whose runner says ``joint_shapes`` of itself (see ``BackendInfo``).
+        """Make a stage whose runner says ``joint_shapes`` and ``kv_shape`` of itself.
 
-        For ``cells`` and ``cut`` see ``stage_blocks``.
+        See ``BackendInfo``; for ``cells`` and ``cut`` see ``stage_blocks``.
         """
         self.spec = spec
-        self.blocks = StageBlocks(spec, cells, cut)
+        self.blocks = StageBlocks(spec, cells, cut, kv_shape)
         self._limits = limits or StageLimits()
         self._sessions: dict[SessionId, ServedSession] = {}
         self._queue = StageQueue(

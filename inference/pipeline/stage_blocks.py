@@ -28,6 +28,7 @@ from pyagent_node.inference.pipeline.frames import (
 from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
+from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain
 
 LOAD_BLOCKS: Final = 64
@@ -78,7 +79,7 @@ class StageBlocks:
     on this rank; ``cut`` is its ``prefill_cut``.
     """
 
-    def __init__(self, spec: StageSpec, cells: str, cut: int) -> None:
+    def __init__(self, spec: StageSpec, cells: str, cut: int, shape: KvShape | None = None) -> None:
         self.restored = 0
         """Tokens whose KV was imported."""
         self.refused = 0
@@ -87,6 +88,7 @@ class StageBlocks:
         """What a token of a prompt takes here, smoothed; 0 before the first."""
         self._spec = spec
         self._cells = cells
+        self._shape = shape
         self._cut = cut
         self._restoring: dict[SessionId, Load] = {}
         self._due: dict[SessionId, ServedSession] = {}
@@ -293,6 +295,7 @@ class StageBlocks:
                     first_layer=spec.slice.first,
                     last_layer=spec.slice.last,
                     cells=self._cells,
+                    shape=self._shape,
                 )
                 for index, chain, _ in shown
             ),

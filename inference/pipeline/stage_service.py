@@ -120,7 +120,9 @@ class StageService:
             self._supersede(other)
         info = runner.info
         cells = info.kv_codec if self._shelf is not None else ""
-        core = StageCore(spec, self._limits, info.joint_shapes, cells, info.prefill_cut)
+        core = StageCore(
+            spec, self._limits, info.joint_shapes, cells, info.prefill_cut, kv_shape=info.kv_shape
+        )
         stage = _Stage(core, runner, self._shelf or NullShelf(), self._send)
         self._stages[key] = stage
         failure: RunnerFailed | None = None

@@ -34,7 +34,14 @@ QUALITY = QualityRow(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [(("--texts", "0"), "--texts"), (("--texts", "many"), "--texts")]
+    ("arguments", "says"),
+    [
+        (("--texts", "0"), "--texts"),
+        (("--texts", "many"), "--texts"),
+        (("--levels", "f16,int5"), "--levels"),
+        (("--levels", ""), "--levels"),
+        (("--part", "none"), "--part"),
+    ],
 )
 def test_a_wrong_command_line_is_refused(arguments: tuple[str, ...], says: str, run: Run) -> None:
     outcome = run("bench", "kv", *arguments, "--json")
@@ -57,7 +64,7 @@ def test_what_was_measured_is_shown_and_stored(
     model.write_bytes(b"GGUF")
     monkeypatch.setattr("pyagent_node.cli.bench_kv.model_file", lambda *_: model)
     stored = tmp_path / "figures.json"
-    outcome = run("bench", "kv", "--texts", "2", "--output", str(stored))
+    outcome = run("bench", "kv", "--texts", "2", "--part", "codec", "--output", str(stored))
     assert outcome.status == 0
     for words in ("int4", "4.40 x", "400 MB/s", "q4_0", "+16.00%", "0.0470"):
         assert words in outcome.out

@@ -19,7 +19,9 @@ from pyagent_node.sharding.kv_codec import (
     KvShape,
     Level,
     decode,
+    decode_rows,
     encode,
+    level_named,
 )
 
 from . import kv_reference
@@ -185,3 +187,20 @@ def test_a_level_that_another_was_expected_at_is_refused() -> None:
     with pytest.raises(CorruptData) as caught:
         decode("int8", block, tokens=4, shape=shape)
     assert caught.value.code == "kv_mislabelled"
+
+
+def test_rows_come_back_where_only_their_length_is_known() -> None:
+    shape = KvShape(2, 8, 1e4)
+    raw = np.ones((4, 16), "<f2").tobytes()
+    block = encode("int4", raw, raw, tokens=4, shape=shape)
+    found = decode_rows("int4", block, tokens=4, row_bytes=32)
+    assert found == decode("int4", block, tokens=4, shape=shape)
+    with pytest.raises(CorruptData) as caught:
+        decode_rows("int4", block, tokens=4, row_bytes=34)
+    assert caught.value.code == "kv_mislabelled"
+
+
+def test_levels_are_known_by_name() -> None:
+    assert tuple(map(level_named, LEVELS)) == LEVELS
+    with pytest.raises(InvalidRequest, match="no level 'f32'"):
+        level_named("f32")
