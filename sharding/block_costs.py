@@ -191,8 +191,10 @@ class Rate:
 class Link:
     """Round trip and bandwidth of a way to a source, from requests of any size.
 
-    The round trip is smoothed as TCP does it (RFC 6298: an eighth of each new one), taken from
-    replies of at most :attr:`SMALL` bytes; larger ones teach the bandwidth, less the round trip.
+    The round trip is taken from replies of at most :attr:`SMALL` bytes and smoothed as TCP does it
+    (RFC 6298: an eighth of each new one), but follows shorter ones faster: a reply that came late
+    says more of whoever was busy than of the way.  Larger ones teach the bandwidth, less the round
+    trip.
     """
 
     SMALL: Final = 16 * 1024
@@ -217,7 +219,8 @@ class Link:
         if not 0 < seconds < math.inf or nbytes < 0:
             return
         if nbytes <= self.SMALL:
-            self.round_trip += (seconds - self.round_trip) * (0.125 if self._trips else 1.0)
+            share = 0.5 if seconds < self.round_trip else 0.125 if self._trips else 1.0
+            self.round_trip += (seconds - self.round_trip) * share
             self._trips += 1
         else:
             # Never less than a tenth: a round trip that was overestimated must not make it endless.
