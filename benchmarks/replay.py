@@ -26,7 +26,8 @@ from pyagent_node.inference.drafting.controller import Controller
 from pyagent_node.inference.drafting.port import Draft, Drafter
 from pyagent_node.inference.drafting.suffix import SuffixDrafter
 from pyagent_node.inference.generation import SpeculationUsage
-from pyagent_node.inference.pipeline.attempt import Attempt, Route
+from pyagent_node.inference.pipeline.attempt import Attempt
+from pyagent_node.inference.pipeline.flights import Route
 from pyagent_node.inference.pipeline.frames import CancelSteps, Result, Step, unpack_tail
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing

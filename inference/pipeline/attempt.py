@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import cast
 
-import msgspec
 import numpy as np
 
-from pyagent_node.base.types import PeerId, Placement, SessionId
+from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
+from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route, came_true
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
@@ -39,68 +39,11 @@ from pyagent_node.inference.pipeline.frames import (
 )
 from pyagent_node.inference.pipeline.restoring import Restoring, bad_result
 from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing
-from pyagent_node.inference.sampling import Sampled, SamplingParams
-from pyagent_node.inference.trees import follow, principal
+from pyagent_node.inference.sampling import Sampled
+from pyagent_node.inference.trees import principal
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 Embed = Callable[[Tokens], Activations]
-
-
-class Route(msgspec.Struct, frozen=True):
-    """Where an attempt goes: ``session`` is its id on the wire, used for no other attempt."""
-
-    session: SessionId
-    head: PeerId
-    placement: Placement
-    sampling: SamplingParams
-    root: bytes = b""
-
-
-class Chunk(NamedTuple):
-    """The tokens at positions ``[start, stop)`` that are due to be sent."""
-
-    start: int
-    stop: int
-
-
-class Flight(msgspec.Struct, frozen=True, gc=False):
-    """A step under way: ``n`` tokens, ``drafts`` of them ``guesses``.
-
-    Its principal path ends at position ``stop``; for ``parents`` see ``trees``.
-
-    ``kind``: it feeds the journal, or continues the answer with the token known last, or does so as
-    a child of the step before it, by a guess of that token (the ``first`` of its own).
-    """
-
-    step: int
-    stop: int
-    n: int
-    sample: bool
-    sent_at: float
-    kind: Literal["feed", "token", "child"] = "feed"
-    first: int = -1
-    guesses: tuple[int, ...] = ()
-    parents: tuple[int, ...] = ()
-    draft_seconds: float = 0.0
-    in_flight: int = 1
-
-    @property
-    def straight(self) -> int:
-        """How many guesses its principal path has."""
-        return principal(self.parents, self.n - self.drafts, self.drafts)
-
-    @property
-    def drafts(self) -> int:
-        """How many of its tokens are guesses."""
-        return len(self.guesses)
-
-
-class Landed(msgspec.Struct, frozen=True, gc=False):
-    """A result with tokens of the answer, and the steps that are void by it."""
-
-    flight: Flight
-    sampled: tuple[Sampled, ...]
-    void: tuple[Flight, ...] = ()
 
 
 class Attempt:
@@ -368,7 +311,7 @@ class Attempt:
         if not flights and not guesses:
             self.computed = flight.stop
             return Landed(flight, sampled)
-        straight = _came_true(sender, flight, [one.token for one in sampled[:right]])
+        straight = came_true(sender, flight, [one.token for one in sampled[:right]])
         holds = straight == right == flight.straight
         # a rank that is alone has the cells of what came true
         held = right if self.embed is None else straight
@@ -411,19 +354,3 @@ class Attempt:
         if not flights or flights[-1].kind == "feed":
             return 0
         return sum(1 for flight in flights if flight.kind != "feed")
-
-
-def _came_true(sender: PeerId, flight: Flight, came: Sequence[int]) -> int:
-    """Return how many of the guesses that came true are on the principal path."""
-    straight = 0
-    if flight.parents:
-        tokens = (*[-1] * (flight.n - flight.drafts), *flight.guesses)
-        path = follow(flight.parents, tokens, flight.drafts, came)
-        straight = sum(place == guess for place, guess in enumerate(path))
-        right = len(path) == len(came)
-    else:
-        right = tuple(came) == flight.guesses[: len(came)]
-        straight = len(came)
-    if not right:
-        raise bad_result(sender, "its tokens are not the guesses that it was sent")
-    return straight

@@ -15,7 +15,8 @@ import trio
 from pyagent_node.base.errors import DeadlineExceeded, PyAgentError
 from pyagent_node.base.types import SessionId
 from pyagent_node.inference.backend import Activations
-from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed
+from pyagent_node.inference.pipeline.attempt import Attempt, Embed
+from pyagent_node.inference.pipeline.flights import Chunk
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel

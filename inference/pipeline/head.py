@@ -35,8 +35,9 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.pipeline.attempt import Attempt, Chunk, Embed, Landed, Route
+from pyagent_node.inference.pipeline.attempt import Attempt, Embed
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
+from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route
 from pyagent_node.inference.pipeline.frames import MAX_SOURCES, Restored, Result, StageError
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.recovery import Patience

@@ -24,7 +24,8 @@ from pyagent_node.inference.drafting.port import (
 )
 from pyagent_node.inference.drafting.tree import after, stem, usable_tree
 from pyagent_node.inference.generation import SpeculationUsage
-from pyagent_node.inference.pipeline.attempt import Attempt, Landed
+from pyagent_node.inference.pipeline.attempt import Attempt
+from pyagent_node.inference.pipeline.flights import Landed
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import Sampled
 

@@ -30,7 +30,6 @@ from pyagent_node.base.errors import (
     NotFound,
     PyAgentError,
     Refused,
-    RunnerFailed,
     Unavailable,
 )
 from pyagent_node.base.types import PeerId, SessionId
@@ -50,6 +49,11 @@ from pyagent_node.inference.pipeline.frames import (
 )
 from pyagent_node.inference.pipeline.stage_blocks import Import, StageBlocks
 from pyagent_node.inference.pipeline.stage_checks import check_opening, check_room, check_step
+from pyagent_node.inference.pipeline.stage_errors import (
+    runner_protocol,
+    stage_error,
+    stale_epoch,
+)
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
     ServedSession,
@@ -128,22 +132,16 @@ class StageCore:
         self._refused += 1
         if not isinstance(message, OpenSession | Step):
             return []
-        error = Conflict(
-            f"Rank {self.spec.rank} is at epoch {self.spec.epoch}, the frame at {message.epoch}.",
-            code="stale_epoch",
-            remedy="The model was placed anew; ask again.",
-            epoch=self.spec.epoch,
-            frame_epoch=message.epoch,
-        )
+        error = stale_epoch(self.spec, message.epoch)
         to = message.head if isinstance(message, OpenSession) else sender
-        return [self._error(to, message.session, error, epoch=message.epoch)]
+        return [Outgoing(to, stage_error(self.spec, message.session, error, epoch=message.epoch))]
 
     def _open(self, sender: PeerId, message: OpenSession, now: float) -> list[Outgoing]:
         if self._tombs.get(message.session) == message.head:
             return []
         if self._stopped is not None:
             self._refused += 1
-            return [self._error(message.head, message.session, self._stopped)]
+            return [Outgoing(message.head, stage_error(self.spec, message.session, self._stopped))]
         spec, limits = self.spec, self._limits
         try:
             if sender != (spec.upstream or message.head):
@@ -161,7 +159,7 @@ class StageCore:
             if not isinstance(error, Refused | Conflict):
                 self._bury(message.session, message.head)
             to = sender if isinstance(error, Refused) else message.head
-            return [self._error(to, message.session, error)]
+            return [Outgoing(to, stage_error(self.spec, message.session, error))]
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
@@ -181,11 +179,11 @@ class StageCore:
                 return None, []
             self._refused += 1
             unknown = NotFound("The session is not open here.", code="session_unknown")
-            return None, [self._error(sender, message.session, unknown)]
+            return None, [Outgoing(sender, stage_error(self.spec, message.session, unknown))]
         if sender != (self.spec.upstream or session.head):
             self._refused += 1
             refused = Refused("Not the sender of this session.", code="wrong_sender")
-            return None, [self._error(sender, message.session, refused)]
+            return None, [Outgoing(sender, stage_error(self.spec, message.session, refused))]
         return session, []
 
     def _restore(self, sender: PeerId, message: Restore, tail: Tail) -> list[Outgoing]:
@@ -269,7 +267,9 @@ class StageCore:
                     f"Rank {self.spec.rank} lost its stream to the head.", code="stream_closed"
                 )
                 self._free(session)
-                out.append(self._error(self.spec.upstream or peer, session.id, error))
+                out.append(
+                    Outgoing(self.spec.upstream or peer, stage_error(self.spec, session.id, error))
+                )
             elif not control and self.spec.downstream == peer:
                 rank = self.spec.rank + 1
                 out += self._give_up(session, peer_lost(rank, peer), rank=rank, peer=peer)
@@ -335,7 +335,7 @@ class StageCore:
                 session.first_sample = now
             if spec.downstream is None:
                 if not message.sample <= len(output.sampled) <= message.drafts + 1:
-                    wrong = _protocol_error(f"{len(output.sampled)} tokens")
+                    wrong = runner_protocol(f"{len(output.sampled)} tokens")
                     out += self._give_up(session, wrong)
                     continue
                 session.computed(queued, output.sampled)
@@ -360,7 +360,7 @@ class StageCore:
                     continue
                 rows = output.activations
                 if rows is None or rows.shape != (message.n, spec.n_embd):
-                    out += self._give_up(session, _protocol_error("no activations"))
+                    out += self._give_up(session, runner_protocol("no activations"))
                     continue
                 on = onward(message, seconds)
                 out.append(Outgoing(spec.downstream, on, pack_tail(queued.tokens, rows)))
@@ -447,30 +447,6 @@ class StageCore:
         peer: PeerId | None = None,
     ) -> list[Outgoing]:
         self._free(session)
-        return [self._error(session.head, session.id, error, rank=rank, peer=peer)]
-
-    def _error(
-        self,
-        to: PeerId,
-        session: SessionId,
-        error: PyAgentError,
-        *,
-        rank: int | None = None,
-        peer: PeerId | None = None,
-        epoch: int | None = None,
-    ) -> Outgoing:
-        message = StageError(
-            session,
-            self.spec.model,
-            self.spec.epoch if epoch is None else epoch,
-            self.spec.rank if rank is None else rank,
-            peer or self.spec.peer_id,
-            error.to_info(),
-        )
-        return Outgoing(to, message)
-
-
-def _protocol_error(what: str) -> RunnerFailed:
-    return RunnerFailed(
-        f"The runner answered a step with {what}.", code="runner_protocol", reason=what
-    )
+        return [
+            Outgoing(session.head, stage_error(self.spec, session.id, error, rank=rank, peer=peer))
+        ]

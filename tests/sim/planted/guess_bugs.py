@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import StepInput, StepOutput, TrimSequence
 from pyagent_node.inference.pipeline import engine, speculation
-from pyagent_node.inference.pipeline.attempt import Attempt, Landed
+from pyagent_node.inference.pipeline.attempt import Attempt
 from pyagent_node.inference.pipeline.driver import Session
+from pyagent_node.inference.pipeline.flights import Landed
 from pyagent_node.inference.pipeline.frames import Result, Step
 from pyagent_node.inference.pipeline.speculation import Speculation
 from pyagent_node.inference.pipeline.stage_queue import Batch, ServedSession, StageQueue

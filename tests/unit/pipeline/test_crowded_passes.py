@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pyagent_node.inference.drafting.controller import FixedController
 from pyagent_node.inference.drafting.port import Draft, Pass, Plan
-from pyagent_node.inference.pipeline.attempt import Flight, Landed
+from pyagent_node.inference.pipeline.flights import Flight, Landed
 from pyagent_node.inference.pipeline.speculation import Speculation
 from pyagent_node.inference.sampling import Sampled
 

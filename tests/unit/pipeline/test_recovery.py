@@ -20,7 +20,8 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, PREFILL_CHUNK
-from pyagent_node.inference.pipeline.attempt import Attempt, Route
+from pyagent_node.inference.pipeline.attempt import Attempt
+from pyagent_node.inference.pipeline.flights import Route
 from pyagent_node.inference.pipeline.frames import OpenSession, Result, Step, unpack_tail
 from pyagent_node.inference.pipeline.recovery import (
     FIRST_PAUSE,
