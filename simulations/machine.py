@@ -11,7 +11,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 import trio
@@ -27,6 +27,8 @@ from pyagent_node.node.healer import Healer
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.journal_book import JournalBook
 from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.kv_service import open_kv
+from pyagent_node.node.kv_vault import KvVault
 from pyagent_node.node.log_check import LogCheck
 from pyagent_node.node.membership import enforce
 from pyagent_node.node.nurseries import background
@@ -42,6 +44,7 @@ from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
+from pyagent_node.sharding.block_store import BlockStore
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
 from pyagent_node.simulations.guessers import Guessers, SwarmAssets
 from pyagent_node.simulations.members import EPOCH, membership_of
@@ -49,6 +52,8 @@ from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer
 from pyagent_node.simulations.placements import SHAPE, ToyAssets, ToyFacts
 from pyagent_node.simulations.trace import HERE, Trace
+
+T = TypeVar("T")
 
 Lie = Callable[[msgspec.Struct], msgspec.Struct]
 """Given what a node would answer, says what it answers instead."""
@@ -209,8 +214,18 @@ STEP_SECONDS: Final = 0.01
 DRAFT_SECONDS: Final = 0.001
 """What one decode of its drafting model takes."""
 LOAD_SECONDS: Final = 0.5
+KV_BYTES: Final = 256 * 1024
+"""What a machine keeps of KV: some thousand tokens of the toy, so that it has to give up some."""
+KV_STREAM: Final = 64 * 1024
+"""Bytes a second of KV that it sends on while sessions run."""
 COMPACT_ENTRIES: Final = 25
 """Entries after which a node compacts its log: few, so that snapshots are made and read."""
+
+
+async def here(work: Callable[[], T], /) -> T:
+    """Do at once what a real node leaves to a thread: threads know nothing of simulated time."""
+    await trio.lowlevel.checkpoint()
+    return work()
 
 
 def leaves(group: BaseExceptionGroup[PyAgentError]) -> list[PyAgentError]:
@@ -263,6 +278,11 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         guesses = random.Random(rng.random())  # noqa: S311 - must repeat itself
         guessers = Guessers(guesses, DRAFT_SECONDS * machine.slowness)
         machine.guessers = guessers
+        vault = KvVault(BlockStore(memory_bytes=KV_BYTES), here)
+        kv = await enter(
+            open_kv(mesh, consensus, vault, stream_bytes_per_second=KV_STREAM, offload=here)
+        )
+        kv.on_report = journals.blocks_held
         pipeline = await enter(
             open_pipeline(
                 mesh,
@@ -270,6 +290,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
                 session_ids=session_ids(rng),
                 wall=machine.wall,
                 speculators=guessers.speculators,
+                shelf=kv,
             )
         )
         assets = SwarmAssets(LOAD_SECONDS, guesses)

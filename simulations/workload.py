@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MARK: Final = "TOP-SECRET"
 """Begins every prompt; it must never show in a log line or in the replicated log."""
+COMMON: Final = "Answer in one line, without any flourish, as if it cost a coin a letter. " * 2
+"""Goes on every fourth prompt: more than a block, that those who ask have in common."""
 PAUSE_SECONDS: Final = 0.5
 SILENCE_SECONDS: Final = 4.0
 """After so long without another token, every other person tries another node."""
@@ -106,7 +108,12 @@ class Person:
         self._rng = rng
         self._ids = session_ids(rng)
         count = rng.randint(1, 60)
-        self._prompt = [*MARK.encode(), *(rng.randrange(1, 128) for _ in range(count))]
+        begun = COMMON if number % 4 == 3 else ""
+        self._prompt = [
+            *MARK.encode(),
+            *begun.encode(),
+            *(rng.randrange(1, 128) for _ in range(count)),
+        ]
         self._n = rng.randint(2, 120)
         self._params = draw_sampling(rng)
         self._guessing = draw_guessing(rng) if guessed else Guessing()

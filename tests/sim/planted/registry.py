@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import guess_bugs, log_bugs, placement_bugs, reshard_bugs, session_bugs
+from . import guess_bugs, kv_bugs, log_bugs, placement_bugs, reshard_bugs, session_bugs
 
 BUGS = (
     *log_bugs.BUGS,
@@ -10,4 +10,5 @@ BUGS = (
     *reshard_bugs.BUGS,
     *session_bugs.BUGS,
     *guess_bugs.BUGS,
+    *kv_bugs.BUGS,
 )
