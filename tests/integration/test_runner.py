@@ -31,6 +31,7 @@ from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.runner import RunnerSpec, SliceRunner, open_runner, open_slice_runner
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.sharding.kv_codec import KvShape
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -75,6 +76,7 @@ async def test_a_runner_answers_like_the_backend_inside_it(spec_of: SpecOf) -> N
             assert ours.kv_bytes_per_token == theirs.kv_bytes_per_token == 3 * 768
             assert ours.batch_invariant
             assert ours.kv_portable
+            assert ours.kv_shape == theirs.kv_shape == KvShape(3, 64, 100_000.0)
             for op in (OpenSequence(0), OpenSequence(1)):
                 inside.apply(op)
                 await runner.apply([op])

@@ -96,3 +96,99 @@ fn decode(block: &[u8]) -> Result<(Header, Vec<u8>), Problem> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape {
+        tokens: 37,
+        heads: 2,
+        width: 16,
+        rope_base: 1e4,
+        halves: false,
+    };
+
+    /// Rows whose channels have sizes of their own, with one token that is far from the others.
+    fn rows(seed: u32) -> Vec<u8> {
+        let mut state = seed;
+        (0..SHAPE.tokens * SHAPE.row())
+            .flat_map(|index| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let noise = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
+                let far = if index / SHAPE.row() == 5 { 40.0 } else { 1.0 };
+                half::narrow((noise + 0.3) * far * (1 + index % 7) as f32).to_le_bytes()
+            })
+            .collect()
+    }
+
+    fn numbers(bytes: &[u8]) -> Vec<f32> {
+        let pairs = bytes.chunks_exact(2);
+        pairs
+            .map(|pair| half::widen(u16::from_le_bytes([pair[0], pair[1]])))
+            .collect()
+    }
+
+    #[test]
+    fn rows_come_back_within_the_steps_of_their_level() -> Result<(), Problem> {
+        let (keys, values) = (rows(1), rows(2));
+        for level in 0..=LOSSY.len() as u8 {
+            let block = encode(level, &keys, &values, SHAPE, 4)?;
+            let (header, found) = decode(&block)?;
+            assert_eq!(
+                header,
+                Header {
+                    level,
+                    shape: SHAPE
+                }
+            );
+            let part = steps(level).map_or(0.0, |steps| steps.keys.max(steps.values));
+            let (found_keys, found_values) = found.split_at(SHAPE.bytes());
+            for (found, wanted) in [(found_keys, &keys), (found_values, &values)] {
+                let (found, wanted) = (numbers(found), numbers(wanted));
+                let most = wanted
+                    .iter()
+                    .fold(0.0_f32, |most, value| most.max(value.abs()));
+                for (a, b) in found.iter().zip(&wanted) {
+                    assert!((a - b).abs() <= part * most, "level {level}: {a} for {b}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn whatever_is_forged_under_a_right_checksum_is_read_or_refused() -> Result<(), Problem> {
+        let (keys, values) = (rows(3), rows(4));
+        for level in 1..=LOSSY.len() as u8 {
+            let block = encode(level, &keys, &values, SHAPE, 0)?;
+            for at in (HEADER..block.len()).step_by(5) {
+                let mut forged = block.clone();
+                forged[at] = !forged[at];
+                seal(
+                    &Header {
+                        level,
+                        shape: SHAPE,
+                    },
+                    &mut forged,
+                )?;
+                if let Ok((_, rows)) = decode(&forged) {
+                    assert!(rows
+                        .chunks_exact(2)
+                        .all(|pair| !half::wild(u16::from_le_bytes([pair[0], pair[1]]))));
+                }
+                forged.truncate(at);
+                assert!(open(&forged).is_err());
+                seal(
+                    &Header {
+                        level,
+                        shape: SHAPE,
+                    },
+                    &mut forged,
+                )?;
+                assert!(decode(&forged).is_err());
+            }
+        }
+        Ok(())
+    }
+}
