@@ -20,6 +20,7 @@ from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.guessing import (
     Wish,
     check_guessing,
+    check_room,
     check_sizes,
     choose_drafter_node,
     merged,
@@ -60,9 +61,9 @@ class DrafterPlacer:
 
         ``ranks`` are those that are to be loaded besides, with their standbys, of the given
         ``shape``.  Raises what
-        :func:`guessing.check_guessing`, :func:`guessing.check_sizes`, :func:`planning.find_node`
-        and :func:`guessing.choose_drafter_node` raise, and :class:`NotFound`
-        (``drafter_not_found``).
+        :func:`guessing.check_guessing`, :func:`guessing.check_sizes`, :func:`planning.find_node`,
+        :func:`guessing.check_room` and :func:`guessing.choose_drafter_node` raise, and
+        :class:`NotFound` (``drafter_not_found``).
         """
         if not says(request):
             return before
@@ -84,28 +85,37 @@ class DrafterPlacer:
             for rank in ranks:
                 need = shape.needs(rank.slice, n_ctx=n_ctx, n_seq=n_seq)
                 taken.update(dict.fromkeys((rank.peer_id, *rank.standbys), need))
-        node = await self._node(wish, drafter, await swarm(), taken, n_ctx=n_ctx, n_seq=n_seq)
+        node = await self._node(
+            wish, drafter, before, await swarm(), taken, n_ctx=n_ctx, n_seq=n_seq
+        )
         return merged(request, before, (drafter.digest, node))
 
     async def _node(
         self,
         wish: Wish,
         drafter: ModelRecord,
+        before: Drafting | None,
         swarm: Swarm,
         taken: Mapping[PeerId, int],
         *,
         n_ctx: int,
         n_seq: int,
     ) -> PeerId:
-        if wish.node is not None:
-            return find_node(wish.node, swarm.nodes).peer_id
+        named = find_node(wish.node, swarm.nodes) if wish.node is not None else None
+        there = (before.drafter, before.peer_id) if before is not None else None
+        if named is not None and there == (drafter.digest, named.peer_id):
+            return named.peer_id  # it needs no more room
+        n_ctx = min(n_ctx, drafter.n_ctx_train)
         shape = planner_shape(await self._header(drafter), drafter.name)
+        if named is not None:
+            check_room(shape, named, n_ctx=n_ctx, n_seq=n_seq, taken=taken)
+            return named.peer_id
         chosen = choose_drafter_node(
             shape,
             swarm.nodes,
             swarm.rtt_ms,
             head=self._mesh.peer_id,
-            n_ctx=min(n_ctx, drafter.n_ctx_train),
+            n_ctx=n_ctx,
             n_seq=n_seq,
             taken=taken,
         )

@@ -158,14 +158,10 @@ def choose_drafter_node(
     that was not measured counts as the longest.  ``taken`` are bytes promised to the ranks of the
     placement.  Raises :class:`Unavailable` (``not_enough_memory``).
     """
-    whole = Slice(0, shape.n_layers, head=True)
-    need = shape.needs(whole, n_ctx=n_ctx, n_seq=n_seq)
+    need = _need(shape, n_ctx, n_seq)
     weights = sum(shape.layer_bytes) + shape.head_bytes
     flops = sum(shape.layer_flops) + shape.head_flops
     far = max(rtt_ms.values(), default=0.0)
-
-    def free(node: NodeFacts) -> float:
-        return MEMORY_SHARE * node.memory_bytes - taken.get(node.peer_id, 0)
 
     def seconds(node: NodeFacts) -> tuple[float, int, PeerId]:
         computing = max(weights / node.bandwidth, flops / node.compute)
@@ -174,9 +170,9 @@ def choose_drafter_node(
         busy = node.peer_id in taken
         return (computing + trip / 1000 / GUESSES_A_TRIP, busy, node.peer_id)
 
-    able = [node for node in nodes if node.usable and free(node) >= need]
+    able = [node for node in nodes if node.usable and _free(node, taken) >= need]
     if not able:
-        most = max((free(node) for node in nodes if node.usable), default=0.0)
+        most = max((_free(node, taken) for node in nodes if node.usable), default=0.0)
         raise Unavailable(
             f"No node has room for the drafter {shape.name}: it needs {need >> 20} MiB, and at most"
             f" {max(0, int(most)) >> 20} MiB are free.",
@@ -184,6 +180,29 @@ def choose_drafter_node(
             remedy="Use a smaller drafter, or fewer or shorter sessions.",
         )
     return min(able, key=seconds)
+
+
+def check_room(
+    shape: ModelShape, node: NodeFacts, *, n_ctx: int, n_seq: int, taken: Mapping[PeerId, int]
+) -> None:
+    """Raise :class:`Unavailable` (``not_enough_memory``) where a whole model does not fit."""
+    need, free = _need(shape, n_ctx, n_seq), _free(node, taken)
+    if free < need:
+        raise Unavailable(
+            f"{node.name} has no room for the drafter {shape.name}: it needs {need >> 20} MiB, and"
+            f" {max(0, int(free)) >> 20} MiB are free.",
+            code="not_enough_memory",
+            remedy="Name another node, or none to have one chosen; or use a smaller drafter, or"
+            " fewer or shorter sessions.",
+        )
+
+
+def _need(shape: ModelShape, n_ctx: int, n_seq: int) -> int:
+    return shape.needs(Slice(0, shape.n_layers, head=True), n_ctx=n_ctx, n_seq=n_seq)
+
+
+def _free(node: NodeFacts, taken: Mapping[PeerId, int]) -> float:
+    return MEMORY_SHARE * node.memory_bytes - taken.get(node.peer_id, 0)
 
 
 def describe(

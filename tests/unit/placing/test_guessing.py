@@ -14,6 +14,7 @@ from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.guessing import (
     Wish,
     check_guessing,
+    check_room,
     check_sizes,
     choose_drafter_node,
     describe,
@@ -161,6 +162,17 @@ def test_memory_comes_first() -> None:
         chosen([], {})
     with pytest.raises(PyAgentError):
         chosen([node(B, memory=1, speed=float("nan"))], {})
+
+
+def test_a_node_that_is_named_must_have_room() -> None:
+    for memory, taken in ((2.0, 0), (4.0, 2 * NEED)):
+        check_room(SHAPE, node(B, memory=memory), n_ctx=8, n_seq=1, taken={B: taken})
+    for memory, taken in ((1.0, 0), (4.0, 3 * NEED)):
+        with pytest.raises(Unavailable) as caught:
+            check_room(SHAPE, node(B, memory=memory), n_ctx=8, n_seq=1, taken={B: taken})
+        assert caught.value.code == "not_enough_memory"
+        assert B in str(caught.value)
+        assert "another node" in caught.value.remedy
 
 
 def test_how_it_is_shown() -> None:
