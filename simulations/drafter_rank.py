@@ -51,7 +51,7 @@ async def compare(trip_ms: float, away_ms: float) -> tuple[float, float]:
 
     ``trip_ms`` is the round trip between any two ranks.
     """
-    async with open_hosting_world(4, latency=trip_ms / 2000) as world:
+    async with open_hosting_world(4, latency=trip_ms / 2000, one_way=True) as world:
         for number in range(3):
             world.network.set_latency(peer(number), peer(DRAFTER), away_ms / 2000)
         placement = await world.place((3, 7), (0, 1, 2))

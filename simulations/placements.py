@@ -117,6 +117,8 @@ class ToyAssets:
         """There is no memory for any runner."""
         self.disk: set[Slice] = set()
         self.pace = 0.01
+        self.one_way = False
+        """All rows of its toys go through the same kernel."""
 
     @asynccontextmanager
     async def runner(
@@ -152,6 +154,7 @@ class ToyAssets:
             n_ctx=key.n_ctx,
             n_seq=key.n_seq,
             seconds=self.pace,
+            one_way=self.one_way,
         )
 
     @asynccontextmanager
@@ -219,10 +222,13 @@ class HostingNode(NamedTuple):
 class HostingWorld:
     """The nodes; node 0 writes the log.  Get one from :func:`open_hosting_world`."""
 
-    def __init__(self, network: SimulatedNetwork, nursery: trio.Nursery, *, heal: bool) -> None:
+    def __init__(
+        self, network: SimulatedNetwork, nursery: trio.Nursery, *, heal: bool, one_way: bool
+    ) -> None:
         self.network = network
         self.nodes: list[HostingNode] = []
         self._heal = heal
+        self._one_way = one_way
         self._nursery = nursery
         self._scopes: dict[int, trio.CancelScope] = {}
 
@@ -239,7 +245,9 @@ class HostingWorld:
 
         async def run() -> None:
             with scope:
-                async with _node(self.network, number, heal=self._heal) as node:
+                async with _node(
+                    self.network, number, heal=self._heal, one_way=self._one_way
+                ) as node:
                     started.append(node)
                     ready.set()
                     await trio.sleep_forever()
@@ -309,7 +317,7 @@ class HostingWorld:
 
 @asynccontextmanager
 async def _node(
-    network: SimulatedNetwork, number: int, *, heal: bool
+    network: SimulatedNetwork, number: int, *, heal: bool, one_way: bool
 ) -> AsyncIterator[HostingNode]:
     mesh = network.node(peer(number), name=f"n{number}")
     async with AsyncExitStack() as stack:
@@ -326,6 +334,7 @@ async def _node(
         rpc: Rpc = await stack.enter_async_context(open_rpc(mesh))
         pipeline = await stack.enter_async_context(open_pipeline(mesh))
         assets = ToyAssets()
+        assets.one_way = one_way
         controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
 
         provider = ToyFacts(mesh.peer_id, f"n{number}", assets)
@@ -371,11 +380,14 @@ async def _shape(digest: Digest) -> ModelShape:
 
 @asynccontextmanager
 async def open_hosting_world(
-    nodes: int, *, latency: float = 0.001, heal: bool = False
+    nodes: int, *, latency: float = 0.001, heal: bool = False, one_way: bool = False
 ) -> AsyncIterator[HostingWorld]:
-    """Run a swarm of ``nodes`` nodes without a placement; ``heal`` lets the leader keep them up."""
+    """Run a swarm of ``nodes`` nodes without a placement; ``heal`` lets the leader keep them up.
+
+    With ``one_way`` all rows go through the same kernel, so a model drafts for itself without fail.
+    """
     async with open_network(latency=latency) as network, background() as nursery:
-        world = HostingWorld(network, nursery, heal=heal)
+        world = HostingWorld(network, nursery, heal=heal, one_way=one_way)
         for _ in range(nodes):
             await world.add()
         yield world

@@ -28,7 +28,7 @@ from pyagent_node.simulations.placements import (
 PARAMS = SamplingParams(seed=3, temperature=0.7)
 PROMPT = list(range(40))
 COUNT = 40
-EXPECTED = toy_generate(N_LAYERS, PROMPT, COUNT, PARAMS)
+EXPECTED = toy_generate(N_LAYERS, PROMPT, COUNT, PARAMS, one_way=True)
 DRAFTER = 3
 """The node that drafts."""
 FIXED = {"draft_length": 4, "draft_depth": 1}
@@ -65,7 +65,7 @@ async def drafting_again(world: HostingWorld, node: int) -> None:
 @asynccontextmanager
 async def drafted(*, latency: float = 0.001) -> AsyncIterator[HostingWorld]:
     """Run a swarm of four nodes: three ranks, and a fourth one that drafts for them."""
-    async with open_hosting_world(4, latency=latency) as world:
+    async with open_hosting_world(4, latency=latency, one_way=True) as world:
         placement = await world.place((3, 7), (0, 1, 2))
         for node in world.nodes:
             await node.board.wait_ready(placement, ignore)
