@@ -28,6 +28,7 @@ from pyagent_node.node.api.kv_schema import ClearedReply, KvView
 from pyagent_node.node.kv_adverts import AdvertBook, Advertiser
 from pyagent_node.node.kv_blocks import RowSizes, codec_name, make_blocks
 from pyagent_node.node.kv_client import KvClient
+from pyagent_node.node.kv_forgetting import forget_models
 from pyagent_node.node.kv_loading import BlockLoader
 from pyagent_node.node.kv_messages import Report
 from pyagent_node.node.kv_server import KvServer
@@ -173,6 +174,7 @@ class KvService:
             nursery.start_soon(self.stream.run)
             nursery.start_soon(self._advertiser.run)
             nursery.start_soon(self._encode)
+            nursery.start_soon(forget_models, self._consensus, self.vault)
 
     async def _encode(self) -> None:
         while True:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 import pytest
 import trio
 
-from pyagent_node.base.types import PeerId, SessionId
+from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.state import State
 from pyagent_node.inference.backend import KvRange, LayerKv
@@ -283,3 +284,20 @@ async def test_adverts_follow_what_is_held_and_nonsense_is_refused(autojump_cloc
 def test_the_codec_names_the_format_of_cells():
     assert codec_name("llama.cpp/1/f16") != codec_name("llama.cpp/2/f16")
     BlockKey(MODEL, 0, LINKS[0], codec_name("x" * 100)).check()
+
+
+async def test_the_blocks_of_a_model_that_the_mesh_forgets_go(autojump_clock):
+    state = placed(*TWO)
+    registered = msgspec.structs.replace(state, models={MODEL: None, Digest("cd" * 32): None})
+    async with services(A, state=registered) as world:
+        kv = world.kv[A]
+        harvest(kv, 2)
+        await trio.sleep(1)
+        assert kv.vault.stats().memory_blocks == 20
+        world.log.become(msgspec.structs.replace(registered, models={MODEL: None}, index=2))
+        await trio.sleep(1)
+        assert kv.vault.stats().memory_blocks == 20
+        world.log.become(msgspec.structs.replace(registered, models={}, index=3))
+        await trio.sleep(1)
+        assert kv.vault.stats().memory_blocks == 0
+        assert await kv.load(wanted(2)) == []
