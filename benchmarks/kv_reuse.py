@@ -58,8 +58,8 @@ class _Asker:
     def __init__(self, node: LocalNode, model: str) -> None:
         self._node = node
         self._model = model
-        text = next(text for _, text in texts())
-        self._prefix = text[:PREFIX_CHARACTERS]
+        prose = (text for name, text in texts() if not name.endswith(".py"))
+        self._prefix = "\n\n".join(prose)[:PREFIX_CHARACTERS]
 
     def ask(self, salt: str, ending: int, *, cache: bool = True) -> Answer:
         return answer(
