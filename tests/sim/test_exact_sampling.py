@@ -77,7 +77,7 @@ class Whole:
         for token in tokens:
             row = backend._embed(token)
             for layer, state in enumerate(self.states):
-                row, self.states[layer] = backend._layer(layer, self.position, state, row)
+                row, self.states[layer] = backend._layer(layer, self.position, state, row, 0)
             self.position += 1
         if len(tokens):
             self.logits = backend._logits(row)
