@@ -30,7 +30,7 @@ from pyagent_node.node.kv_rights import epoch_of, likely_sources
 from pyagent_node.node.kv_server import Vault
 from pyagent_node.node.kv_vault import Offload
 from pyagent_node.sharding.block_costs import Link
-from pyagent_node.sharding.kv_codec import EXACT, Level
+from pyagent_node.sharding.kv_codec import EXACT, EXPECTED_SIZE, Level
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
 
 log = logging.getLogger("pyagent_node.kv")
@@ -222,7 +222,9 @@ class BlockLoader:
             count,
             min(local.values()),
             blocks=len(job.links),
-            block_bytes=missing * self._sizes.mean(job.wanted.model, job.wanted.cells),
+            block_bytes=missing
+            * self._sizes.mean(job.wanted.model, job.wanted.cells)
+            * EXPECTED_SIZE[job.level],
             prefill_seconds=job.wanted.prefill_seconds,
             round_trip=max((link.round_trip for link in links), default=0.0),
             bandwidth=sum(link.bandwidth for link in links),

@@ -86,6 +86,9 @@ ERROR_BOUNDS: Final[dict[Level, Bounds]] = {
     "int3": _bounds(0.7, 0.7),
 }
 
+EXPECTED_SIZE: Final[dict[Level, float]] = {"f16": 1.0, "int8": 0.45, "int4": 0.23, "int3": 0.17}
+"""About what part of its bytes in f16 a block of text has (``bench kv``); for plans, no promise."""
+
 
 class Rows(NamedTuple):
     """Rows of one layer, in f16 as the backend keeps them: ``tokens * row_bytes`` bytes each."""

@@ -15,6 +15,7 @@ from pyagent_node.native import blake3, kv_decode
 from pyagent_node.sharding.kv_codec import (
     ERROR_BOUNDS,
     EXACT,
+    EXPECTED_SIZE,
     LEVELS,
     KvShape,
     Level,
@@ -120,6 +121,8 @@ def test_fewer_bytes_at_each_level() -> None:
     keys, values = (rng.normal(0, 1, (64, 192)).astype("<f2").tobytes() for _ in range(2))
     sizes = [len(encode(level, keys, values, tokens=64, shape=shape)) for level in LEVELS]
     assert sizes == sorted(sizes, reverse=True)
+    for level, size in zip(LEVELS, sizes, strict=True):
+        assert abs(size / sizes[0] - EXPECTED_SIZE[level]) < 0.05
     assert len(set(sizes)) == len(LEVELS)
 
 
