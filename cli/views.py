@@ -11,6 +11,7 @@ from rich.text import Text
 from pyagent_node.base.mesh import PeerInfo
 from pyagent_node.cli.output import duration, short, size
 from pyagent_node.inference.generation import SessionView, SpeculationUsage
+from pyagent_node.node.api.kv_schema import KvView
 from pyagent_node.node.api.schema import PlacementView, RankView, StatusView
 
 RESERVE_STYLE = {
@@ -71,7 +72,20 @@ def _head(status: StatusView) -> Table:
         )
         if consensus.problem is not None:
             table.add_row("", Text(consensus.problem.message, style="yellow"))
+    if status.kv is not None:
+        table.add_row("KV", _kept(status.kv))
     return table
+
+
+def _kept(kv: KvView) -> str:
+    """Return the KV blocks in a line."""
+    tiers = ", ".join(
+        f"{size(tier.bytes)} {'in memory' if tier.name == 'memory' else 'on disk'}"
+        for tier in kv.tiers
+        if tier.state != "off"
+    )
+    found = f", sessions found {kv.loads.hit_rate:.0%} of their blocks" if kv.loads.loads else ""
+    return f"{tiers or 'no blocks are kept'}{found}"
 
 
 def peers_view(peers: tuple[PeerInfo, ...]) -> RenderableType:

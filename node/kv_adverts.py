@@ -27,8 +27,10 @@ ADVERT_SECONDS: Final = 0.5
 """How often peers are told, if what is held has changed ..."""
 ADVERT_RATE: Final = 256 * KIB
 """... and not more bytes a second than this, to all of them together."""
-TELL_SECONDS: Final = 5.0
+TELL_SECONDS: Final = 2.0
 """Longest time for a peer to take an advert."""
+QUIET_SECONDS: Final = 10.0
+"""How long a peer that did not take one is told nothing."""
 
 
 class AdvertBook:
@@ -97,6 +99,7 @@ class Advertiser:
         self._vault = vault
         self._book = book
         self._told: dict[PeerId, int] = {}
+        self._quiet: dict[PeerId, float] = {}
 
     async def run(self) -> None:
         """Tell, for ever."""
@@ -110,16 +113,19 @@ class Advertiser:
         async with self._mesh.events() as events:
             async for event in events:
                 self._told.pop(event.peer_id, None)
+                self._quiet.pop(event.peer_id, None)
                 if event.change == "down":
                     self._book.forget(event.peer_id)
 
     async def _tell_all(self) -> float:
         """Tell those who do not know yet; returns for how long to be quiet then."""
         changes = self._vault.changes
+        now = trio.current_time()
         peers = [
             peer.peer_id
             for peer in self._mesh.peers()
             if self._told.get(peer.peer_id, 0) != changes
+            and self._quiet.get(peer.peer_id, now) <= now
         ]
         if not changes or (not peers and self.own is not None):
             return ADVERT_SECONDS
@@ -131,9 +137,11 @@ class Advertiser:
         return max(ADVERT_SECONDS, len(data) * len(peers) / ADVERT_RATE)
 
     async def _tell(self, peer: PeerId, changes: int, data: bytes) -> None:
-        self._told[peer] = changes
         try:
             with trio.move_on_after(TELL_SECONDS):
                 await self._client.tell(peer, Advert(), data)
+                self._told[peer] = changes
+                return
         except PyAgentError as error:
             log.debug("%s was not told what is held here: %s", peer, error)
+        self._quiet[peer] = trio.current_time() + QUIET_SECONDS

@@ -144,4 +144,7 @@ class KvVault:
         end = time.monotonic() + CLOSE_SECONDS
         while time.monotonic() < end and self.store.write_back():
             pass
-        self.store.close()
+        try:
+            self.store.close()
+        except PyAgentError as error:
+            log.warning("the store of KV blocks was not closed well: %s", error)

@@ -141,6 +141,7 @@ class NodeServices:
             peers=tuple(node.mesh.peers()),
             placements=await node.models.placements(),
             sessions=tuple(node.engine.sessions()),
+            kv=await node.kv.view(),
         )
 
     def _node_view(self) -> NodeView:
@@ -238,6 +239,7 @@ class NodeServices:
     async def remove(self, digest: Digest) -> None:
         """See :class:`ApiServices`."""
         await self._node.models.remove(digest)
+        await self._node.kv.vault.drop_model(digest)
 
     def _model_name(self, digest: Digest) -> str:
         record = self._node.consensus.state.models.get(digest)

@@ -27,8 +27,6 @@ from pyagent_node.node.healer import Healer
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.journal_book import JournalBook
 from pyagent_node.node.journals import JournalKeeper, open_journals
-from pyagent_node.node.kv_service import open_kv
-from pyagent_node.node.kv_vault import KvVault
 from pyagent_node.node.log_check import LogCheck
 from pyagent_node.node.membership import enforce
 from pyagent_node.node.nurseries import background
@@ -44,9 +42,9 @@ from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
-from pyagent_node.sharding.block_store import BlockStore
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
 from pyagent_node.simulations.guessers import Guessers, SwarmAssets
+from pyagent_node.simulations.kv import open_simulated_kv
 from pyagent_node.simulations.members import EPOCH, membership_of
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork
 from pyagent_node.simulations.pipeline import peer
@@ -222,12 +220,6 @@ COMPACT_ENTRIES: Final = 25
 """Entries after which a node compacts its log: few, so that snapshots are made and read."""
 
 
-async def here(work: Callable[[], T], /) -> T:
-    """Do at once what a real node leaves to a thread: threads know nothing of simulated time."""
-    await trio.lowlevel.checkpoint()
-    return work()
-
-
 def leaves(group: BaseExceptionGroup[PyAgentError]) -> list[PyAgentError]:
     """Return the errors inside a group."""
     found: list[PyAgentError] = []
@@ -278,9 +270,8 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
         guesses = random.Random(rng.random())  # noqa: S311 - must repeat itself
         guessers = Guessers(guesses, DRAFT_SECONDS * machine.slowness)
         machine.guessers = guessers
-        vault = KvVault(BlockStore(memory_bytes=KV_BYTES), here)
         kv = await enter(
-            open_kv(mesh, consensus, vault, stream_bytes_per_second=KV_STREAM, offload=here)
+            open_simulated_kv(mesh, consensus, memory_bytes=KV_BYTES, stream_bytes=KV_STREAM)
         )
         kv.on_report = journals.blocks_held
         pipeline = await enter(

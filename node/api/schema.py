@@ -16,6 +16,7 @@ from pyagent_node.base.mesh import PeerInfo
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.consensus.port import ConsensusStatus
 from pyagent_node.inference.generation import SessionView
+from pyagent_node.node.api.kv_schema import KvView
 
 ADMIN_PREFIX = "/api/v1"
 """Where the admin API lives; every route below it needs the token."""
@@ -135,6 +136,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[PeerInfo, ...] = ()
     placements: tuple[PlacementView, ...] = ()
     sessions: tuple[SessionView, ...] = ()
+    kv: KvView | None = None
 
 
 class PeersReply(msgspec.Struct, frozen=True):

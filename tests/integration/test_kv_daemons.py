@@ -29,7 +29,7 @@ def answer(node: LocalNode, model: str, kill: Callable[[], None] | None = None) 
     ask = Ask(
         model=model,
         prompt=TEXT,
-        max_tokens=120,
+        max_tokens=96,
         temperature=0.8,
         seed=7,
         ignore_eos=True,
@@ -40,7 +40,7 @@ def answer(node: LocalNode, model: str, kill: Callable[[], None] | None = None) 
         if isinstance(piece, Answer):
             return piece
         seen += len(piece.token_ids)
-        if kill is not None and seen >= 60:
+        if kill is not None and seen >= 40:
             kill()
             kill = None
     raise AssertionError("the client raises unless an answer came")
@@ -68,7 +68,7 @@ def test_a_prompt_comes_again_and_a_rank_dies(bundled_model: Path) -> None:
 
         def cached() -> bool:
             again.append(answer(nodes[3], model))  # another head knows it from adverts
-            return again[-1].cached_tokens > first.prompt_tokens - 200
+            return again[-1].cached_tokens >= 512
 
         until(head.client, cached, "a prompt that begins from blocks")
         assert all(each.token_ids == first.token_ids for each in again)

@@ -17,10 +17,9 @@ from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.state import State
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.kv_messages import PROTOCOL
-from pyagent_node.node.kv_service import KvService, open_kv
-from pyagent_node.node.kv_vault import KvVault
-from pyagent_node.sharding.block_store import BlockStore
+from pyagent_node.node.kv_service import KvService
 from pyagent_node.simulations.backend import toy_generate
+from pyagent_node.simulations.kv import open_simulated_kv
 from pyagent_node.simulations.mesh import SimulatedMesh
 from pyagent_node.simulations.pipeline import (
     MODEL,
@@ -35,11 +34,6 @@ pytestmark = pytest.mark.slow
 
 LAYERS = 10
 PARAMS = SamplingParams(seed=5, temperature=0.8)
-
-
-async def inline(work):
-    await trio.lowlevel.checkpoint()
-    return work()
 
 
 class KvWorld:
@@ -83,14 +77,7 @@ async def kv_world(nodes: int) -> AsyncIterator[KvWorld]:
 
     @asynccontextmanager
     async def shelf(mesh: SimulatedMesh) -> AsyncIterator[KvService]:
-        vault = KvVault(BlockStore(memory_bytes=1 << 28), inline)
-        async with open_kv(
-            mesh,
-            log,  # type: ignore[arg-type]
-            vault,
-            stream_bytes_per_second=1 << 30,
-            offload=inline,
-        ) as kv:
+        async with open_simulated_kv(mesh, log) as kv:  # type: ignore[arg-type]
             made.append(kv)
             yield kv
 

@@ -27,11 +27,10 @@ from pyagent_node.node.kv_messages import (
     Piece,
     seal,
 )
-from pyagent_node.node.kv_service import KvService, open_kv
-from pyagent_node.node.kv_vault import KvVault
+from pyagent_node.node.kv_service import KvService
 from pyagent_node.node.kv_views import samples
-from pyagent_node.sharding.block_store import BlockStore
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
+from pyagent_node.simulations.kv import open_simulated_kv
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
 
 from .kv_kit import LINKS, MODEL, A, B, C, D, Log, placed, rank
@@ -39,11 +38,6 @@ from .kv_kit import LINKS, MODEL, A, B, C, D, Log, placed, rank
 CELLS = "test/1/f16"
 ROW = 24
 TWO = (rank(0, 0, 10, A, C), rank(1, 10, 30, B, C))
-
-
-async def inline(work):
-    await trio.lowlevel.checkpoint()
-    return work()
 
 
 def cells(index: int, layers: range) -> KvRange:
@@ -85,14 +79,8 @@ async def services(
         world = World(network, log)
 
         async def run(peer: PeerId, task_status=trio.TASK_STATUS_IGNORED) -> None:
-            vault = KvVault(BlockStore(memory_bytes=memory), inline)
-            async with open_kv(
-                network.node(peer),
-                log,  # type: ignore[arg-type]
-                vault,
-                stream_bytes_per_second=1 << 30,
-                offload=inline,
-            ) as kv:
+            opened = open_simulated_kv(network.node(peer), log, memory_bytes=memory)  # type: ignore[arg-type]
+            async with opened as kv:
                 world.kv[peer] = kv
                 task_status.started()
                 await trio.sleep_forever()
