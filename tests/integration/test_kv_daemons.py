@@ -25,11 +25,13 @@ pytestmark = [
 TEXT = " ".join(f"Day {day}: {day * 13 % 90} miles, {day % 7} fish." for day in range(1, 61))
 
 
-def answer(node: LocalNode, model: str, kill: Callable[[], None] | None = None) -> Answer:
+def answer(
+    node: LocalNode, model: str, kill: Callable[[], None] | None = None, tokens: int = 96
+) -> Answer:
     ask = Ask(
         model=model,
         prompt=TEXT,
-        max_tokens=96,
+        max_tokens=tokens,
         temperature=0.8,
         seed=7,
         ignore_eos=True,
@@ -85,3 +87,30 @@ def test_a_prompt_comes_again_and_a_rank_dies(bundled_model: Path) -> None:
         assert view.loads.blocks_local >= first.prompt_tokens // 64
         assert view.stream.bytes_kept > 0
         assert standby.client.kv.clear().blocks > 0
+
+
+def test_a_node_that_lost_its_power_begins_from_its_disk(bundled_model: Path) -> None:
+    with local_swarm(1) as (node,):
+        model = node.client.pull(PullRequest(source=f"file:{bundled_model}")).name
+        node.client.load(LoadRequest(model=model))
+        first = answer(node, model, tokens=20)
+        assert first.cached_tokens == 0
+        wanted = 30 * (first.prompt_tokens // 64)
+
+        def on_disk() -> int:
+            return next(t.blocks for t in node.client.kv.view().tiers if t.name == "disk")
+
+        until(node.client, lambda: on_disk() >= wanted, "blocks on disk")
+        node.kill()
+        node.start()
+        until(
+            node.client,
+            lambda: any(each.ready for each in node.client.status().placements),
+            "a loaded model",
+        )
+        assert on_disk() >= wanted
+        again = answer(node, model, tokens=20)
+        assert again.token_ids == first.token_ids
+        assert again.cached_tokens > first.prompt_tokens - 130
+        hits = next(t.hits for t in node.client.kv.view().tiers if t.name == "disk")
+        assert hits >= 30 * (again.cached_tokens // 64)
