@@ -33,6 +33,7 @@ from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.journal_book import JournalBook
 from pyagent_node.node.journals import JournalKeeper, open_journals
+from pyagent_node.node.kv_service import KvService
 from pyagent_node.node.live_session import Reader
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.nurseries import background
@@ -47,6 +48,7 @@ from pyagent_node.simulations.backend import (
     ToyTokenizer,
     toy_vocabulary,
 )
+from pyagent_node.simulations.kv import open_simulated_kv
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
 from pyagent_node.simulations.pipeline import MODEL, NAME, peer
 
@@ -95,6 +97,7 @@ class SessionNode:
         self.live: LiveSessions
         self.recovery: SessionRecovery
         self.moved: MovedSessions
+        self.kv: KvService | None = None
 
     async def read(self, reader: Reader, most: int | None = None) -> list[int]:
         """Return the next tokens of an answer, ``most`` of them or all."""
@@ -117,9 +120,12 @@ class SessionNode:
 class SessionWorld:
     """The nodes and the placement; get one from :func:`open_session_world`."""
 
-    def __init__(self, network: SimulatedNetwork, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, network: SimulatedNetwork, nursery: trio.Nursery, *, keeps_kv: bool = False
+    ) -> None:
         self.network = network
         self.nodes: list[SessionNode] = []
+        self._keeps_kv = keeps_kv
         self._nursery = nursery
         self._placement: Placement | None = None
         self._logs: dict[int, MemoryLog] = {}
@@ -162,7 +168,12 @@ class SessionWorld:
                         node.mesh, node.consensus, node.rpc, key, wall=wall, book=node.book
                     )
                 )
-                node.pipeline = await enter(open_pipeline(node.mesh, journal=node.keeper))
+                if self._keeps_kv:
+                    node.kv = await enter(open_simulated_kv(node.mesh, node.consensus))
+                    node.kv.on_report = node.keeper.blocks_held
+                node.pipeline = await enter(
+                    open_pipeline(node.mesh, journal=node.keeper, shelf=node.kv)
+                )
                 sessions = await enter(
                     open_sessions(
                         node.peer_id,
@@ -184,13 +195,23 @@ class SessionWorld:
         node.scope.cancel()
 
     async def place(
-        self, boundaries: Sequence[int], nodes: Sequence[int], *, seconds: float = 0.05
+        self,
+        boundaries: Sequence[int],
+        nodes: Sequence[int],
+        *,
+        seconds: float = 0.05,
+        standby: int | None = None,
     ) -> Placement:
-        """Place the toy, cut at ``boundaries``, and offer it on every node."""
+        """Place the toy, cut at ``boundaries``, and offer it on every node.
+
+        The node ``standby`` stands by for every rank, in the log at least.
+        """
+        standbys = () if standby is None else (peer(standby),)
         cuts = (0, *boundaries, N_LAYERS)
         last = len(cuts) - 2
         ranks = tuple(
-            Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r])) for r in range(last + 1)
+            Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r]), standbys)
+            for r in range(last + 1)
         )
         writer = self.nodes[0].consensus
         before = writer.state.placements.get(MODEL)
@@ -284,10 +305,12 @@ class SessionWorld:
 
 
 @asynccontextmanager
-async def open_session_world(nodes: int, *, latency: float = 0.001) -> AsyncIterator[SessionWorld]:
-    """Run ``nodes`` connected nodes without a placement."""
+async def open_session_world(
+    nodes: int, *, latency: float = 0.001, keeps_kv: bool = False
+) -> AsyncIterator[SessionWorld]:
+    """Run ``nodes`` connected nodes without a placement, which keep KV blocks or do not."""
     async with open_network(latency=latency) as network, background() as nursery:
-        world = SessionWorld(network, nursery)
+        world = SessionWorld(network, nursery, keeps_kv=keeps_kv)
         for _ in range(nodes):
             await world.add()
         yield world

@@ -28,7 +28,10 @@ from pyagent_node.simulations.pipeline import (
     open_pipeline_world,
     peer,
 )
+from pyagent_node.simulations.sessions import open_session_world
 from tests.unit.kv.kv_kit import Log
+
+from .session_kit import Client, checkpoint, reference
 
 pytestmark = pytest.mark.slow
 
@@ -192,3 +195,33 @@ async def test_spoilt_blocks_on_the_way_change_no_token(how: str, autojump_clock
         assert usage.failovers == 1
         assert usage.recomputed_tokens > 300, "nothing could be had: all was computed again"
         assert (await ask(it, 3, text(300))).tokens
+
+
+async def test_the_log_knows_who_holds_a_sessions_blocks_and_another_head_goes_on(
+    autojump_clock, nursery
+):
+    async with open_session_world(6, keeps_kv=True) as it:
+        await it.place((3, 7), (0, 1, 2), standby=3)
+        client = Client(it.nodes[4])
+        nursery.start_soon(client.ask, it, 400)
+        await client.seen(150)
+        entries = it.nodes[0].consensus.state.index
+        await client.seen(300)
+        assert it.nodes[0].consensus.state.index - entries < 10, "the log stays small"
+        known = checkpoint(it)
+        assert known is not None
+        held = {(part.first_layer, part.last_layer): part for part in known.block_holders}
+        assert set(held) == {(0, 3), (3, 7), (7, 10)}
+        for rank, part in enumerate(held.values()):
+            assert set(part.holders) == {peer(rank), peer(3)}
+            assert part.blocks >= 1
+        it.crash(4)
+        again = Client(it.nodes[5])
+        nursery.start_soon(again.attach, 0)
+        with trio.fail_after(600):
+            await again.ended.wait()
+        assert again.error is None
+        assert again.tokens == reference(400)
+        for node in it.nodes[:3]:
+            assert node.kv is not None
+            assert node.kv.loader.stats.blocks_local >= 4, "it began from blocks"
