@@ -94,7 +94,7 @@ def worth(
     if prefill_seconds <= 0 or block_bytes <= 0 or count <= have:
         return count
     source = Source("peers", count - have, block_bytes, round_trip, bandwidth)
-    return have + plan_prefix([source], blocks - have, Prefill(prefill_seconds)).stop
+    return have + plan_prefix([source], blocks - have, Prefill(prefill_seconds)).count
 
 
 def _divide(

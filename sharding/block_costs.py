@@ -2,17 +2,15 @@
 
 A session needs the KV of the first ``blocks`` blocks of its tokens.  Some sources (the disk here,
 peers) hold leading parts of them.  What is fetched comes from all sources at once, and is decoded
-while more arrives; what is computed is computed in order, for each block needs those before it.
-Two ways to put the two together:
+while more arrives; then the others are computed, in order, for each block needs those before it.
 
-* :func:`plan_prefix`: fetch the first blocks, then compute the others.
-* :func:`plan_overlap`: compute from the first block on while fetching from the last one held
-  backwards, until the two meet (as in S. Jin et al., *Compute or load KV cache? Why not both?*,
-  arXiv 2410.03065, 2024).  It needs a pipeline that can compute while blocks are under way.
+:func:`plan_prefix` looks at every possible boundary and takes the best, so it is never worse than
+fetching everything or nothing, as far as the measured numbers are right; with every number right
+within a factor ``1 + e``, never worse than the best by more than ``(1 + e) ** 2``.
 
-Both look at every possible boundary and take the best, so they are never worse than fetching
-everything or nothing, as far as the measured numbers are right; with every number right within
-a factor ``1 + e``, never worse than the best by more than ``(1 + e) ** 2``.
+(Computing from the front while fetching from the back until the two meet would be faster where
+both take about as long: S. Jin et al., *Compute or load KV cache? Why not both?*, arXiv 2410.03065,
+2024.  It needs a pipeline in which a session computes while its later blocks are put in place.)
 """
 
 from __future__ import annotations
@@ -62,22 +60,16 @@ class Prefill(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Fetch the blocks ``[start, stop)``; it all takes ``seconds``, by the model.
+    """Fetch the first ``count`` blocks; it all takes ``seconds``, by the model.
 
     ``computing`` is what computing everything would take, and ``fetching`` the part of ``seconds``
     in which blocks are under way.
     """
 
-    start: int
-    stop: int
+    count: int
     seconds: float
     fetching: float
     computing: float
-
-    @property
-    def count(self) -> int:
-        """How many blocks to fetch."""
-        return self.stop - self.start
 
 
 def fetch_seconds(
@@ -130,30 +122,12 @@ def plan_prefix(
     ``blocks`` is how many there are in all.  Of equally good plans the one that fetches less.
     """
     computing = prefill.of(0, blocks)
-    best = Plan(0, 0, computing, 0.0, computing)
+    best = Plan(0, computing, 0.0, computing)
     for stop in range(1, min(blocks, max((s.held for s in sources), default=0)) + 1):
         fetching = fetch_seconds(sources, 0, stop, decode_seconds)
         seconds = fetching + prefill.of(stop, blocks)
         if seconds < best.seconds and seconds < WORTH * computing:
-            best = Plan(0, stop, seconds, fetching, computing)
-    return best
-
-
-def plan_overlap(
-    sources: Sequence[Source], blocks: int, prefill: Prefill, *, decode_seconds: float = 0.0
-) -> Plan:
-    """Return which blocks to fetch while those before them are computed.
-
-    The blocks after them are computed when both are done.  Never slower than
-    :func:`plan_prefix`.
-    """
-    best = plan_prefix(sources, blocks, prefill, decode_seconds=decode_seconds)
-    for stop in sorted({min(blocks, source.held) for source in sources}):
-        for start in range(stop - 1, 0, -1):
-            fetching = fetch_seconds(sources, start, stop, decode_seconds)
-            seconds = max(fetching, prefill.of(0, start)) + prefill.of(stop, blocks)
-            if seconds < best.seconds and seconds < WORTH * best.computing:
-                best = Plan(start, stop, seconds, fetching, best.computing)
+            best = Plan(stop, seconds, fetching, computing)
     return best
 
 

@@ -16,7 +16,6 @@ from pyagent_node.sharding.block_costs import (
     Rate,
     Source,
     fetch_seconds,
-    plan_overlap,
     plan_prefix,
 )
 
@@ -69,25 +68,17 @@ def test_no_plan_is_worse_than_everything_or_nothing(
     nothing = prefill.of(0, blocks)
     most = min(blocks, max((s.held for s in held), default=0))
     everything = fetch_seconds(held, 0, most, decode) + prefill.of(most, blocks)
-    for plan in (
-        plan_prefix(held, blocks, prefill, decode_seconds=decode),
-        plan_overlap(held, blocks, prefill, decode_seconds=decode),
-    ):
-        assert 0 <= plan.start <= plan.stop <= most
-        assert plan.computing == nothing
-        assert plan.seconds <= nothing
-        assert plan.seconds <= everything / WORTH * (1 + 1e-9)
-        if plan.count:
-            assert plan.seconds < WORTH * nothing
+    plan = plan_prefix(held, blocks, prefill, decode_seconds=decode)
+    assert 0 <= plan.count <= most
+    assert plan.computing == nothing
+    assert plan.seconds <= nothing
+    assert plan.seconds <= everything / WORTH * (1 + 1e-9)
+    if plan.count:
+        assert plan.seconds < WORTH * nothing
 
 
-def true_seconds(
-    plan: Plan, held: list[Source], blocks: int, prefill: Prefill, *, overlap: bool
-) -> float:
-    fetching = fetch_seconds(held, plan.start, plan.stop)
-    before = prefill.of(0, plan.start)
-    both = max(fetching, before) if overlap else fetching + before
-    return both + prefill.of(plan.stop, blocks)
+def true_seconds(plan: Plan, held: list[Source], blocks: int, prefill: Prefill) -> float:
+    return fetch_seconds(held, 0, plan.count) + prefill.of(plan.count, blocks)
 
 
 @given(
@@ -95,28 +86,19 @@ def true_seconds(
     st.integers(1, 40),
     prefills,
     st.lists(st.floats(1 / 1.3, 1.3), min_size=9, max_size=9),
-    st.booleans(),
 )
 def test_numbers_that_are_wrong_by_a_factor_cost_no_more_than_it_squared(
-    held: list[Source], blocks: int, prefill: Prefill, wrong: list[float], overlap: bool
+    held: list[Source], blocks: int, prefill: Prefill, wrong: list[float]
 ) -> None:
     believed = [
         Source(s.name, s.held, s.block_bytes, s.round_trip * wrong[i], s.bandwidth / wrong[i + 4])
         for i, s in enumerate(held)
     ]
     guess = Prefill(prefill.seconds * wrong[8], prefill.growth * wrong[8])
-    make = plan_overlap if overlap else plan_prefix
-    plan = make(believed, blocks, guess)
-    best = make(held, blocks, prefill)
-    found = true_seconds(plan, held, blocks, prefill, overlap=overlap)
-    ideal = min(best.seconds, true_seconds(best, held, blocks, prefill, overlap=overlap))
-    assert found <= ideal * 1.3**2 / WORTH * (1 + 1e-9)
-
-
-@given(many, st.integers(0, 40), prefills)
-def test_overlapping_is_never_slower(held: list[Source], blocks: int, prefill: Prefill) -> None:
-    one, both = plan_prefix(held, blocks, prefill), plan_overlap(held, blocks, prefill)
-    assert both.seconds <= one.seconds
+    plan = plan_prefix(believed, blocks, guess)
+    best = plan_prefix(held, blocks, prefill)
+    found = true_seconds(plan, held, blocks, prefill)
+    assert found <= best.seconds * 1.3**2 / WORTH * (1 + 1e-9)
 
 
 def source(held: int, megabits: float, trip: float = 0.05, size: float = 1.5e6) -> Source:
@@ -131,11 +113,6 @@ def test_the_cases_that_one_expects() -> None:
     assert plan_prefix([source(32, 100)], 32, fast).count == 0
     assert plan_prefix([source(10, 10_000)], 32, slow).count == 10
     assert plan_prefix([source(32, 0)], 32, slow).count == 0
-    # At 100 Mbit a block is 0.12 s on the way and 0.128 s to compute: both at once halve it.
-    plan = plan_overlap([source(32, 100)], 32, slow)
-    assert 14 <= plan.start <= 18
-    assert plan.stop == 32
-    assert plan.seconds < 0.6 * plan.computing
     # Attention makes late blocks dearer.
     growing = Prefill(1e-3, 1e-6)
     assert growing.of(0, 10) + growing.of(10, 32) == pytest.approx(growing.of(0, 32))
