@@ -515,7 +515,9 @@ class TensorTap:
     The callback runs without the interpreter lock.  A tap that is not armed asks for nothing and
     costs next to nothing.
 
-    ``early`` is the name of another tensor, after which a graph may be left: see :meth:`arm`.
+    ``tensor_set`` is the address of ``ggml_backend_tensor_set``, for tensors that are to be
+    written.  ``early`` is the name of another tensor, after which a graph may be left: see
+    :meth:`arm`.
     """
 
     def __new__(
@@ -526,6 +528,7 @@ class TensorTap:
         get_name: int,
         nbytes: int,
         tensor_get: int,
+        tensor_set: int | None = None,
         early: str | None = None,
     ) -> TensorTap: ...
     @property
@@ -562,6 +565,13 @@ class TensorTap:
         for the object around it.
         """
 
+    def skip(self, on: bool, /) -> None:
+        """Leave every graph at its first node from now on, or let graphs run again; disarms.
+
+        llama.cpp gives the rows of a call their KV cells before it computes: afterwards the cells
+        are there, and hold what was in that memory before.
+        """
+
     def found(self) -> list[HeldTensor]:
         """Stop watching; return what was seen, by name, the largest view of each.
 
@@ -587,6 +597,12 @@ class HeldTensor:
         """Copy bytes ``[offset, offset + size)``.
 
         Raises ``ValueError`` when they are not all in it.
+        """
+
+    def write(self, offset: int, data: Buffer, /) -> None:
+        """Put ``data`` at ``offset``, in a tensor of a tap that was made with ``tensor_set``.
+
+        Raises ``ValueError`` when it does not all fit in.
         """
 
 @final

@@ -121,7 +121,14 @@ class LlamaBackend:
         self._logs: list[SequenceLog | None] = [None] * n_seq
         moving = findings.moving
         layout = moving.layout if moving.exact else None
-        self._cells = CellStore(self._context, part, layout, moving.cache, takes_tokens=self._whole)
+        self._cells = CellStore(
+            self._context,
+            part,
+            layout,
+            moving.cache,
+            appends=moving.appends,
+            takes_tokens=self._whole,
+        )
         self._info = BackendInfo(
             backend="llama.cpp",
             version=library.VERSION,

@@ -1,14 +1,15 @@
-"""Reading cells straight from the memory of llama.cpp's KV cache.
+"""Reading and writing cells straight in the memory of llama.cpp's KV cache.
 
-llama.cpp gives out the cells of a sequence only as a whole; a block of 64 tokens out of a long
-context would cost a copy of all of it.  The tensor tap sees the cache's own tensors when the first
-graph runs.  Each is, for one layer::
+llama.cpp gives out and takes in the cells of a sequence only as a whole; a block of 64 tokens of a
+long context would cost a copy of all of it.  The tensor tap sees the cache's own tensors when the
+first graph runs.  Each is, for one layer::
 
     n_streams x n_cells rows of f16, one stream a sequence
 
 A row lies where its cell does, so this only works for sequences whose cells lie in the order of
-their positions from 0 on (``SequenceLog.straight``).  The self-test compares what is read here with
-llama.cpp's own export, before it is used at all.
+their positions from 0 on (``SequenceLog.straight``).  Cells that are written must be there already
+(``LlamaContext.claim``).  The self-test compares what is read and what was written here with
+llama.cpp's own export, before either is used at all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from pyagent_node.inference.llama.kv_state import CellLayout, RowKind
+import numpy as np
+
+from pyagent_node.inference.llama.kv_state import CellLayout, Cells, RowKind
 from pyagent_node.native import HeldTensor
 
 PREFIX: Final = "cache_"
@@ -47,6 +50,16 @@ class CacheView:
             return plane.tensor.read(first * plane.row_bytes, count * plane.row_bytes)
 
         return [(rows(k), rows(v)) for k, v in zip(self._keys, self._values, strict=True)]
+
+    def write(self, seq: int, start: int, cells: Cells) -> None:
+        """Put rows into the cells from ``start`` on."""
+        count = len(cells.positions)
+        assert 0 <= start <= start + count <= self._n_cells, "cells of one sequence"
+        first = seq * self._n_cells + start
+        for planes, layers in ((self._keys, cells.keys), (self._values, cells.values)):
+            for plane, rows in zip(planes, layers, strict=True):
+                assert rows.shape == (count, plane.row_bytes), "a row a cell"
+                plane.tensor.write(first * plane.row_bytes, np.ascontiguousarray(rows).data)
 
 
 def find_cache(

@@ -1,8 +1,8 @@
 """Moving KV cells between sequences, slices and processes, in the format of ``kv_state``.
 
-llama.cpp reads and writes the cells of a sequence only as a whole.  Writing a range, or reading one
-of a sequence whose positions were moved, therefore costs a copy of all of them (about a millisecond
-for a thousand tokens of a small model); other ranges are read from memory (``cache_view``).
+llama.cpp reads and writes the cells of a sequence only as a whole: that costs a copy of all of them
+(about a millisecond for a thousand tokens of a small model).  Where the cells of a sequence lie in
+the order of their positions ranges are read, and appended, in memory (``cache_view``).
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ class CellStore:
         layout: CellLayout | None,
         cache: CacheView | None,
         *,
+        appends: bool,
         takes_tokens: bool,
     ) -> None:
+        """``cache`` reads cells in memory, and writes them where ``appends`` says so."""
         self._context = context
         self._part = part
         self._layout = layout
         self._cache = cache
+        self._appends = appends
         self._doubtful: set[int] = set()
         self._takes_tokens = takes_tokens
         self._shifted = False
@@ -71,7 +74,7 @@ class CellStore:
         """Return the cells of positions ``[start, stop)``; errors as for the port."""
         log.select(start, stop)
         self._portable()
-        if self._cache is not None and log.straight and log.seq not in self._doubtful:
+        if self._cache is not None and self._is_straight(log):
             rows = self._cache.read(log.seq, start, stop)
         else:
             cells = _picked(self._state(log), start, stop)
@@ -80,6 +83,10 @@ class CellStore:
         first = self._part.first
         layers = tuple(LayerKv(first + i, key, value) for i, (key, value) in enumerate(rows))
         return KvRange(CODEC, start, stop, layers)
+
+    def _is_straight(self, log: SequenceLog) -> bool:
+        """Whether a sequence's cells are known to lie in the order of their positions."""
+        return log.straight and log.seq not in self._doubtful
 
     def load(self, log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
         """Append cells that came from elsewhere; errors as for the port."""
@@ -164,6 +171,22 @@ class CellStore:
 
     def _append(self, log: SequenceLog, tokens: Tokens, new: Cells) -> None:
         """Write checked cells behind those that are there; they stay when that fails."""
+        start, count = int(new.positions[0]), len(new.positions)
+        if (
+            self._cache is not None
+            and self._appends
+            and start == log.count > 0
+            and self._is_straight(log)
+        ):
+            try:
+                self._context.claim(log.seq, start, count, takes_tokens=self._takes_tokens)
+                self._cache.write(log.seq, start, new)
+            except BaseException:
+                self.doubt(log.seq)
+                self._context.drop(log.seq, start)
+                raise
+            log.append(start, tokens)
+            return
         layout, pieces = self._portable(), [new]
         if log.count:
             pieces.insert(0, self._state(log).cells)
@@ -180,7 +203,7 @@ class CellStore:
             if log.count:
                 write(pieces[:1])
             raise
-        log.append(int(new.positions[0]), tokens)
+        log.append(start, tokens)
 
 
 def _picked(state: SequenceState, start: int, stop: int) -> Cells:

@@ -124,6 +124,28 @@ class LlamaContext:
         """
         self._decode(rows, out, early=True)
 
+    def claim(self, seq: int, start: int, n: int, *, takes_tokens: bool) -> None:
+        """Make cells for positions ``[start, start + n)`` without computing what is in them.
+
+        They hold what was in that memory before: write them (``cache_view``) at once.  Errors as
+        for :meth:`decode`.
+        """
+        self._tap.skip(True)
+        try:
+            for at in range(start, start + n, PREFILL_CHUNK):
+                count = min(PREFILL_CHUNK, start + n - at)
+                rows = Rows(
+                    np.full(count, seq, np.int32),
+                    np.arange(at, at + count, dtype=np.int32),
+                    np.zeros(count, np.int32) if takes_tokens else None,
+                    None if takes_tokens else np.zeros((count, self.n_embd), np.float32),
+                    np.zeros(count, np.int8),
+                )
+                batch = self._batch.fill(rows, every=False)
+                _check(lc.llama_decode(self.handle, batch))
+        finally:
+            self._tap.skip(False)
+
     def _decode(self, rows: Rows, out: Activations | None, *, early: bool) -> None:
         batch = self._batch.fill(rows, every=self._tapped)
         if out is not None:
@@ -131,10 +153,7 @@ class LlamaContext:
             self._tap.arm(out, early=early)
         status = lc.llama_decode(self.handle, batch)
         written = self._tap.collect() if out is not None else 0
-        if status == 1:
-            raise LimitExceeded("No KV cell is free for these tokens.", code="kv_full")
-        if status != 0:
-            raise library.failure(f"to compute (status {status})", "decode_failed")
+        _check(status)
         if out is not None and written != out.size:
             raise library.failure(f"to show its last layer ({written} floats)", "tap_failed")
 
@@ -195,6 +214,13 @@ class LlamaContext:
             lc.llama_free(handle)
 
 
+def _check(status: int) -> None:
+    if status == 1:
+        raise LimitExceeded("No KV cell is free for these tokens.", code="kv_full")
+    if status != 0:
+        raise library.failure(f"to compute (status {status})", "decode_failed")
+
+
 class _Batch:
     """The arrays of a ``llama_batch``, allocated once; tokens and activations are only borrowed."""
 
@@ -247,5 +273,6 @@ def _tap(model: Model, early_layer: int) -> TensorTap:
         get_name=library.symbol("ggml_get_name"),
         nbytes=library.symbol("ggml_nbytes"),
         tensor_get=library.symbol("ggml_backend_tensor_get"),
+        tensor_set=library.symbol("ggml_backend_tensor_set"),
         early=f"l_out-{early_layer}",
     )

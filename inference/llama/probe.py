@@ -39,7 +39,7 @@ class Probe:
         self._tokens = rng.integers(0, context.model.n_vocab, MAX_ROWS).astype(np.int32)
         shape = (0 if takes_tokens else MAX_ROWS, context.n_embd)
         self._activations = rng.standard_normal(shape, np.float32)
-        self._takes_tokens = takes_tokens
+        self.takes_tokens = takes_tokens
         self.fastest: dict[int, float] = {}
         """Seconds of the fastest call of so many rows."""
 
@@ -65,8 +65,8 @@ class Probe:
         return Rows(
             np.zeros(n, np.int32),
             np.arange(start, start + n, dtype=np.int32),
-            self._tokens[rows.start : rows.stop] if self._takes_tokens else None,
-            None if self._takes_tokens else self._activations[rows.start : rows.stop],
+            self._tokens[rows.start : rows.stop] if self.takes_tokens else None,
+            None if self.takes_tokens else self._activations[rows.start : rows.stop],
             np.full(n, wanted, np.int8),
         )
 

@@ -66,11 +66,15 @@ class LonePolicy(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """How cells can be moved: not at all without a layout, not from memory without a cache."""
+    """How cells can be moved: not at all without a layout, not from memory without a cache.
+
+    ``appends`` says whether cells can be written into memory, too.
+    """
 
     layout: CellLayout | None
     exact: bool
     cache: CacheView | None
+    appends: bool = False
 
 
 class Findings(NamedTuple):
@@ -163,11 +167,42 @@ def _round_trip(
     except PyAgentError:
         return nothing
     again = probe.feed(PREFIX + half, range(half, half + 1))
+    exact = np.array_equal(again[0], reference[half])
     for seq in {0, n_seq - 1}:
         alike = alike and cache is not None and _reads_alike(context, cache, seq)
+    appends = alike and cache is not None and _appends(probe, cache, state.cells, reference)
     if n_seq > 1:
         context.drop(n_seq - 1, 0)
-    return Moving(layout, np.array_equal(again[0], reference[half]), cache if alike else None)
+    return Moving(layout, exact, cache if alike else None, appends)
+
+
+def _appends(probe: Probe, cache: CacheView, cells: Cells, reference: Outputs) -> bool:
+    """Whether cells written into memory are there for llama.cpp, and for the row behind them.
+
+    Both sequences hold the first ``half`` of ``cells``, sequence 0 one more.
+    """
+    context, half, last = probe.context, PREFIX + MAX_DECODE_ROWS // 2, len(cells.positions) - 1
+    for seq in sorted({0, context.n_seq - 1}):
+        start = half + (seq == 0)
+        stop = last if seq == 0 else last + 1
+        context.claim(seq, start, stop - start, takes_tokens=probe.takes_tokens)
+        cache.write(seq, start, cells.pick(np.arange(start, stop)))
+    again = probe.feed(last, range(MAX_DECODE_ROWS - 1, MAX_DECODE_ROWS))
+    if not np.array_equal(again[0], reference[-1]):
+        return False
+    for seq in sorted({0, context.n_seq - 1}):
+        state = parse_state(context.read_state(seq), context.n_seq)
+        if state is None or not _equal(state.cells, cells):
+            return False
+    return True
+
+
+def _equal(one: Cells, other: Cells) -> bool:
+    """Whether cells are the same ones."""
+    mine, theirs = (*one.keys, *one.values), (*other.keys, *other.values)
+    return np.array_equal(one.positions, other.positions) and all(
+        np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def _reads_alike(context: LlamaContext, cache: CacheView, seq: int) -> bool:

@@ -3,7 +3,7 @@
 //! The nodes of a graph are rebuilt for every call, but a view of the KV cache points at memory that
 //! stays where it is for the life of the context.  A view is kept as a copy of its bytes - how many a
 //! tensor has, ggml says itself (`ggml_tensor_overhead`), so nothing here knows the struct - and read
-//! through `ggml_backend_tensor_get`, which works on memory of devices, too.
+//! and written through `ggml_backend_tensor_get` and `_set`, which work on memory of devices, too.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -12,8 +12,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::buffers::{integer, DETACH_FROM};
-use crate::tap::TensorGet;
+use crate::buffers::{integer, Bytes, DETACH_FROM};
+use crate::tap::{TensorGet, TensorSet};
 
 /// More than any tensor takes, and more than any model has tensors of one kind.
 const MAX_TENSOR_BYTES: usize = 4096;
@@ -74,7 +74,7 @@ impl Watch {
     }
 
     /// What was seen, in the order of the names.
-    pub fn finish(self, tensor_get: TensorGet) -> Vec<HeldTensor> {
+    pub fn finish(self, tensor_get: TensorGet, tensor_set: Option<TensorSet>) -> Vec<HeldTensor> {
         self.seen
             .into_iter()
             .map(|(name, (nbytes, copy))| HeldTensor {
@@ -82,6 +82,7 @@ impl Watch {
                 nbytes,
                 copy,
                 tensor_get,
+                tensor_set,
             })
             .collect()
     }
@@ -98,6 +99,20 @@ pub struct HeldTensor {
     nbytes: usize,
     copy: Copy,
     tensor_get: TensorGet,
+    tensor_set: Option<TensorSet>,
+}
+
+impl HeldTensor {
+    /// Refuse what is not all in the tensor.
+    fn check(&self, offset: usize, size: usize) -> PyResult<()> {
+        if offset > self.nbytes || size > self.nbytes - offset {
+            return Err(PyValueError::new_err(format!(
+                "bytes {offset} and the next {size} are not in a tensor of {}",
+                self.nbytes
+            )));
+        }
+        Ok(())
+    }
 }
 
 #[pymethods]
@@ -112,12 +127,7 @@ impl HeldTensor {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let offset = usize::try_from(integer::<u64>("offset", offset)?)?;
         let size = usize::try_from(integer::<u64>("size", size)?)?;
-        if offset > self.nbytes || size > self.nbytes - offset {
-            return Err(PyValueError::new_err(format!(
-                "bytes {offset} and the next {size} are not in a tensor of {}",
-                self.nbytes
-            )));
-        }
+        self.check(offset, size)?;
         PyBytes::new_with(py, size, |out| {
             if size == 0 {
                 return Ok(());
@@ -142,6 +152,44 @@ impl HeldTensor {
             Ok(())
         })
     }
+
+    /// Put `data` at `offset`.
+    #[pyo3(signature = (offset, data, /))]
+    fn write(
+        &self,
+        py: Python<'_>,
+        offset: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let offset = usize::try_from(integer::<u64>("offset", offset)?)?;
+        let bytes = Bytes::new("data", data)?;
+        let from = bytes.as_slice();
+        self.check(offset, from.len())?;
+        let Some(set) = self.tensor_set else {
+            return Err(PyValueError::new_err(
+                "the tap was made without tensor_set; it cannot write",
+            ));
+        };
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range lies in the tensor, whose memory lives by the promise of the one who made
+        // the tap, and `from` is that long.
+        let copy = || unsafe {
+            set(
+                self.copy.as_ptr().cast::<c_void>(),
+                from.as_ptr().cast::<c_void>(),
+                offset,
+                from.len(),
+            );
+        };
+        if from.len() < DETACH_FROM {
+            copy();
+        } else {
+            py.detach(copy);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -164,7 +212,7 @@ mod tests {
             // SAFETY: a tensor here has 16 bytes.
             unsafe { watch.see(name, bytes, tensor.as_ptr().cast::<c_void>()) };
         }
-        let held = watch.finish(nothing);
+        let held = watch.finish(nothing, None);
         assert_eq!(held.len(), 1);
         assert_eq!((held[0].name.as_str(), held[0].nbytes), ("cache_k_l1", 30));
         assert_eq!(*held[0].copy, [3, 4]);

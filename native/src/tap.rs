@@ -8,6 +8,9 @@
 //! Unless it was asked to: an *early* tensor ends the graph once it is copied, for tests that need
 //! the first layers only.
 //!
+//! Or the graph ends at its first node: llama.cpp has given its rows cells by then, and what belongs into
+//! them is written by someone who has it already.
+//!
 //! A tap can also watch for tensors by the beginnings of their names and hold on to them
 //! (see `held`): that is how the memory of the KV cache is found.
 //!
@@ -29,6 +32,8 @@ type GetName = unsafe extern "C" fn(tensor: *const c_void) -> *const c_char;
 type NumBytes = unsafe extern "C" fn(tensor: *const c_void) -> usize;
 pub type TensorGet =
     unsafe extern "C" fn(tensor: *const c_void, data: *mut c_void, offset: usize, size: usize);
+pub type TensorSet =
+    unsafe extern "C" fn(tensor: *const c_void, data: *const c_void, offset: usize, size: usize);
 
 /// Nothing is copied.
 const IDLE: u8 = 0;
@@ -36,6 +41,8 @@ const IDLE: u8 = 0;
 const ARMED: u8 = 1;
 /// The early tensor is copied, and its graph ends there.
 const EARLY: u8 = 2;
+/// Every graph ends at its first node.
+const SKIP: u8 = 3;
 
 /// The longest tensor name that ggml keeps, with its terminating zero (`GGML_MAX_NAME`).
 const MAX_NAME: usize = 64;
@@ -58,6 +65,7 @@ struct Shared {
     get_name: GetName,
     nbytes: NumBytes,
     tensor_get: TensorGet,
+    tensor_set: Option<TensorSet>,
     state: AtomicU8,
     watching: AtomicBool,
     target: Mutex<Option<Target>>,
@@ -141,6 +149,9 @@ unsafe extern "C" fn on_tensor(tensor: *const c_void, ask: bool, user_data: *mut
     }
     // SAFETY: by the contract above it points at the tap's `Shared`, which is only ever shared.
     let shared = unsafe { &*user_data.cast::<Shared>() };
+    if shared.state.load(Ordering::Acquire) == SKIP {
+        return ask;
+    }
     if ask {
         // SAFETY: the tensor is live.
         return unsafe {
@@ -211,13 +222,14 @@ fn function<F: Copy>(what: &str, address: &Bound<'_, PyAny>) -> PyResult<F> {
 #[pymethods]
 impl TensorTap {
     #[new]
-    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get, early=None))]
+    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get, tensor_set=None, early=None))]
     fn new(
         name: &str,
         capacity: &Bound<'_, PyAny>,
         get_name: &Bound<'_, PyAny>,
         nbytes: &Bound<'_, PyAny>,
         tensor_get: &Bound<'_, PyAny>,
+        tensor_set: Option<&Bound<'_, PyAny>>,
         early: Option<&str>,
     ) -> PyResult<Self> {
         let capacity = usize::try_from(integer::<u64>("capacity", capacity)?)?;
@@ -232,6 +244,9 @@ impl TensorTap {
             get_name: function("get_name", get_name)?,
             nbytes: function("nbytes", nbytes)?,
             tensor_get: function("tensor_get", tensor_get)?,
+            tensor_set: tensor_set
+                .map(|address| function("tensor_set", address))
+                .transpose()?,
             state: AtomicU8::new(IDLE),
             watching: AtomicBool::new(false),
             target: Mutex::new(None),
@@ -353,8 +368,18 @@ impl TensorTap {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         self.shared.watching.store(false, Ordering::Release);
-        guard
-            .take()
-            .map_or_else(Vec::new, |watch| watch.finish(self.shared.tensor_get))
+        guard.take().map_or_else(Vec::new, |watch| {
+            watch.finish(self.shared.tensor_get, self.shared.tensor_set)
+        })
+    }
+
+    /// From now on, leave every graph at its first node, or let them run again.
+    #[pyo3(signature = (on, /))]
+    fn skip(&self, py: Python<'_>, on: bool) {
+        py.detach(|| {
+            let mut owner = self.array.lock().unwrap_or_else(PoisonError::into_inner);
+            self.set_target(None, if on { SKIP } else { IDLE });
+            owner.take()
+        });
     }
 }

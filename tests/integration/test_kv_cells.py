@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import Slice
@@ -16,16 +17,20 @@ from pyagent_node.inference.backend import (
     CopySequence,
     FreeSequence,
     KvRange,
+    LayerKv,
     OpenSequence,
     ResetSequences,
     SequenceOp,
     ShiftSequence,
     StepInput,
+    Tokens,
     TrimSequence,
 )
 from pyagent_node.inference.llama import selftest
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.cache_view import CacheView
+from pyagent_node.inference.llama.cells import CODEC
+from pyagent_node.inference.llama.context import LlamaContext
 from pyagent_node.inference.models.slicing import write_slice
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
@@ -80,6 +85,16 @@ def rows(position: int, n: int, seq: int, sample: int = 0) -> StepInput:
     return StepInput(seq, position, tokens, rng.standard_normal((n, N_EMBD), np.float32), False)
 
 
+def made_up(start: int, n: int, sample: int) -> tuple[KvRange, Tokens]:
+    rng = np.random.default_rng((start, n, sample))
+
+    def cells() -> bytes:
+        return rng.standard_normal((n, 192), np.float32).astype("<f2").tobytes()
+
+    layers = tuple(LayerKv(layer, cells(), cells()) for layer in range(PART.first, PART.last))
+    return KvRange(CODEC, start, start + n, layers), np.full(n, sample, np.int32)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_was_done_to_sequences_both_ways_read_the_same(
     pair: tuple[LlamaBackend, LlamaBackend], monkeypatch: pytest.MonkeyPatch, seed: int
@@ -99,11 +114,13 @@ def test_whatever_was_done_to_sequences_both_ways_read_the_same(
         seq, other = rng.sample(range(N_SEQ), 2)
         at = held[seq]
         end = max(at, default=-1) + 1
-        match rng.randrange(9):
+        match rng.randrange(11):
             case 0 | 1 | 2 | 3 if end < N_CTX - 80:
                 step = rows(end, rng.choice((1, 2, 5, 8, 40, 64)), seq, turn)
-                for backend in pair:
-                    backend.decode([step])
+                first, second = (backend.decode([step])[0].activations for backend in pair)
+                assert first is not None
+                assert second is not None
+                assert np.array_equal(first, second)
                 at += range(end, end + len(step.tokens))
             case 4 if end:
                 start = rng.randrange(end)
@@ -126,6 +143,11 @@ def test_whatever_was_done_to_sequences_both_ways_read_the_same(
                 for each in range(N_SEQ):
                     both(OpenSequence(each))
                     held[each] = []
+            case 9 | 10 if end < N_CTX - 200:
+                kv, tokens = made_up(end, rng.choice((1, 64, 192)), turn)
+                for backend in pair:
+                    backend.import_kv(seq, kv, tokens)
+                at += range(kv.start, kv.stop)
             case _:
                 pass
         for each, positions in enumerate(held):
@@ -162,6 +184,50 @@ def test_many_blocks_come_in_at_once_and_go_out_as_they_came(
         backend.decode([more])
     assert direct.export_kv(3, 448, 576) == whole.export_kv(3, 448, 576)
     assert reads.count == 3
+
+
+@pytest.mark.parametrize("n_seq", [1, 3])
+def test_appending_blocks_does_not_write_the_sequence_again(
+    front: Path, monkeypatch: pytest.MonkeyPatch, n_seq: int
+) -> None:
+    written: list[int] = []
+    write = LlamaContext.write_state
+
+    def counted(context: LlamaContext, seq: int, data: NDArray[np.uint8]) -> None:
+        written.append(len(data))
+        write(context, seq, data)
+
+    seq = n_seq - 1
+    with closing(LlamaBackend(front, PART, n_ctx=N_CTX, n_seq=n_seq, threads=1)) as backend:
+        monkeypatch.setattr(LlamaContext, "write_state", counted)
+        backend.apply(OpenSequence(seq))
+        parts = [made_up(start, 64, start) for start in range(0, 640, 64)]
+        for kv, tokens in parts:
+            backend.import_kv(seq, kv, tokens)
+        assert len(written) == 1
+        assert [backend.export_kv(seq, kv.start, kv.stop) for kv, _ in parts] == [
+            kv for kv, _ in parts
+        ]
+
+
+def test_an_append_that_fails_leaves_the_sequence_as_it_was(
+    pair: tuple[LlamaBackend, LlamaBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, whole = pair
+    step, (kv, tokens) = rows(0, 100, 1), made_up(100, 64, 5)
+    for backend in pair:
+        backend.apply(OpenSequence(1))
+        backend.decode([step])
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheView, "write", _fail)
+        with pytest.raises(ZeroDivisionError):
+            direct.import_kv(1, kv, tokens)
+    more = rows(100, 8, 1)
+    outputs = [backend.decode([more])[0].activations for backend in pair]
+    assert outputs[0] is not None
+    assert outputs[1] is not None
+    assert np.array_equal(outputs[0], outputs[1])
+    assert direct.export_kv(1, 0, 108) == whole.export_kv(1, 0, 108)
 
 
 def test_after_a_call_that_failed_cells_are_read_through_llama_cpp(

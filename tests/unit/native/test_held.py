@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import numpy as np
 import pytest
 
 from pyagent_node import native
-from tests.unit.native.test_tap import ADDRESSES, Tensor, ask, make, room, show, tensor
+from tests.unit.native.test_tap import (
+    ADDRESSES,
+    Tensor,
+    address,
+    ask,
+    make,
+    room,
+    show,
+    tensor,
+)
 
 SIZE = 24
 """What the make-believe tensor takes."""
@@ -102,3 +114,60 @@ def test_a_tap_without_an_early_tensor_says_so() -> None:
         make().arm(room(), early=True)
     with pytest.raises(ValueError, match="early"):
         native.TensorTap("l_out-9", 100, early="", **ADDRESSES)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.POINTER(Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+def tensor_set(of: Any, data: int, offset: int, size: int) -> None:
+    ctypes.memmove(of.contents.data + offset, data, size)
+
+
+def writable(data: bytes) -> tuple[native.HeldTensor, Tensor]:
+    tap = native.TensorTap("l_out-9", 100, tensor_set=address(tensor_set), **ADDRESSES)
+    tap.watch("cache_", tensor_bytes=SIZE)
+    seen = tensor("cache_k_l0", data)
+    ask(tap, seen)
+    (held,) = tap.found()
+    return held, seen
+
+
+def test_what_is_held_can_be_written() -> None:
+    held, seen = writable(b"0123456789")
+    held.write(2, b"ab")
+    held.write(9, memoryview(b"z"))
+    held.write(10, b"")
+    assert seen.buffer[:10] == b"01ab45678z"
+    large, seen = writable(bytes(100_000))
+    data = np.random.default_rng(1).integers(0, 256, 99_999, np.uint8)
+    large.write(1, data)
+    assert seen.buffer[:100_000] == b"\0" + data.tobytes()
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 5), (4, 1), (2**63, 1), (-1, 1)])
+def test_nothing_outside_a_tensor_is_written(offset: int, size: int) -> None:
+    held, seen = writable(b"abcd")
+    with pytest.raises(ValueError, match=r"tensor|between"):
+        held.write(offset, bytes(size))
+    assert seen.buffer[:4] == b"abcd"
+
+
+def test_a_tap_that_cannot_write_says_so() -> None:
+    tap = watching()
+    seen = tensor("cache_k_l0", b"abcd")
+    ask(tap, seen)
+    (held,) = tap.found()
+    with pytest.raises(ValueError, match="tensor_set"):
+        held.write(0, b"x")
+
+
+def test_graphs_are_left_at_once_while_they_are_skipped() -> None:
+    tap = make("l_out-9")
+    tap.arm(room())
+    tap.skip(True)
+    first = tensor("inp_embd", [1.0])
+    assert ask(tap, first)
+    assert not show(tap, first)
+    with pytest.raises(ValueError, match="not armed"):
+        tap.collect()
+    tap.skip(False)
+    assert not ask(tap, first)
+    assert show(tap, first)
