@@ -1,4 +1,4 @@
-"""The Rust module under Python: hashing, sampling, KV, suffixes, tensor tap, cipher, Raft."""
+"""The Rust module: hashing, sampling, KV, sketches, suffixes, tensor tap, cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,
@@ -20,7 +20,10 @@ from pyagent_node.native._native import (
     hash_file,
     kv_decode,
     kv_encode,
+    lsh_probes,
     sample,
+    sketch_pack,
+    sketch_scan,
 )
 
 __all__ = [
@@ -43,5 +46,8 @@ __all__ = [
     "hash_file",
     "kv_decode",
     "kv_encode",
+    "lsh_probes",
     "sample",
+    "sketch_pack",
+    "sketch_scan",
 ]

@@ -27,7 +27,10 @@ __all__ = [
     "hash_file",
     "kv_decode",
     "kv_encode",
+    "lsh_probes",
     "sample",
+    "sketch_pack",
+    "sketch_scan",
 ]
 
 @final
@@ -723,4 +726,38 @@ def sample(
     Raises ``ValueError`` for a value out of range (NaN or +inf logits, no logits, nothing but -inf,
     a token outside the vocabulary, a parameter outside its range) and ``TypeError`` for a wrong
     type.
+    """
+
+def sketch_pack(values: NDArray[np.float32], bits: int, /) -> NDArray[np.uint8]:
+    """Return the signs of rows of ``bits`` values, ``bits / 8`` bytes a row.
+
+    Bit ``i % 8`` (from the lowest) of byte ``i / 8`` of a row says that value ``i`` is positive.
+    ``values`` holds the rows one after the other; ``bits`` is a multiple of 8 up to 4096.  Raises
+    ``ValueError`` for other sizes and for values that are not finite or larger than 1e15.
+    """
+
+def sketch_scan(
+    sketches: NDArray[np.uint8],
+    query: NDArray[np.float32],
+    count: int,
+    /,
+    weights: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Return the rows and scores of the ``count`` sketches that agree best with ``query``.
+
+    A sketch's score is the sum of the query's values, negated where the sketch's bit is 0, times
+    its weight (1 without ``weights``).  Best first, of equal ones the lower row first; all of them
+    when there are fewer.  ``sketches`` holds rows of ``len(query) / 8`` bytes.  The same arguments
+    give the same result on every machine.  Raises ``ValueError`` for sizes that do not fit and for
+    numbers that are not finite or larger than 1e15.
+    """
+
+def lsh_probes(
+    query: NDArray[np.float32], count: int, /
+) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
+    """Return the ``count`` buckets nearest to ``query`` (1 to 30 values) and what they cost.
+
+    Bit ``i`` of a bucket's number is the sign of value ``i``.  The query's own bucket comes first,
+    at no cost; the others by the sum of the squares of the values whose sign they flip.  Raises
+    ``ValueError`` for other sizes and for values that are not finite or larger than 1e15.
     """

@@ -14,6 +14,7 @@ mod problem;
 mod raft;
 mod sampling;
 mod select;
+mod sketch;
 mod suffix;
 mod tap;
 mod xsalsa;
@@ -36,6 +37,8 @@ mod _native {
     use super::raft::types::{RaftConf, RaftEntry, RaftReady, RaftStatus};
     #[pymodule_export]
     use super::sampling::sample;
+    #[pymodule_export]
+    use super::sketch::{lsh_probes, sketch_pack, sketch_scan};
     #[pymodule_export]
     use super::suffix::{SuffixCorpus, SuffixIndex};
     #[pymodule_export]
