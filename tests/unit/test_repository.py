@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -58,10 +59,9 @@ def test_every_package_is_listed_typed_and_documented() -> None:
 
 
 def test_every_imported_distribution_is_declared() -> None:
-    declared = {
-        re.split(r"[\[<>=!~; ]", requirement)[0].lower()
-        for requirement in PROJECT["project"]["dependencies"]
-    }
+    optional = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *itertools.chain(*optional.values())]
+    declared = {re.split(r"[\[<>=!~; ]", requirement)[0].lower() for requirement in wanted}
     owners = metadata.packages_distributions()
     missing: dict[str, str] = {}
     for path in sources():

@@ -1,0 +1,1 @@
+"""Finding the few pieces of a large context that a question needs."""

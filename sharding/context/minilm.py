@@ -1,0 +1,142 @@
+"""MiniLM-L6 (all-MiniLM-L6-v2, int8) over ONNX Runtime: the usual :class:`Embedder`.
+
+The libraries are the optional ones of ``pyagent-node[context]`` and are imported when a model is
+opened.  The two files are named by the caller and are checked against their digests before a parser
+sees them (``inference.models.encoders`` brings them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unavailable
+from pyagent_node.base.files import read_limited
+from pyagent_node.base.limits import MIB
+from pyagent_node.sharding.context.embedder import Vectors
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from tokenizers import Encoding, Tokenizer
+
+MODEL_SHA256: Final = "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6"
+MODEL_BYTES: Final = 22_928_619
+TOKENIZER_SHA256: Final = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+TOKENIZER_BYTES: Final = 466_247
+DIMENSIONS: Final = 384
+MAX_TOKENS: Final = 256
+"""Tokens of a text beyond these are not seen: the model was trained on no more."""
+MAX_TEXTS: Final = 1 << 16
+"""The most texts in one call."""
+MAX_CHARACTERS: Final = 1 << 16
+"""The most characters of one text."""
+BATCH: Final = 32
+"""Texts of about the same length computed together."""
+
+
+class MiniLm:
+    """The model over its two files; ``threads`` is how many it may use (0: one a core).
+
+    Raises :class:`Unavailable` (``context_extra_missing``), :class:`CorruptData`
+    (``encoder_corrupt``) for files that are not the pinned ones, and what reading raises.
+    """
+
+    def __init__(self, model: Path, tokenizer: Path, *, threads: int = 0) -> None:
+        try:
+            import onnxruntime  # noqa: PLC0415 - optional, and slow to import
+            import tokenizers  # noqa: PLC0415
+        except ImportError:
+            raise Unavailable(
+                "Embedding text needs ONNX Runtime and tokenizers.",
+                code="context_extra_missing",
+                remedy="Run: pip install 'pyagent-node[context]'",
+            ) from None
+        model_bytes = _pinned(model, MODEL_SHA256)
+        tokenizer_bytes = _pinned(tokenizer, TOKENIZER_SHA256)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session: InferenceSession = onnxruntime.InferenceSession(
+            model_bytes, options, providers=["CPUExecutionProvider"]
+        )
+        self._tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(tokenizer_bytes.decode())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    @property
+    def identity(self) -> str:
+        """The model, its digest, and that of its vocabulary."""
+        return f"all-MiniLM-L6-v2/int8/{MODEL_SHA256[:16]}/{TOKENIZER_SHA256[:16]}"
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        return DIMENSIONS
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many word pieces ``text`` has."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return unit vectors ``[len(texts), 384]``: the mean over a text's tokens."""
+        _check(texts)
+        encodings = self._tokenizer.encode_batch(list(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
+        vectors = np.zeros((len(texts), DIMENSIONS), np.float32)
+        for at in range(0, len(order), BATCH):
+            batch = order[at : at + BATCH]
+            vectors[batch] = self._run([encodings[i] for i in batch])
+        return vectors
+
+    def _run(self, encodings: Sequence[Encoding]) -> Vectors:
+        rows = [_cut(encoding.ids) for encoding in encodings]
+        width = max(map(len, rows))
+        ids = np.zeros((len(rows), width), np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        (hidden,) = self._session.run(
+            None, {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        )
+        states = np.asarray(hidden, np.float32)
+        means = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None]
+        norms = np.linalg.norm(means, axis=1, keepdims=True)
+        return np.asarray(means / np.maximum(norms, 1e-12), np.float32)
+
+
+def _check(texts: Sequence[str]) -> None:
+    if len(texts) > MAX_TEXTS:
+        raise LimitExceeded(
+            f"{len(texts)} texts were given at once; the most is {MAX_TEXTS}.",
+            code="too_many_texts",
+        )
+    for text in texts:
+        if len(text) > MAX_CHARACTERS:
+            raise LimitExceeded(
+                f"A text has {len(text)} characters; the most is {MAX_CHARACTERS}.",
+                code="text_too_large",
+                remedy="Cut it into windows first.",
+            )
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise InvalidRequest("A text holds half characters.", code="bad_context_text")
+
+
+def _pinned(path: Path, sha256: str) -> bytes:
+    data = read_limited(path, 64 * MIB)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptData(
+            f"{path} is not the file that this version knows.",
+            code="encoder_corrupt",
+            remedy="Remove it, so that it is fetched again.",
+        )
+    return data
+
+
+def _cut(ids: list[int]) -> list[int]:
+    """Return at most :data:`MAX_TOKENS` ids; the last one is the mark that ends a text."""
+    return ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]]

@@ -1,0 +1,203 @@
+"""Sketches: a vector in 256 bits, to pick the few hundred that are compared exactly.  Pure.
+
+A model is learned from vectors: their mean, their principal axes, and a random rotation of those,
+so that each bit carries as much as any other (Gong and Lazebnik, "Iterative quantization", CVPR
+2011, with its random start).  A sketch is the signs of the centred vector along the rotated axes.
+The query keeps its floats.  A weight beside each sketch undoes what cutting to signs did to that
+one vector's length (Gao and Long, "RaBitQ", SIGMOD 2024).
+
+The axes are kept in 8 bits, exactly as they travel: whoever holds a model makes the same sketches.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.native import lsh_probes, sketch_pack, sketch_scan
+from pyagent_node.sharding.context.embedder import Vectors
+
+Rows = NDArray[np.uint32]
+"""Numbers of windows."""
+
+BITS: Final = 256
+MAX_BITS: Final = 4096
+MAX_DIMENSIONS: Final = 4096
+TRAINING_ROWS: Final = 1 << 16
+"""More vectors than these teach nothing: evenly spaced ones are taken."""
+MAX_NUMBER: Final = 1e3
+"""The largest number in a vector or a model: with it no sum gets near infinity."""
+_LEVELS: Final = 127
+
+
+class SketchModel:
+    """The mean of the vectors, and the axes: ``steps[i, j] * scales[i]``, int8 by float32.
+
+    ``steps`` is ``[bits, dimensions]``.  Read-only.
+    """
+
+    def __init__(
+        self, centre: NDArray[np.float32], steps: NDArray[np.int8], scales: NDArray[np.float32]
+    ) -> None:
+        bits, dimensions = steps.shape
+        _check_sizes(bits, dimensions)
+        if centre.shape != (dimensions,) or scales.shape != (bits,):
+            raise InvalidRequest(
+                "The parts of a sketch model do not fit together.", code="bad_sketch_model"
+            )
+        self.centre, self.steps, self.scales = centre, steps, scales
+        self._axes = steps.astype(np.float32) * scales[:, None]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sketch."""
+        return int(self.steps.shape[0])
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        return int(self.steps.shape[1])
+
+    @classmethod
+    def train(cls, vectors: Vectors, *, bits: int = BITS, seed: int = 0) -> SketchModel:
+        """Learn a model; the same vectors and seed give the same one on the same machine.
+
+        Raises :class:`InvalidRequest`: ``bad_vectors``, ``bad_sketch_bits``.
+        """
+        check_vectors(vectors)
+        _check_sizes(bits, vectors.shape[1])
+        if bits > vectors.shape[1]:
+            raise InvalidRequest(
+                f"Vectors of {vectors.shape[1]} numbers have no {bits} axes.",
+                code="bad_sketch_bits",
+                remedy=f"Take at most {vectors.shape[1] // 8 * 8} bits.",
+            )
+        if not len(vectors):
+            raise InvalidRequest(
+                "A sketch model is learned from at least one vector.", code="bad_vectors"
+            )
+        every = -(-len(vectors) // TRAINING_ROWS)
+        sample = vectors[::every].astype(np.float64)
+        centre = sample.mean(axis=0)
+        spread = sample - centre
+        _, axes = np.linalg.eigh(spread.T @ spread / len(sample))
+        # A vector's sign is anybody's choice: make its largest number positive.
+        largest = np.abs(axes).argmax(axis=0)
+        axes *= np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+        rotated = _rotation(bits, seed) @ axes[:, ::-1][:, :bits].T
+        scales = (np.abs(rotated).max(axis=1) / _LEVELS).astype(np.float32)
+        steps = np.rint(rotated / scales[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
+        return cls(centre.astype(np.float32), steps, scales)
+
+    def project(self, vectors: Vectors) -> NDArray[np.float32]:
+        """Return the coordinates of vectors along the axes, ``[n, bits]``, without centring."""
+        check_vectors(vectors, self.dimensions)
+        return np.ascontiguousarray(vectors @ self._axes.T, np.float32)
+
+    def sketch(self, vectors: Vectors) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+        """Return sketches, ``[n, bits / 8]``, and their weights, ``[n]``."""
+        check_vectors(vectors, self.dimensions)
+        at = np.ascontiguousarray((vectors - self.centre) @ self._axes.T, np.float32)
+        packed = sketch_pack(at.reshape(-1), self.bits).reshape(len(at), self.bits // 8)
+        reach = np.abs(at).sum(axis=1)
+        weights = (at * at).sum(axis=1) / np.maximum(reach, 1e-9)
+        return packed, np.minimum(weights, MAX_NUMBER).astype(np.float16)
+
+
+class Sketches:
+    """The sketches of windows, ``packed`` ``[n, bits / 8]``, and their ``weights`` ``[n]``."""
+
+    def __init__(
+        self, model: SketchModel, packed: NDArray[np.uint8], weights: NDArray[np.float16]
+    ) -> None:
+        if packed.shape != (len(weights), model.bits // 8):
+            raise InvalidRequest(
+                "The sketches do not have the size of their model.", code="bad_sketches"
+            )
+        self.model, self.packed, self.weights = model, packed, weights
+        self._flat = np.ascontiguousarray(packed).reshape(-1)
+        self._weights = weights.astype(np.float32)
+
+    @classmethod
+    def of(cls, model: SketchModel, vectors: Vectors) -> Sketches:
+        """Sketch vectors."""
+        return cls(model, *model.sketch(vectors))
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def nearest(self, query: NDArray[np.float32], count: int) -> tuple[Rows, NDArray[np.float32]]:
+        """Return the windows most like ``query`` and estimates of their likeness, best first.
+
+        An estimate is the inner product less a number that is the same for all windows.
+        """
+        if count < 1:
+            raise InvalidRequest(f"{count} windows cannot be looked for.", code="bad_count")
+        turned = self.model.project(query[None])[0]
+        return sketch_scan(self._flat, turned, min(count, len(self)), self._weights)
+
+
+class Buckets:
+    """The windows by bucket: the signs of their first ``bits`` centred, rotated coordinates.
+
+    For an index that is spread over nodes: a node holds whole buckets, and a question goes to the
+    nodes of the likeliest ones.
+    """
+
+    def __init__(self, model: SketchModel, bits: int) -> None:
+        if not 1 <= bits <= min(30, model.bits):
+            raise InvalidRequest(
+                f"Buckets have 1 to {min(30, model.bits)} bits, not {bits}.", code="bad_bucket_bits"
+            )
+        self.model, self.bits = model, bits
+
+    def of(self, vectors: Vectors) -> Rows:
+        """Return the bucket of each vector."""
+        at = self.model.project(vectors - self.model.centre)[:, : self.bits]
+        return ((at > 0) @ (1 << np.arange(self.bits, dtype=np.uint32))).astype(np.uint32)
+
+    def probe(self, query: NDArray[np.float32], count: int) -> Rows:
+        """Return the ``count`` likeliest buckets for ``query``, its own first."""
+        if count < 1:
+            raise InvalidRequest(f"{count} buckets cannot be looked for.", code="bad_count")
+        at = self.model.project((query - self.model.centre)[None])[0, : self.bits]
+        return lsh_probes(np.ascontiguousarray(at), min(count, 1 << self.bits))[0]
+
+
+def check_vectors(vectors: Vectors, dimensions: int | None = None) -> None:
+    """Check the shape and the values; raises :class:`InvalidRequest` (``bad_vectors``)."""
+    wanted = f"[n, {dimensions}]" if dimensions else "[n, dimensions]"
+    if vectors.ndim != 2 or (dimensions and vectors.shape[1] != dimensions):
+        raise InvalidRequest(
+            f"Vectors of shape {vectors.shape} were given where {wanted} are wanted.",
+            code="bad_vectors",
+        )
+    if not in_range(vectors):
+        raise InvalidRequest(
+            "A vector holds a number that is not finite, or far too large.", code="bad_vectors"
+        )
+
+
+def in_range(numbers: NDArray[np.float32] | NDArray[np.float16]) -> bool:
+    """Whether every number is one, and none exceeds :data:`MAX_NUMBER`."""
+    return bool((np.abs(numbers) <= MAX_NUMBER).all())
+
+
+def _check_sizes(bits: int, dimensions: int) -> None:
+    if bits % 8 or not 8 <= bits <= MAX_BITS or not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise InvalidRequest(
+            f"A sketch of {bits} bits of {dimensions} dimensions cannot be made.",
+            code="bad_sketch_bits",
+            remedy=f"Bits are a multiple of 8 up to {MAX_BITS}, dimensions at most "
+            f"{MAX_DIMENSIONS}.",
+        )
+
+
+def _rotation(size: int, seed: int) -> NDArray[np.float64]:
+    """Return a random rotation, every one equally likely (QR of a matrix of normal numbers)."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    q, r = np.linalg.qr(generator.standard_normal((size, size)))
+    return np.asarray(q * np.sign(np.diagonal(r)), np.float64)
