@@ -133,8 +133,17 @@ def placement_view(placement: PlacementView) -> RenderableType:
             f"{speed:.1f}" if speed is not None else "-",
             *([_reserves(rank)] if reserved else []),
         )
+    parts: list[RenderableType] = [title, table]
+    prepared = placement.prepared
+    if prepared is not None:
+        ranks = ", ".join(
+            f"{first}-{last - 1} on {node}"
+            for (first, last), node in zip(prepared.layers, prepared.nodes, strict=True)
+        )
+        text = f"changing to {ranks}: {prepared.ready} of {len(prepared.nodes)} loaded beside"
+        parts.append(Text(f"{text} (by {prepared.by})", "yellow"))
     guessing = _placed_guessing(placement)
-    return Group(title, table, guessing) if guessing else Group(title, table)
+    return Group(*parts, guessing) if guessing else Group(*parts)
 
 
 def _placed_guessing(placement: PlacementView) -> Text:

@@ -38,7 +38,12 @@ from pyagent_node.node.placement_messages import (
     RankReport,
     ReserveReport,
 )
-from pyagent_node.node.placement_views import drafter_view, rank_view, reserve_view
+from pyagent_node.node.placement_views import (
+    drafter_view,
+    prepared_view,
+    rank_view,
+    reserve_view,
+)
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
@@ -98,8 +103,12 @@ class PlacementBoard:
     async def views(self) -> tuple[PlacementView, ...]:
         """Return every placement with its ranks' states, as ``status`` shows them."""
         placements = list(self._consensus.state.placements.values())
+        next_ranks = [r for p in self._consensus.state.prepared.values() for r in p.ranks]
         reports = await self.reports(
-            peer for placement in placements for peer in _holders(placement)
+            [
+                *(peer for placement in placements for peer in _holders(placement)),
+                *(rank.peer_id for rank in next_ranks),
+            ]
         )
         return tuple(self._view(placement, reports) for placement in placements)
 
@@ -143,6 +152,8 @@ class PlacementBoard:
             draft_length=drafting.length,
             draft_depth=drafting.depth,
             drafter=drafter_view(placement, _drafter_of(placement, reports), model, name),
+            prepared=prepared_view(state.prepared.get(placement.model), reports, name),
+            fixed=placement.fixed,
         )
 
     async def wait_ready(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pyagent_node.base.errors import ErrorInfo
-from pyagent_node.base.types import Digest, PeerId, Placement, Rank
+from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank
 from pyagent_node.node.api.schema import (
     DrafterView,
+    PreparedView,
     RankState,
     RankView,
     ReserveState,
@@ -82,6 +83,31 @@ def _detail(error: ErrorInfo | None, found: RankReport) -> str | None:
     if found.state == "fetching":
         return f"fetching, {found.done} of {found.total or '?'} bytes"
     return found.state if found.state != "ready" else None
+
+
+def prepared_view(
+    prepared: Prepared | None,
+    reports: Mapping[PeerId, PlacementReports],
+    node: Callable[[PeerId], str],
+) -> PreparedView | None:
+    """Return the next ranks of a placement; ``None`` while no change is under way."""
+    if prepared is None:
+        return None
+    ready = {
+        report.rank
+        for rank in prepared.ranks
+        if (told := reports.get(rank.peer_id)) is not None
+        for report in told.prepared
+        if (report.model, report.number, report.rank, report.state)
+        == (prepared.model, prepared.number, rank.rank, "ready")
+    }
+    return PreparedView(
+        number=prepared.number,
+        by=node(prepared.by),
+        layers=tuple((rank.slice.first, rank.slice.last) for rank in prepared.ranks),
+        nodes=tuple(node(rank.peer_id) for rank in prepared.ranks),
+        ready=len(ready),
+    )
 
 
 def drafter_view(

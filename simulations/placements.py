@@ -56,6 +56,7 @@ from pyagent_node.simulations.backend import (
 )
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
 from pyagent_node.simulations.pipeline import MODEL, NAME, peer
+from pyagent_node.simulations.shelf import ToyShelves
 
 N_LAYERS = 10
 RECORD = ModelRecord(
@@ -223,12 +224,19 @@ class HostingWorld:
     """The nodes; node 0 writes the log.  Get one from :func:`open_hosting_world`."""
 
     def __init__(
-        self, network: SimulatedNetwork, nursery: trio.Nursery, *, heal: bool, one_way: bool
+        self,
+        network: SimulatedNetwork,
+        nursery: trio.Nursery,
+        *,
+        heal: bool,
+        one_way: bool,
+        shelves: ToyShelves | None = None,
     ) -> None:
         self.network = network
         self.nodes: list[HostingNode] = []
         self._heal = heal
         self._one_way = one_way
+        self._shelves = shelves
         self._nursery = nursery
         self._scopes: dict[int, trio.CancelScope] = {}
 
@@ -246,7 +254,11 @@ class HostingWorld:
         async def run() -> None:
             with scope:
                 async with _node(
-                    self.network, number, heal=self._heal, one_way=self._one_way
+                    self.network,
+                    number,
+                    heal=self._heal,
+                    one_way=self._one_way,
+                    shelves=self._shelves,
                 ) as node:
                     started.append(node)
                     ready.set()
@@ -317,7 +329,12 @@ class HostingWorld:
 
 @asynccontextmanager
 async def _node(
-    network: SimulatedNetwork, number: int, *, heal: bool, one_way: bool
+    network: SimulatedNetwork,
+    number: int,
+    *,
+    heal: bool,
+    one_way: bool,
+    shelves: ToyShelves | None,
 ) -> AsyncIterator[HostingNode]:
     mesh = network.node(peer(number), name=f"n{number}")
     async with AsyncExitStack() as stack:
@@ -332,7 +349,8 @@ async def _node(
             )
         )
         rpc: Rpc = await stack.enter_async_context(open_rpc(mesh))
-        pipeline = await stack.enter_async_context(open_pipeline(mesh))
+        shelf = shelves.of(mesh.peer_id) if shelves is not None else None
+        pipeline = await stack.enter_async_context(open_pipeline(mesh, shelf=shelf))
         assets = ToyAssets()
         assets.one_way = one_way
         controller = PlacementController(mesh.peer_id, consensus, pipeline, assets, rng=rng)
@@ -380,14 +398,20 @@ async def _shape(digest: Digest) -> ModelShape:
 
 @asynccontextmanager
 async def open_hosting_world(
-    nodes: int, *, latency: float = 0.001, heal: bool = False, one_way: bool = False
+    nodes: int,
+    *,
+    latency: float = 0.001,
+    heal: bool = False,
+    one_way: bool = False,
+    shelves: ToyShelves | None = None,
 ) -> AsyncIterator[HostingWorld]:
     """Run a swarm of ``nodes`` nodes without a placement; ``heal`` lets the leader keep them up.
 
     With ``one_way`` all rows go through the same kernel, so a model drafts for itself without fail.
+    ``shelves`` are where the nodes keep KV blocks (``None``: nowhere).
     """
     async with open_network(latency=latency) as network, background() as nursery:
-        world = HostingWorld(network, nursery, heal=heal, one_way=one_way)
+        world = HostingWorld(network, nursery, heal=heal, one_way=one_way, shelves=shelves)
         for _ in range(nodes):
             await world.add()
         yield world

@@ -106,11 +106,25 @@ class DrafterView(msgspec.Struct, frozen=True, kw_only=True):
     guesses: int | None = None
 
 
+class PreparedView(msgspec.Struct, frozen=True, kw_only=True):
+    """The next ranks of a placement, loaded beside those in force: ``ready`` of ``ranks`` are.
+
+    ``by`` is the name of the node that sees to the change, ``layers`` and ``nodes`` are by rank.
+    """
+
+    number: int
+    by: str
+    layers: tuple[tuple[int, int], ...]
+    nodes: tuple[str, ...]
+    ready: int
+
+
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     """A placed model; ``ready`` when every rank is.
 
     ``speculation``, ``draft_length`` and ``draft_depth`` hold for requests that do not say; where
-    they are ``None``, the setting of the node that is asked.
+    they are ``None``, the setting of the node that is asked.  ``prepared`` is what is to follow
+    while a change is under way.  ``fixed``: a person chose the cut or the nodes.
     """
 
     model: Digest
@@ -124,6 +138,8 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     draft_length: int | None = None
     draft_depth: int | None = None
     drafter: DrafterView | None = None
+    prepared: PreparedView | None = None
+    fixed: bool = False
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from pyagent_node.base.errors import Conflict, PyAgentError, Unavailable, Unsupported
@@ -16,10 +19,17 @@ from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.resharding import BLOCKS_SECONDS
 from pyagent_node.simulations.backend import toy_generate
+from pyagent_node.simulations.deterministic import run_deterministic
 from pyagent_node.simulations.pipeline import MODEL, NAME, peer
-from pyagent_node.simulations.placements import N_LAYERS, HostingNode, HostingWorld
+from pyagent_node.simulations.placements import (
+    N_LAYERS,
+    HostingNode,
+    HostingWorld,
+    open_hosting_world,
+)
+from pyagent_node.simulations.shelf import ToyShelves
 
-from .test_placements import eventually, ignore, placed
+from .test_placements import eventually, ignore, placed, ready
 
 PARAMS = SamplingParams(seed=3, temperature=0.7)
 PROMPT = tuple(range(40))
@@ -32,6 +42,7 @@ class Stream:
         self.tokens: list[int] = []
         self.longest = 0.0
         self.reasons: list[str] = []
+        self.recomputed = 0
         self.fresh = trio.Event()
 
     async def run(self, node: HostingNode, n: int) -> None:
@@ -48,6 +59,7 @@ class Stream:
                     self.fresh.set()
                 else:
                     self.reasons.append(event.reason)
+                    self.recomputed = event.usage.recomputed_tokens
 
 
 @asynccontextmanager
@@ -219,3 +231,42 @@ async def test_unloading_ends_a_change(autojump_clock: MockClock) -> None:
         assert caught.value.code == "not_prepared"
         await trio.sleep(1)
         assert [len(node.assets.runners) for node in world.nodes] == [0, 0, 0]
+
+
+MOVES = st.lists(
+    st.tuples(
+        st.floats(0.0, 1.5),
+        st.lists(st.integers(1, N_LAYERS - 1), max_size=3, unique=True).map(sorted),
+        st.permutations(range(5)),
+        st.integers(0, 4),
+    ),
+    min_size=1,
+    max_size=4,
+)
+"""When, which boundaries, which nodes, and who is asked."""
+
+
+@pytest.mark.slow
+@given(moves=MOVES, seed=st.integers(0, 99), n=st.integers(60, 300))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
+def test_any_boundaries_at_any_moments_change_no_token(
+    moves: list[tuple[float, list[int], list[int], int]], seed: int, n: int
+) -> None:
+    """With KV blocks, a session computes less than a block and what was on its way again."""
+
+    async def program() -> None:
+        shelves = ToyShelves(random.Random(seed))
+        async with open_hosting_world(5, shelves=shelves) as world:
+            await ready(world, await world.place((3, 7), (0, 1, 2)))
+            async with streaming(world, n=n, streams=3) as streams:
+                for wait, cut, nodes, asked in moves:
+                    await trio.sleep(wait)
+                    count = len(cut) + 1
+                    await world.nodes[asked].consensus.read_barrier()
+                    command = world.command(tuple(cut), tuple(nodes[:count]), by=asked)
+                    await world.nodes[asked].resharder.reshard(command, ignore)
+            for stream in streams:
+                assert stream.recomputed <= len(moves) * 2 * 64
+            assert world.nodes[0].consensus.state.last_epoch == 1 + len(moves)
+
+    run_deterministic(program, seed)
