@@ -236,9 +236,9 @@ def _long(
     kept = [width for width in widths if probe.same(start, width, reference)]
     if threads == 1:
         return kept, LonePolicy(short, 1, companion=False)
+    companion = 2 in kept and probe.fastest[2] < probe.fastest[1]
     if probe.same(start, 1, reference, threads):
         return kept, LonePolicy(short, threads, companion=False)
-    companion = 2 in kept and probe.fastest[2] < probe.fastest[1]
     return kept, LonePolicy(short, 1, companion=companion)
 
 
