@@ -1,8 +1,8 @@
 """Who gets, gives and asks for KV blocks, by the log.  Pure.
 
 The log gives layers of a model to nodes: ranks compute them, standbys keep them loaded, and the
-nodes of a placement that is being prepared will.  Whoever was given a layer may ask for its blocks
-and be sent them; only who computes it may send them.
+nodes of a placement that is being prepared will.  Whoever was given a layer may ask for its blocks;
+only who computes it may send them, to its backups and to who will have the layer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from pyagent_node.base.errors import Refused
-from pyagent_node.base.types import Digest, PeerId, Rank
+from pyagent_node.base.types import Digest, PeerId, Placement, Rank
 from pyagent_node.consensus.port import ClusterState
 
 
@@ -35,18 +35,31 @@ def targets(
 ) -> dict[PeerId, tuple[int, ...]]:
     """Return who is to have blocks of ``layers`` that the node ``here`` computed, and which.
 
-    The standbys of its ranks, and the nodes that a placement in preparation gives the layers to.
+    Those that may take its ranks over (see :func:`backups`), and the nodes that a placement in
+    preparation gives the layers to.
     """
     found: dict[PeerId, set[int]] = {}
     placement = state.placements.get(model)
     if placement is not None:
         for rank in placement.ranks:
             if rank.peer_id == here:
-                _add(found, rank.standbys, rank, layers)
+                _add(found, backups(placement, rank), rank, layers)
     for rank in _prepared(state, model):
         _add(found, (rank.peer_id,), rank, layers)
     found.pop(here, None)
     return {peer: tuple(sorted(own)) for peer, own in sorted(found.items()) if own}
+
+
+def backups(placement: Placement, rank: Rank) -> tuple[PeerId, ...]:
+    """Return who keeps the blocks of a rank, besides itself.
+
+    Its standbys; without any its spares; without these the node of the next rank, so that some
+    node has them when this one dies, whichever takes its place.
+    """
+    if rank.standbys or rank.spares:
+        return rank.standbys or rank.spares
+    after = (*placement.ranks[rank.rank + 1 :], *placement.ranks[: rank.rank])
+    return tuple(other.peer_id for other in after if other.peer_id != rank.peer_id)[:1]
 
 
 def likely_sources(state: ClusterState, model: Digest, layers: range) -> tuple[PeerId, ...]:
@@ -70,7 +83,7 @@ def check_reader(state: ClusterState, model: Digest, peer: PeerId, layers: range
 def check_writer(
     state: ClusterState, model: Digest, peer: PeerId, here: PeerId, layers: range
 ) -> None:
-    """Raise :class:`Refused` unless ``peer`` computes the layers and ``here`` was given them.
+    """Raise :class:`Refused` unless ``peer`` computes the layers and ``here`` is to have them.
 
     Codes: ``kv_not_yours`` and ``kv_not_wanted``.
     """
@@ -79,9 +92,9 @@ def check_writer(
             f"{peer} does not compute layers {layers.start} to {layers.stop} of this model.",
             code="kv_not_yours",
         )
-    if not given(state, model, here).issuperset(layers):
+    if not set(layers).issubset(targets(state, model, peer, layers).get(here, ())):
         raise Refused(
-            f"Layers {layers.start} to {layers.stop} of this model are not this node's.",
+            f"This node is no backup for layers {layers.start} to {layers.stop} of this model.",
             code="kv_not_wanted",
         )
 

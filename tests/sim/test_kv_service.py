@@ -114,10 +114,10 @@ async def test_other_boundaries_fetch_from_who_had_the_layers(autojump_clock):
         it.place((3, 7), (1, 2, 3))
         await ask(it, 0, text(500))
         await trio.sleep(2)
-        it.place((5,), (2, 0))
+        it.place((5,), (3, 0))
         assert (await ask(it, 3, text(500))).finished.usage.cached_tokens == 384
         assert it.kv[0].loader.stats.blocks_remote >= 6, "this node had nothing"
-        assert it.kv[2].loader.stats.blocks_remote >= 6, "this one had other layers"
+        assert it.kv[3].loader.stats.blocks_remote >= 6, "this one had other layers"
 
 
 async def moved(it: KvWorld, standbys: dict[int, int], change) -> Answer:
