@@ -40,9 +40,17 @@ from pyagent_node.consensus.raft_messages import (
     pieces,
 )
 from pyagent_node.consensus.raft_storage import raft_id
+from pyagent_node.inference.drafting.remote_messages import (
+    DRAFT_PROTOCOL,
+    FROM_DRAFTER,
+    TO_DRAFTER,
+    DraftRefused,
+    OpenDraft,
+)
 from pyagent_node.inference.models.blob_messages import PROTOCOL as BLOB
 from pyagent_node.inference.models.blob_messages import REPLIES, REQUESTS, BlobError, GetManifest
 from pyagent_node.inference.pipeline.frames import PIPE_CODEC, PIPE_PROTOCOL, StageError, Step
+from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.node.certificates import Certificate, issue
 from pyagent_node.node.config import load_settings
 from pyagent_node.node.home import Home
@@ -343,16 +351,35 @@ async def false_certificates(it: Attack) -> None:
                 lambda code=code, before=before: it.metric("mesh_refused", code=code) > before,
                 "a false certificate",
             )
+            with pytest.raises(PyAgentError):  # no protocol is spoken with who did not get in
+                await mesh.open(it.node.mesh.peer_id, DRAFT_PROTOCOL)
+
+
+async def asks_to_draft(it: Attack) -> FrameStream:
+    """Ask for guesses; what comes back is that there is no drafter here, so it was let in."""
+    opening = OpenDraft(MODEL, 1, Digest("cd" * 32), SamplingParams())
+    stream = await it.say(DRAFT_PROTOCOL, Frame(TO_DRAFTER.encode(opening)))
+    received = await stream.receive()
+    assert received is not None
+    reply = FROM_DRAFTER.decode(received.header)
+    assert isinstance(reply, DraftRefused)
+    assert reply.error.code == "drafter_not_ready"
+    return await it.mesh.open(it.node.mesh.peer_id, DRAFT_PROTOCOL)
 
 
 async def revoked(it: Attack) -> None:
-    """Who is shut out is disconnected at once, and does not come back."""
+    """Who is shut out is disconnected at once, and does not come back; no stream of it goes on."""
+    asking = await asks_to_draft(it)
     before = it.metric("mesh_refused", code="revoked")
     await it.engine.propose(RevokeMember(it.mesh.peer_id, "an enemy"))
     await it.until(lambda: not it.node.mesh.peers(), "it is out")
     with pytest.raises(PyAgentError) as caught:
         await it.mesh.connect(it.node.mesh.addresses[0])
     assert caught.value.code == "revoked"
+    with pytest.raises(PyAgentError):
+        await it.mesh.open(it.node.mesh.peer_id, DRAFT_PROTOCOL)
+    with pytest.raises(PyAgentError):
+        await asking.send(Frame(b"more"))
     await it.until(lambda: it.metric("mesh_refused", code="revoked") >= before + 2, "it stays out")
 
 
