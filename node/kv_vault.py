@@ -13,7 +13,7 @@ from typing import Final, Protocol, TypeVar
 import trio
 
 from pyagent_node.base.errors import PyAgentError
-from pyagent_node.base.types import Digest, SessionId
+from pyagent_node.base.types import Digest
 from pyagent_node.node.kv_messages import Sealed
 from pyagent_node.sharding.block_stats import StoreStats
 from pyagent_node.sharding.block_store import BlockStore
@@ -102,10 +102,6 @@ class KvVault:
         """Have what is new written to the disk soon."""
         self._wake.set()
 
-    def unpin(self, session: SessionId) -> None:
-        """Let the blocks of a session go when others need the room."""
-        self.store.unpin(session)
-
     def stats(self) -> StoreStats:
         """Return counts and sizes."""
         return self.store.stats()
@@ -124,9 +120,9 @@ class KvVault:
 
     async def run(self) -> None:
         """Take the disk into use and write to it what is new, for ever."""
-        await self._offload(self.store.open)
-        self.changes += 1
         try:
+            await self._offload(self.store.open)
+            self.changes += 1
             while True:
                 self._wake = trio.Event()
                 while await self._offload(self.store.write_back):
