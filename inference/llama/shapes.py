@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from pyagent_node.inference.backend import MAX_DECODE_ROWS
+from pyagent_node.inference.backend import MAX_CALL_ROWS
 from pyagent_node.inference.llama.batching import JOINT_SHAPES, WIDTHS, Shape, preference
 from pyagent_node.inference.llama.context import CELL_STEP
 
@@ -33,19 +33,19 @@ class ShapeBook:
     def __init__(
         self, passed: Iterable[int], failed: Iterable[int], slow: Iterable[int], *, n_seq: int
     ) -> None:
-        exact, wrong, idle = set(passed), set(failed), set(slow)
+        exact, idle = set(passed), set(slow)
+        wrong = min(failed, default=MAX_CALL_ROWS + 1)
         assert 1 in exact, "a row alone is the reference"
         self._safe = {(Shape(1, width), long) for width in exact for long in (False, True)}
         # Several rows of several sequences are compared with as many rows of one, which must be
-        # safe; and what is not exact for one sequence is not tried for several.
+        # safe.  Kernels are chosen by the number of rows in all: with as many as were wrong once,
+        # or more, a trial is hardly worth it.
         self._joint = tuple(
             shape
             for shape in JOINT_SHAPES
-            if shape.sequences <= n_seq
-            and shape.rows in exact
-            and min(shape.sequences, MAX_DECODE_ROWS) not in wrong
+            if shape.sequences <= n_seq and shape.rows in exact and shape.total < wrong
         )
-        widths = [1, *(width for width in WIDTHS if width not in wrong | idle)]
+        widths = [1, *(width for width in WIDTHS if width < wrong and width not in idle)]
         self._order = preference(widths, self._joint)
 
     @property

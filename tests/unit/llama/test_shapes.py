@@ -47,10 +47,12 @@ def test_a_shape_passes_once_for_short_sequences_and_once_for_long_ones() -> Non
     assert shape not in book.order
 
 
-def test_several_sequences_are_not_tried_where_as_many_rows_of_one_failed() -> None:
-    book = ShapeBook((1, 2, 3), failed=(4, 8), slow=(), n_seq=16)
+def test_as_many_rows_as_failed_once_are_not_tried_however_they_are_spread() -> None:
+    book = ShapeBook((1, 2, 4), failed=(8,), slow=(), n_seq=16)
     assert book.joint == (Shape(2, 2),)
-    assert not {Shape(4, 1), Shape(1, 8)} & set(book.order)
+    assert {Shape(1, 7), Shape(4, 1)} < set(book.order)
+    assert not {Shape(8, 1), Shape(1, 8)} & set(book.order)
+    assert ShapeBook((1, 2, 3), failed=(4, 8), slow=(), n_seq=16).joint == ()
     assert ShapeBook((1,), failed=(2, 3, 4, 8), slow=(), n_seq=1).order[-1] == Shape(1, 1)
 
 
