@@ -10,6 +10,7 @@ from typing_extensions import Buffer
 
 __all__ = [
     "Blake3",
+    "HeldTensor",
     "RaftConf",
     "RaftCore",
     "RaftDropped",
