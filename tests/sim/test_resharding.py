@@ -233,6 +233,31 @@ async def test_unloading_ends_a_change(autojump_clock: MockClock) -> None:
         assert [len(node.assets.runners) for node in world.nodes] == [0, 0, 0]
 
 
+async def test_status_shows_a_change_that_is_under_way(autojump_clock: MockClock) -> None:
+    async with placed(3, (3, 7), (0, 1, 2)) as (world, _):
+        seen: list[tuple[int, str, tuple[str, ...]]] = []
+
+        async def look() -> None:
+            while True:
+                await trio.sleep(0.1)
+                (view,) = await world.nodes[2].board.views()
+                if view.prepared is not None:
+                    told = view.prepared
+                    assert told.layers == ((0, 2), (2, 5), (5, 10))
+                    seen.append((told.ready, told.by, told.nodes))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await world.nodes[1].resharder.reshard(world.command((2, 5), (0, 1, 2)), ignore)
+            nursery.cancel_scope.cancel()
+        by = peer(1)[-8:]
+        nodes = tuple(peer(n)[-8:] for n in range(3))
+        assert seen[0] == (0, by, nodes)
+        assert seen[-1] == (3, by, nodes)
+        (view,) = await world.nodes[2].board.views()
+        assert view.prepared is None
+
+
 MOVES = st.lists(
     st.tuples(
         st.floats(0.0, 1.5),

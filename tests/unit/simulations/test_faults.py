@@ -17,6 +17,7 @@ from pyagent_node.simulations.fault_kinds import (
     OneWay,
     Partition,
     Replace,
+    Reshard,
     Revoke,
 )
 from pyagent_node.simulations.faults import (
@@ -62,6 +63,10 @@ def test_the_standard_mix_holds_every_kind_of_fault() -> None:
         Replace(1.0, (4, 4), (0, 1, 2)),
         Replace(1.0, (4,), (0, 1, 2)),
         Replace(1.0, (10,), (0, 1)),
+        Reshard(1.0, (4, 4), (0, 1, 2), 0),
+        Reshard(1.0, (4,), (0, 1), 9),
+        Reshard(1.0, (4,), (0, 1), 0, "ready", 9),
+        Reshard(1.0, (4,), (0, 9), 0),
     ],
 )
 def test_a_fault_that_cannot_happen_is_refused(fault: Fault) -> None:
