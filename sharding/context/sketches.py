@@ -26,6 +26,7 @@ Rows = NDArray[np.uint32]
 BITS: Final = 256
 MAX_BITS: Final = 4096
 MAX_DIMENSIONS: Final = 4096
+MAX_BUCKET_BITS: Final = 30
 TRAINING_ROWS: Final = 1 << 16
 """More vectors than these teach nothing: evenly spaced ones are taken."""
 MAX_NUMBER: Final = 1e3
@@ -75,19 +76,8 @@ class SketchModel:
                 code="bad_sketch_bits",
                 remedy=f"Take at most {vectors.shape[1] // 8 * 8} bits.",
             )
-        if not len(vectors):
-            raise InvalidRequest(
-                "A sketch model is learned from at least one vector.", code="bad_vectors"
-            )
-        every = -(-len(vectors) // TRAINING_ROWS)
-        sample = vectors[::every].astype(np.float64)
-        centre = sample.mean(axis=0)
-        spread = sample - centre
-        _, axes = np.linalg.eigh(spread.T @ spread / len(sample))
-        # A vector's sign is anybody's choice: make its largest number positive.
-        largest = np.abs(axes).argmax(axis=0)
-        axes *= np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
-        rotated = _rotation(bits, seed) @ axes[:, ::-1][:, :bits].T
+        centre, axes = _principal(vectors)
+        rotated = _rotation(bits, seed) @ axes[:bits]
         scales = (np.abs(rotated).max(axis=1) / _LEVELS).astype(np.float32)
         steps = np.rint(rotated / scales[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
         return cls(centre.astype(np.float32), steps, scales)
@@ -141,30 +131,63 @@ class Sketches:
 
 
 class Buckets:
-    """The windows by bucket: the signs of their first ``bits`` centred, rotated coordinates.
+    """The windows by bucket: the signs of their centred coordinates along the first principal axes.
 
     For an index that is spread over nodes: a node holds whole buckets, and a question goes to the
-    nodes of the likeliest ones.
+    nodes of the likeliest ones.  Unlike in a sketch the axes are not rotated: the few that say
+    most about a vector are what keeps neighbours together (docs/context.md has the figures).
+    ``axes`` is ``[bits, dimensions]``.
     """
 
-    def __init__(self, model: SketchModel, bits: int) -> None:
-        if not 1 <= bits <= min(30, model.bits):
+    def __init__(self, centre: NDArray[np.float32], axes: NDArray[np.float32]) -> None:
+        if axes.ndim != 2 or not 1 <= len(axes) <= MAX_BUCKET_BITS:
             raise InvalidRequest(
-                f"Buckets have 1 to {min(30, model.bits)} bits, not {bits}.", code="bad_bucket_bits"
+                f"Buckets have 1 to {MAX_BUCKET_BITS} bits.", code="bad_bucket_bits"
             )
-        self.model, self.bits = model, bits
+        if centre.shape != axes.shape[1:]:
+            raise InvalidRequest("The centre does not fit the axes.", code="bad_bucket_bits")
+        self.centre, self.axes = centre, axes
+
+    @classmethod
+    def train(cls, vectors: Vectors, bits: int) -> Buckets:
+        """Learn buckets; raises :class:`InvalidRequest`: ``bad_vectors``, ``bad_bucket_bits``."""
+        check_vectors(vectors)
+        if not 1 <= bits <= min(MAX_BUCKET_BITS, vectors.shape[1]):
+            raise InvalidRequest(
+                f"Vectors of {vectors.shape[1]} numbers have no buckets of {bits} bits.",
+                code="bad_bucket_bits",
+            )
+        centre, axes = _principal(vectors)
+        return cls(centre.astype(np.float32), np.ascontiguousarray(axes[:bits], np.float32))
 
     def of(self, vectors: Vectors) -> Rows:
         """Return the bucket of each vector."""
-        at = self.model.project(vectors - self.model.centre)[:, : self.bits]
-        return ((at > 0) @ (1 << np.arange(self.bits, dtype=np.uint32))).astype(np.uint32)
+        powers = 1 << np.arange(len(self.axes), dtype=np.uint32)
+        return ((self._at(vectors) > 0) @ powers).astype(np.uint32)
 
     def probe(self, query: NDArray[np.float32], count: int) -> Rows:
         """Return the ``count`` likeliest buckets for ``query``, its own first."""
         if count < 1:
             raise InvalidRequest(f"{count} buckets cannot be looked for.", code="bad_count")
-        at = self.model.project((query - self.model.centre)[None])[0, : self.bits]
-        return lsh_probes(np.ascontiguousarray(at), min(count, 1 << self.bits))[0]
+        return lsh_probes(self._at(query[None])[0], min(count, 1 << len(self.axes)))[0]
+
+    def _at(self, vectors: Vectors) -> NDArray[np.float32]:
+        check_vectors(vectors, self.axes.shape[1])
+        return np.ascontiguousarray((vectors - self.centre) @ self.axes.T, np.float32)
+
+
+def _principal(vectors: Vectors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean and the principal axes (rows, the first says most) of at least one vector."""
+    if not len(vectors):
+        raise InvalidRequest("There is nothing to learn from.", code="bad_vectors")
+    sample = vectors[:: -(-len(vectors) // TRAINING_ROWS)].astype(np.float64)
+    centre = sample.mean(axis=0)
+    spread = sample - centre
+    _, axes = np.linalg.eigh(spread.T @ spread / len(sample))
+    # A vector's sign is anybody's choice: make its largest number positive.
+    largest = np.abs(axes).argmax(axis=0)
+    axes = axes * np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+    return np.asarray(centre, np.float64), np.asarray(axes.T[::-1], np.float64)
 
 
 def check_vectors(vectors: Vectors, dimensions: int | None = None) -> None:

@@ -197,7 +197,7 @@ def test_bad_vectors_are_refused() -> None:
 
 def test_buckets_of_neighbours_are_probed_first() -> None:
     vectors = unit(2000, 32)
-    buckets = Buckets(SketchModel.train(vectors, bits=32), 6)
+    buckets = Buckets.train(vectors, 6)
     of = buckets.of(vectors)
     assert of.max() < 64
     for row in (0, 7, 99):
@@ -207,7 +207,13 @@ def test_buckets_of_neighbours_are_probed_first() -> None:
         best = np.argsort(-(vectors @ vectors[row]))[:20]
         assert np.isin(of[best], order[:32]).mean() >= 0.7
     with pytest.raises(InvalidRequest):
-        Buckets(buckets.model, 31)
+        Buckets.train(vectors, 31)
+    with pytest.raises(InvalidRequest):
+        Buckets.train(vectors[:0], 2)
+    with pytest.raises(InvalidRequest):
+        Buckets(buckets.centre[1:], buckets.axes)
+    with pytest.raises(InvalidRequest):
+        buckets.of(vectors[:, 1:])
     with pytest.raises(InvalidRequest):
         buckets.probe(vectors[0], 0)
 
