@@ -102,7 +102,7 @@ def windows(text: str, *, words: int = WINDOW_WORDS) -> tuple[Window, ...]:
 
     A line of more than that is cut between words, into parts of nearly the same length.  Comments
     and what they stand among have windows of their own, unless they are very short: a sentence
-    within code is hardly found by its meaning (docs/context.md has the figures).  Every word is in
+    within code is hardly found by its meaning.  Every word is in
     exactly one window; there is none for a text without words.
     """
     if words < 1:

@@ -135,7 +135,7 @@ class Buckets:
 
     For an index that is spread over nodes: a node holds whole buckets, and a question goes to the
     nodes of the likeliest ones.  Unlike in a sketch the axes are not rotated: the few that say
-    most about a vector are what keeps neighbours together (docs/context.md has the figures).
+    most about a vector are what keeps neighbours together.
     ``axes`` is ``[bits, dimensions]``.
     """
 
