@@ -8,10 +8,14 @@ only who computes it may send them, to its backups and to who will have the laye
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from pyagent_node.base.errors import Refused
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank
 from pyagent_node.consensus.port import ClusterState
+
+BACKUPS: Final = 2
+"""Nodes that keep the blocks of a rank besides itself, where there are so many."""
 
 
 def given(state: ClusterState, model: Digest, peer: PeerId) -> frozenset[int]:
@@ -53,13 +57,14 @@ def targets(
 def backups(placement: Placement, rank: Rank) -> tuple[PeerId, ...]:
     """Return who keeps the blocks of a rank, besides itself.
 
-    Its standbys; without any its spares; without these the node of the next rank, so that some
-    node has them when this one dies, whichever takes its place.
+    Its standbys; where these are fewer than :data:`BACKUPS`, also its spares, then the nodes of the
+    other ranks from the next one on: some node shall have them when this one dies together with
+    a standby, whichever takes its place.
     """
-    if rank.standbys or rank.spares:
-        return rank.standbys or rank.spares
     after = (*placement.ranks[rank.rank + 1 :], *placement.ranks[: rank.rank])
-    return tuple(other.peer_id for other in after if other.peer_id != rank.peer_id)[:1]
+    others = (*rank.standbys, *rank.spares, *(other.peer_id for other in after))
+    found = tuple(peer for peer in dict.fromkeys(others) if peer != rank.peer_id)
+    return found[: max(BACKUPS, len(rank.standbys))]
 
 
 def likely_sources(state: ClusterState, model: Digest, layers: range) -> tuple[PeerId, ...]:

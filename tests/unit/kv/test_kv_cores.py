@@ -178,7 +178,10 @@ TWO = (rank(0, 0, 10, A, C), rank(1, 10, 30, B, C, D))
 
 
 def test_blocks_go_to_standbys_and_to_whoever_will_have_the_layers():
-    assert targets(state(*TWO), MODEL, A, range(10)) == {C: tuple(range(10))}
+    assert targets(state(*TWO), MODEL, A, range(10)) == {
+        C: tuple(range(10)),
+        B: tuple(range(10)),
+    }, "its standby, and the next rank: both may not die with it"
     assert targets(state(*TWO), MODEL, B, range(10, 30)) == {
         C: tuple(range(10, 30)),
         D: tuple(range(10, 30)),
@@ -190,12 +193,16 @@ def test_blocks_go_to_standbys_and_to_whoever_will_have_the_layers():
         D: tuple(range(10, 30)),
     }
     assert targets(state(*TWO, prepared=coming, after=3), MODEL, A, range(10)) == {
-        C: tuple(range(10))
+        C: tuple(range(10)),
+        B: tuple(range(10)),
     }, "what was prepared for another epoch is void"
     assert targets(State(), MODEL, A, range(10)) == {}
     spare = msgspec.structs.replace(rank(0, 0, 10, A), spares=(D,))
     bare = rank(1, 10, 30, B)
-    assert targets(state(spare, bare), MODEL, A, range(10)) == {D: tuple(range(10))}
+    assert targets(state(spare, bare), MODEL, A, range(10)) == {
+        D: tuple(range(10)),
+        B: tuple(range(10)),
+    }
     assert targets(state(spare, bare), MODEL, B, range(10, 30)) == {A: tuple(range(10, 30))}
     check_writer(state(spare, bare), MODEL, B, A, range(10, 30))
     assert targets(state(rank(0, 0, 30, A)), MODEL, A, range(30)) == {}, "there is nobody else"

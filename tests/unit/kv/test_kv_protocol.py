@@ -83,12 +83,12 @@ async def test_members_without_the_layers_are_refused_and_counted(autojump_clock
 
 
 async def test_a_rank_sends_only_its_layers_and_only_to_who_was_given_them(autojump_clock):
-    async with nodes(placed(*TWO), A, B, C) as (_, _, [a, _b, c]):
+    async with nodes(placed(*TWO), A, C, D) as (_, _, [a, c, _d]):
         mine, tail = block(0, range(10))
         assert await a.client.tell(C, mine, tail) == len(tail)
         assert len(c.blocks) == 10
         with pytest.raises(Refused) as caught:
-            await a.client.tell(B, mine, tail)
+            await a.client.tell(D, mine, tail)
         assert caught.value.code == "kv_not_wanted"
         other, tail = block(0, range(10, 11))
         with pytest.raises(Refused) as caught:
@@ -255,18 +255,21 @@ def make(node, count: int, start: int = 0, layers: range = range(10)) -> None:
         node.stream.ready(settled(number, layers=layers), 0.1)
 
 
-async def test_blocks_of_a_running_session_get_to_the_standby(autojump_clock):
+async def test_blocks_of_a_running_session_get_to_the_standby_and_the_next_rank(autojump_clock):
     async with nodes(placed(*TWO), A, B, C) as (_, _, [a, b, c]):
         a.blocks.fill(range(10), 5)
         make(a, 3)
         await trio.sleep(2)
         assert c.blocks == {k: v for k, v in a.blocks.items() if k.chain in LINKS[:3]}
-        assert a.stream.blocks_sent == 3
-        assert not b.blocks
+        assert b.blocks == c.blocks
+        assert a.stream.blocks_sent == 6
         make(a, 2, start=3)
         await trio.sleep(2)
         assert len(c.blocks) == 50
-        assert a.reports[-1][1].sessions[0].holders in (((A, 3), (C, 3)), ((A, 5), (C, 5)))
+        assert a.reports[-1][1].sessions[0].holders in (
+            ((A, 3), (B, 3), (C, 3)),
+            ((A, 5), (B, 5), (C, 5)),
+        )
         a.stream.ended(SessionId("5" * 32))
         assert len(a.stream.book) == 0
 
@@ -316,7 +319,7 @@ async def test_older_blocks_follow_to_a_prepared_node(autojump_clock):
         assert len(d.blocks) == 16
         log.become(placed(*TWO, index=3))
         await trio.sleep(1)
-        assert a.stream.book.targets() == {C}
+        assert a.stream.book.targets() == {B, C}
 
 
 async def test_the_stream_keeps_to_its_budget(autojump_clock):
