@@ -178,7 +178,7 @@ BUGS = (
         SLOW_DISKS,
         frozenset({"what was applied stays"}),
         compact=2,
-        asks=0.25,
+        asks=0.2,
         within=5,
     ),
     Bug(
