@@ -271,7 +271,7 @@ def test_every_way_to_compute_a_lone_row_is_the_same(
     expected = [plain.run(job) for job in work]
     with make_chain(15, n_seq=2, threads=2, n_ctx=512) as chain:
         for backend in chain.backends:
-            monkeypatch.setattr(backend, "_lone", policy)
+            monkeypatch.setattr(backend._calls, "_lone", policy)
         assert chain.run(work, together=False) == expected
 
 
