@@ -172,7 +172,7 @@ def measure(path: str, *, tokens: int, say: Say) -> dict[str, object]:
         during("a node joins", lambda: stack.enter_context(_joined(nodes)), switches=False)
         for what, cut, where in MOVES:
             request = _request(model, nodes, cut, where)
-            during(what, lambda r=request: nodes[0].client.apply(r, _quiet))  # type: ignore[misc]
+            during(what, partial(nodes[0].client.apply, request, _quiet))
         drain = DrainRequest(node=nodes[DRAINED].peer_id)
         during("a node is drained", lambda: nodes[0].client.drain(drain, _quiet))
         _until(lambda: all(stream.over for stream in streams), "end")
