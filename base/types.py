@@ -18,6 +18,10 @@ SessionId = NewType("SessionId", str)
 """One generation in progress: 32 lowercase hexadecimal digits."""
 
 
+ContextId = NewType("ContextId", bytes)
+"""One context, whatever its name: 16 random bytes, given when it is created."""
+
+
 class Slice(msgspec.Struct, frozen=True, order=True):
     """The layers ``[first, last)`` of a model; ``head`` when the output head belongs to it."""
 
@@ -109,6 +113,18 @@ class Prepared(msgspec.Struct, frozen=True):
     def check(self, n_layers: int) -> None:
         """Check the ranks as :meth:`Placement.check` does."""
         _check_cover(self.ranks, n_layers)
+
+
+class ContextPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How long what lies in a context is good for an answer; 0 sets no limit.
+
+    ``max_age_seconds`` counts from when a document was added, ``unused_seconds`` from when it was
+    last found; beyond ``max_tokens`` in all, the oldest documents give way.
+    """
+
+    max_age_seconds: int = 0
+    max_tokens: int = 0
+    unused_seconds: int = 0
 
 
 def _check_cover(ranks: tuple[Rank, ...], n_layers: int) -> None:

@@ -18,7 +18,10 @@ from pyagent_node.consensus.commands import (
     Checkpoint,
     ClaimSession,
     Command,
+    ContextRecord,
+    CreateContext,
     DropCheckpoints,
+    DropContext,
     DropPrepared,
     ForgetModel,
     ModelRecord,
@@ -68,6 +71,9 @@ _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TICKET = re.compile(r"[0-9a-f]{32}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
+_CONTEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CONTEXT_ID = 16
+"""Bytes of a context's id."""
 _MAX_INT = (1 << 63) - 1
 
 
@@ -99,6 +105,27 @@ def check_command(command: Command) -> None:
     _check_members(command)
     _check_models(command)
     _check_sessions(command)
+    _check_contexts(command)
+
+
+def _check_contexts(command: Command) -> None:
+    match command:
+        case CreateContext():
+            _context(command.context)
+        case DropContext():
+            _ensure(_CONTEXT.fullmatch(command.name) is not None, "name", command.name)
+            _ensure(len(command.id) == CONTEXT_ID, "id", "its length")
+        case _:
+            pass
+
+
+def _context(record: ContextRecord) -> None:
+    _ensure(_CONTEXT.fullmatch(record.name) is not None, "name", record.name)
+    _ensure(len(record.id) == CONTEXT_ID, "id", "its length")
+    _text("encoder", record.encoder)
+    _number("created", record.created, 0)
+    for field in ("max_age_seconds", "max_tokens", "unused_seconds"):
+        _number(field, getattr(record.policy, field), 0)
 
 
 def _check_members(command: Command) -> None:

@@ -10,7 +10,15 @@ from typing import Literal
 
 import msgspec
 
-from pyagent_node.base.types import Digest, Drafting, PeerId, Rank, SessionId
+from pyagent_node.base.types import (
+    ContextId,
+    ContextPolicy,
+    Digest,
+    Drafting,
+    PeerId,
+    Rank,
+    SessionId,
+)
 from pyagent_node.base.wire import Codec
 
 
@@ -269,6 +277,39 @@ class ClaimSession(msgspec.Struct, frozen=True, tag="claim_session"):
     at: int
 
 
+class ContextRecord(msgspec.Struct, frozen=True):
+    """A context the mesh knows; its documents never travel through the log.
+
+    ``encoder`` is the identity of the encoder that its vectors come from; ``created`` is in Unix
+    seconds.
+    """
+
+    id: ContextId
+    name: str
+    policy: ContextPolicy
+    encoder: str
+    created: int
+
+
+class CreateContext(msgspec.Struct, frozen=True, tag="create_context"):
+    """Make a context known; the same record twice changes nothing.
+
+    A name that is taken is a :class:`Conflict` (``context_exists``).
+    """
+
+    context: ContextRecord
+
+
+class DropContext(msgspec.Struct, frozen=True, tag="drop_context"):
+    """Forget a context and all that lies in it.
+
+    Another one of that name than ``id``, or none, is :class:`NotFound` (``context_not_found``).
+    """
+
+    name: str
+    id: ContextId
+
+
 Command = (
     AdmitMember
     | RevokeMember
@@ -289,6 +330,8 @@ Command = (
     | PutCheckpoints
     | DropCheckpoints
     | ClaimSession
+    | CreateContext
+    | DropContext
 )
 
 COMMANDS: Codec[Command] = Codec(
@@ -312,4 +355,6 @@ COMMANDS: Codec[Command] = Codec(
     PutCheckpoints,
     DropCheckpoints,
     ClaimSession,
+    CreateContext,
+    DropContext,
 )

@@ -10,7 +10,13 @@ import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, SessionId
-from pyagent_node.consensus.commands import Checkpoint, Command, ModelRecord, VotePreference
+from pyagent_node.consensus.commands import (
+    Checkpoint,
+    Command,
+    ContextRecord,
+    ModelRecord,
+    VotePreference,
+)
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
@@ -78,6 +84,11 @@ class ClusterState(Protocol):
     @property
     def bucket_epoch(self) -> int:
         """How often bucket owners were assigned."""
+        ...
+
+    @property
+    def contexts(self) -> Mapping[str, ContextRecord]:
+        """The contexts, by their names."""
         ...
 
     @property

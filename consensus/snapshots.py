@@ -9,12 +9,12 @@ import msgspec
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import PeerId, Placement, Prepared
 from pyagent_node.consensus.cluster import Burn, State, is_member
-from pyagent_node.consensus.commands import Checkpoint, ModelRecord
+from pyagent_node.consensus.commands import Checkpoint, ContextRecord, ModelRecord
 from pyagent_node.consensus.port import MemberRecord
 
 SNAPSHOT_MAGIC = b"pyagent-state\0"
-SNAPSHOT_VERSION: Final = 3
-"""The latest; what version 2 can say is written as version 2, which older programs read."""
+SNAPSHOT_VERSION: Final = 4
+"""The latest; each state is written as the lowest version that can say it, for older programs."""
 
 
 class _SnapshotV1(msgspec.Struct, frozen=True):
@@ -60,6 +60,22 @@ class _SnapshotV3(msgspec.Struct, frozen=True):
     prepared: list[Prepared]
 
 
+class _SnapshotV4(msgspec.Struct, frozen=True):
+    version: Literal[4]
+    index: int
+    members: list[MemberRecord]
+    burnt: dict[str, Burn]
+    models: list[ModelRecord]
+    placements: list[Placement]
+    last_epoch: int
+    checkpoints: list[Checkpoint]
+    buckets: tuple[tuple[PeerId, ...], ...]
+    bucket_epoch: int
+    settings: dict[str, int]
+    prepared: list[Prepared]
+    contexts: list[ContextRecord]
+
+
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
@@ -78,13 +94,17 @@ def encode_snapshot(state: State) -> bytes:
         bucket_epoch=state.bucket_epoch,
         settings=dict(state.changed_settings),
     )
-    if not state.prepared:
+    if not state.prepared and not state.contexts:
         return SNAPSHOT_MAGIC + _encoder.encode(plain)
-    fields = msgspec.structs.asdict(plain) | {
+    prepared = sorted(state.prepared.values(), key=lambda p: p.model)
+    fields = msgspec.structs.asdict(plain) | {"version": 3, "prepared": prepared}
+    if not state.contexts:
+        return SNAPSHOT_MAGIC + _encoder.encode(_SnapshotV3(**fields))
+    fields |= {
         "version": SNAPSHOT_VERSION,
-        "prepared": sorted(state.prepared.values(), key=lambda p: p.model),
+        "contexts": sorted(state.contexts.values(), key=lambda c: c.name),
     }
-    return SNAPSHOT_MAGIC + _encoder.encode(_SnapshotV3(**fields))
+    return SNAPSHOT_MAGIC + _encoder.encode(_SnapshotV4(**fields))
 
 
 def decode_snapshot(data: bytes | memoryview) -> State:
@@ -105,7 +125,7 @@ def decode_snapshot(data: bytes | memoryview) -> State:
                 remedy="Upgrade pyagent-node on this machine.",
                 version=version,
             )
-        state = _READERS.get(version, _read_v3)(body)
+        state = _READERS.get(version, _read_v4)(body)
         check_invariants(state)
     except (msgspec.DecodeError, ValueError, RecursionError, InvalidRequest, CorruptData) as error:
         raise CorruptData(
@@ -130,10 +150,19 @@ def _read_v3(body: memoryview) -> State:
     return msgspec.structs.replace(_whole_state(raw), prepared={p.model: p for p in raw.prepared})
 
 
-_READERS: Final = {1: _read_v1, 2: _read_v2}
+def _read_v4(body: memoryview) -> State:
+    raw = msgspec.msgpack.decode(body, type=_SnapshotV4)
+    return msgspec.structs.replace(
+        _whole_state(raw),
+        prepared={p.model: p for p in raw.prepared},
+        contexts={c.name: c for c in raw.contexts},
+    )
 
 
-def _whole_state(raw: _SnapshotV2 | _SnapshotV3) -> State:
+_READERS: Final = {1: _read_v1, 2: _read_v2, 3: _read_v3}
+
+
+def _whole_state(raw: _SnapshotV2 | _SnapshotV3 | _SnapshotV4) -> State:
     return msgspec.structs.replace(
         _state(raw),
         checkpoints={c.session: c for c in raw.checkpoints},
@@ -143,7 +172,7 @@ def _whole_state(raw: _SnapshotV2 | _SnapshotV3) -> State:
     )
 
 
-def _state(raw: _SnapshotV1 | _SnapshotV2 | _SnapshotV3) -> State:
+def _state(raw: _SnapshotV1 | _SnapshotV2 | _SnapshotV3 | _SnapshotV4) -> State:
     return State(
         index=raw.index,
         members={m.peer_id: m for m in raw.members},
@@ -159,7 +188,7 @@ def check_invariants(state: State) -> None:
 
     Maps are keyed by what their values name; a placed model is known and fully covered; epochs
     are distinct and at most ``last_epoch``; what drafts is a known model; what is prepared follows
-    on the placement in force; names of members and of models are distinct.
+    on the placement in force; names of members and of models, and ids of contexts, are distinct.
     """
     epochs = [p.epoch for p in state.placements.values()]
     live = [m.name for m in state.members.values() if is_member(m)]
@@ -183,6 +212,8 @@ def check_invariants(state: State) -> None:
             and state.placements[key].epoch == p.after_epoch
             for key, p in state.prepared.items()
         )
+        and all(key == c.name for key, c in state.contexts.items())
+        and len({c.id for c in state.contexts.values()}) == len(state.contexts)
         and all(0 < epoch <= state.last_epoch for epoch in epochs)
         and len(set(epochs)) == len(epochs)
         and len(set(live)) == len(live)

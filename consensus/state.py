@@ -10,7 +10,12 @@ from __future__ import annotations
 import msgspec
 
 from pyagent_node.base.errors import ErrorInfo, PyAgentError
-from pyagent_node.consensus import member_changes, model_changes, session_changes
+from pyagent_node.consensus import (
+    context_changes,
+    member_changes,
+    model_changes,
+    session_changes,
+)
 from pyagent_node.consensus.checks import check_command
 from pyagent_node.consensus.cluster import Burn, State, is_member
 from pyagent_node.consensus.commands import (
@@ -18,7 +23,9 @@ from pyagent_node.consensus.commands import (
     BurnTicket,
     ClaimSession,
     Command,
+    CreateContext,
     DropCheckpoints,
+    DropContext,
     DropPrepared,
     ForgetModel,
     PreparePlacement,
@@ -101,6 +108,10 @@ def _step(state: State, command: Command) -> State:
             return session_changes.drop_checkpoints(state, command)
         case ClaimSession():
             return session_changes.claim(state, command)
+        case CreateContext():
+            return context_changes.create(state, command)
+        case DropContext():
+            return context_changes.drop(state, command)
 
 
 def _set(state: State, command: SetMeshSetting) -> State:

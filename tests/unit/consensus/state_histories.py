@@ -6,14 +6,26 @@ import itertools
 
 import msgspec
 
-from pyagent_node.base.types import Digest, Drafting, PeerId, Rank, SessionId, Slice
+from pyagent_node.base.types import (
+    ContextId,
+    ContextPolicy,
+    Digest,
+    Drafting,
+    PeerId,
+    Rank,
+    SessionId,
+    Slice,
+)
 from pyagent_node.consensus.commands import (
     AdmitMember,
     BurnTicket,
     Checkpoint,
     ClaimSession,
     Command,
+    ContextRecord,
+    CreateContext,
     DropCheckpoints,
+    DropContext,
     DropPrepared,
     ForgetModel,
     ModelRecord,
@@ -65,6 +77,11 @@ def commit(number: int, after: int = 1, model: Digest = D1, *cuts: int) -> SetPl
 
 def checkpoint(session: SessionId = S1, head: PeerId = A, **changes: object) -> Checkpoint:
     plain = Checkpoint(session, D1, head, 100, (B, C), 1000, (b"key",))
+    return msgspec.structs.replace(plain, **changes)
+
+
+def context(name: str = "shelf", number: int = 1, **changes: object) -> ContextRecord:
+    plain = ContextRecord(ContextId(bytes([number]) * 16), name, ContextPolicy(), "minilm", 5)
     return msgspec.structs.replace(plain, **changes)
 
 
@@ -338,6 +355,33 @@ HISTORIES: dict[str, list[Command]] = {
         *ADMIT_ALL,
         RevokeMember(B, "stolen"),
         ClaimSession(S1, B, 4, 1000),
+    ],
+    "create_context": [
+        CreateContext(context()),
+        CreateContext(context()),
+        CreateContext(context(created=6)),
+        CreateContext(context(number=2)),
+        CreateContext(context("other")),
+        CreateContext(context("other", 2, policy=ContextPolicy(60, 1000, 3600))),
+    ],
+    "drop_context": [
+        DropContext("shelf", context().id),
+        CreateContext(context()),
+        DropContext("shelf", context(number=2).id),
+        DropContext("shelf", context().id),
+        DropContext("shelf", context().id),
+        CreateContext(context(number=2)),
+    ],
+    "malformed_contexts": [
+        CreateContext(context("../shelf")),
+        CreateContext(context("")),
+        CreateContext(context("s" * 65)),
+        CreateContext(context(id=ContextId(b"short"))),
+        CreateContext(context(encoder="")),
+        CreateContext(context(created=-1)),
+        CreateContext(context(policy=ContextPolicy(max_tokens=-1))),
+        DropContext("..", context().id),
+        DropContext("shelf", ContextId(b"")),
     ],
     "malformed": [
         AdmitMember(A, "", "voter", b"\x01"),

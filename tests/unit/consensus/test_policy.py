@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 
 from pyagent_node.base.errors import PyAgentError
-from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.base.types import ContextId, ContextPolicy, Digest, PeerId, SessionId
 from pyagent_node.consensus.commands import (
     AdmitMember,
     BurnTicket,
     Checkpoint,
     ClaimSession,
     Command,
+    ContextRecord,
+    CreateContext,
     DropCheckpoints,
+    DropContext,
     DropPrepared,
     ForgetModel,
     ModelRecord,
@@ -70,6 +73,11 @@ CASES: list[tuple[Command, str, str, str, str, str]] = [
     (PreparePlacement(D, (), 1, 1, 1, OTHER), *("not_itself",) * 5),
     (DropPrepared(D, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (RemovePlacement(D, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
+    (
+        CreateContext(ContextRecord(ContextId(bytes(16)), "c", ContextPolicy(), "e", 1)),
+        *(OK, OK, OK, "role_not_allowed", "role_not_allowed"),
+    ),
+    (DropContext("c", ContextId(bytes(16))), OK, OK, OK, *("role_not_allowed",) * 2),
     (ForgetModel(D), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (
         RegisterModel(ModelRecord(D, "m", 1, "llama", 1, 1, 1, 1, D, 1)),

@@ -21,7 +21,9 @@ from pyagent_node.consensus.commands import (
     BurnTicket,
     ClaimSession,
     Command,
+    CreateContext,
     DropCheckpoints,
+    DropContext,
     DropPrepared,
     ForgetModel,
     PutCheckpoints,
@@ -59,6 +61,7 @@ from .state_histories import (
     C,
     checkpoint,
     commit,
+    context,
     place,
     prepare,
     record,
@@ -177,6 +180,19 @@ def test_what_is_prepared_is_in_a_snapshot_of_version_3() -> None:
             decode_snapshot(encode_snapshot(bad))
 
 
+def test_contexts_are_in_a_snapshot_of_version_4() -> None:
+    state, _ = run([*HISTORIES["create_context"], *ADMIT_ALL, RegisterModel(record()), place()])
+    path = GOLDEN / "snapshot-v4.bin"
+    if os.environ.get("UPDATE_GOLDEN") and not path.exists():
+        path.write_bytes(encode_snapshot(state))
+    assert decode_snapshot(path.read_bytes()) == state
+    assert encode_snapshot(state) == path.read_bytes()
+    assert len(state.contexts) == 2
+    twice = {"shelf": context(), "other": context("other")}
+    with pytest.raises(CorruptData):
+        decode_snapshot(encode_snapshot(msgspec.structs.replace(state, contexts=twice)))
+
+
 def prepared(state: State, **changes: object) -> Prepared:
     return msgspec.structs.replace(state.prepared[D1], **changes)
 
@@ -284,6 +300,15 @@ COMMANDS = st.one_of(
         st.integers(0, 10),
     ),
     st.builds(DropCheckpoints, st.just((S1,)), st.sampled_from([A, B])),
+    st.builds(
+        CreateContext,
+        st.builds(context, st.sampled_from(["a", "b", "../c"]), st.integers(1, 3)),
+    ),
+    st.builds(
+        DropContext,
+        st.sampled_from(["a", "b"]),
+        st.integers(1, 3).map(lambda n: context(number=n).id),
+    ),
     st.builds(
         ClaimSession,
         st.sampled_from([S1, S2]),

@@ -1,0 +1,42 @@
+"""What commands about contexts do to the state.  Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pyagent_node.base.errors import Conflict, NotFound
+from pyagent_node.consensus.cluster import State, room
+from pyagent_node.consensus.commands import CreateContext, DropContext
+
+MAX_CONTEXTS = 1024
+
+
+def create(state: State, command: CreateContext) -> State:
+    """Make a context known."""
+    new = command.context
+    known = state.contexts.get(new.name)
+    if known == new:
+        return state
+    if known is not None:
+        raise Conflict(
+            f"There is a context {new.name!r} already.",
+            code="context_exists",
+            remedy="Add to it, choose another name, or remove it first.",
+        )
+    if any(each.id == new.id for each in state.contexts.values()):
+        raise Conflict("A context has this id already.", code="context_exists")
+    room("contexts", len(state.contexts), MAX_CONTEXTS)
+    return msgspec.structs.replace(state, contexts={**state.contexts, new.name: new})
+
+
+def drop(state: State, command: DropContext) -> State:
+    """Forget a context."""
+    known = state.contexts.get(command.name)
+    if known is None or known.id != command.id:
+        raise NotFound(
+            f"There is no context {command.name!r}.",
+            code="context_not_found",
+            remedy="'pyagent-node context list' shows those that there are.",
+        )
+    rest = {name: each for name, each in state.contexts.items() if name != command.name}
+    return msgspec.structs.replace(state, contexts=rest)
