@@ -1,0 +1,74 @@
+"""Names and policies of contexts: what the replicated log says of each.  Pure.
+
+A *context* is a set of documents that questions are asked about.  The log holds its name, a random
+id that is never used again, how long its documents are fresh, and which encoder makes its vectors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.base.types import ContextId, ContextPolicy
+
+CONTEXT_ID_BYTES: Final = 16
+MAX_NAME: Final = 64
+MAX_IDENTITY: Final = 256
+"""The most characters of an encoder's identity."""
+MAX_SECONDS: Final = 10 * 366 * 86_400
+"""The longest time in a policy: ten years."""
+MAX_TOKENS: Final = 1 << 48
+"""The most tokens in a policy."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ContextInfo(msgspec.Struct, frozen=True):
+    """A context as everybody knows it.
+
+    ``encoder`` is the identity of the encoder of all its vectors; ``created`` in Unix seconds.
+    """
+
+    name: str
+    id: ContextId
+    policy: ContextPolicy
+    encoder: str
+    created: int
+
+
+def check_context_name(name: str) -> str:
+    """Return ``name`` if it is one: a letter or digit, then letters, digits, ``.``, ``_``, ``-``.
+
+    Raises :class:`InvalidRequest` (``bad_context_name``).
+    """
+    if _NAME.fullmatch(name) is None:
+        raise InvalidRequest(
+            f"{name[:80]!r} cannot be the name of a context.",
+            code="bad_context_name",
+            remedy="Take 1 to 64 letters, digits, dots, underscores or hyphens; the first one is a"
+            " letter or digit.",
+        )
+    return name
+
+
+def check_policy(policy: ContextPolicy) -> ContextPolicy:
+    """Return ``policy`` if its bounds make sense.
+
+    Raises :class:`InvalidRequest` (``bad_context_policy``).
+    """
+    bounds = (
+        ("max_age_seconds", policy.max_age_seconds, MAX_SECONDS),
+        ("max_tokens", policy.max_tokens, MAX_TOKENS),
+        ("unused_seconds", policy.unused_seconds, MAX_SECONDS),
+    )
+    for name, value, most in bounds:
+        if not 0 <= value <= most:
+            raise InvalidRequest(
+                f"{name} is {value}; it must be 0 (no limit) to {most}.",
+                code="bad_context_policy",
+                parameter=name,
+            )
+    return policy

@@ -1,0 +1,251 @@
+"""What a node knows of one context: the newest record of every document.  Pure.
+
+A catalog is a replicated data type without conflicts: it is the union of all records seen, of each
+source the one that is newest.  Merging is therefore commutative, associative and idempotent, and
+nodes that have seen the same records hold the same catalog, in whatever order they came.  Of two
+records of one version that differ (a writer that lost its disk may count anew) the higher digest
+wins, everywhere.
+
+For finding out what two catalogs lack, sources fall into :data:`SLOTS` slots by their digest; a
+slot's digest covers the records in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.errors import InvalidRequest, LimitExceeded
+from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
+from pyagent_node.native import blake3
+from pyagent_node.sharding.context.freshness import fresh
+from pyagent_node.sharding.context.records import (
+    ChunkId,
+    DocumentRecord,
+    Version,
+    encode_record,
+    record_digest,
+)
+from pyagent_node.sharding.context.sketches import Sketches, SketchModel
+
+SLOTS: Final = 256
+SLOT_DIGEST_BYTES: Final = 16
+MAX_DOCUMENTS: Final = 1 << 20
+"""The most sources of a context, removed ones that are remembered included."""
+_NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
+
+
+class Known(NamedTuple):
+    """A record and its digest."""
+
+    record: DocumentRecord
+    digest: bytes
+
+
+class Table(NamedTuple):
+    """The sketches of all windows of some documents, and whose they are.
+
+    Row ``w`` is a window of chunk ``ordinals[w]`` of ``records[documents[w]]``, and the
+    ``places[w]``-th of that chunk.
+    """
+
+    records: tuple[DocumentRecord, ...]
+    sketches: Sketches
+    documents: NDArray[np.uint32]
+    ordinals: NDArray[np.uint32]
+    places: NDArray[np.uint32]
+
+
+def slot_of(source: str) -> int:
+    """Return the slot of a source."""
+    return blake3(source.encode())[0]
+
+
+class Catalog:
+    """The newest records of one context."""
+
+    def __init__(self, context: ContextId) -> None:
+        self.context = context
+        self._known: dict[str, Known] = {}
+        self._slots: list[dict[str, bytes]] = [{} for _ in range(SLOTS)]
+        self._digests: list[bytes | None] = [_NOTHING] * SLOTS
+        self._chunks: dict[ChunkId, tuple[str, int]] = {}
+        self._uses: dict[str, int] = {}
+        self._generation = 0
+        self._table: tuple[tuple[int, SketchModel, frozenset[str]], Table] | None = None
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def generation(self) -> int:
+        """Grows with every change."""
+        return self._generation
+
+    def merge(self, record: DocumentRecord, digest: bytes | None = None) -> bool:
+        """Take a record in; say whether it is newer than what was known.
+
+        ``digest`` is its :func:`record_digest`, where the caller has it.  Raises
+        :class:`InvalidRequest` (``other_context``, ``bad_context_record``) and
+        :class:`LimitExceeded` (``context_full``).
+        """
+        if record.context != self.context:
+            raise InvalidRequest("The record belongs to another context.", code="other_context")
+        held = self._known.get(record.source)
+        if held is not None and held.record.version > record.version:
+            return False
+        if digest is None:
+            digest = record_digest(encode_record(record))
+        if held is not None and (held.record.version, held.digest) >= (record.version, digest):
+            return False
+        if held is None and len(self._known) >= MAX_DOCUMENTS:
+            raise LimitExceeded(
+                f"A context has at most {MAX_DOCUMENTS} documents.", code="context_full"
+            )
+        if held is not None:
+            self._drop_chunks(held.record)
+        self._put(Known(record, digest))
+        return True
+
+    def forget(self, source: str) -> None:
+        """Forget a source altogether, as when its removal is old enough."""
+        held = self._known.pop(source, None)
+        if held is not None:
+            self._drop_chunks(held.record)
+            slot = slot_of(source)
+            del self._slots[slot][source]
+            self._digests[slot] = None
+            self._uses.pop(source, None)
+            self._generation += 1
+
+    def get(self, source: str) -> Known | None:
+        """Return the newest record of a source, a removed one too."""
+        return self._known.get(source)
+
+    def next_version(self, source: str, writer: PeerId) -> Version:
+        """Return the version of what ``writer`` adds next: above all that is known."""
+        held = self._known.get(source)
+        return Version(held.record.version.counter + 1 if held else 1, writer)
+
+    def everything(self) -> list[Known]:
+        """Return all records, removed ones too, by source."""
+        return [self._known[source] for source in sorted(self._known)]
+
+    def documents(self) -> list[DocumentRecord]:
+        """Return the documents that there are, fresh or not, by source."""
+        return [known.record for known in self.everything() if not known.record.removed]
+
+    def fresh(self, policy: ContextPolicy, now: float) -> list[DocumentRecord]:
+        """Return the documents that may be answered from at ``now``, by source."""
+        records = (known.record for known in self._known.values())
+        return fresh(records, policy, now=now, uses=self._uses)
+
+    def locate(self, chunk: ChunkId) -> tuple[DocumentRecord, int] | None:
+        """Return the record and place of a chunk of a newest version, ``None`` for any other."""
+        found = self._chunks.get(chunk)
+        return (self._known[found[0]].record, found[1]) if found is not None else None
+
+    def chunk_ids(self) -> Iterable[ChunkId]:
+        """Return the ids of all chunks that have bodies, of newest versions."""
+        return self._chunks.keys()
+
+    # Last use ----------------------------------------------------------------------------------
+
+    @property
+    def uses(self) -> Mapping[str, int]:
+        """When each source was last part of an answer (Unix seconds), where it ever was."""
+        return self._uses
+
+    def use(self, uses: Mapping[str, int]) -> bool:
+        """Take times of last use in (the later one counts); say whether any was news."""
+        news = False
+        for source, when in uses.items():
+            if source in self._known and when >= 0 and when > self._uses.get(source, -1):
+                self._uses[source] = when
+                news = True
+        return news
+
+    # What others may lack ----------------------------------------------------------------------
+
+    def slots(self) -> tuple[bytes, ...]:
+        """Return the digest of each slot: equal ones hold the same records."""
+        for slot, digest in enumerate(self._digests):
+            if digest is None:
+                self._digests[slot] = self._slot_digest(slot)
+        return tuple(digest or _NOTHING for digest in self._digests)
+
+    def slot(self, slot: int) -> Mapping[str, bytes]:
+        """Return the sources of a slot and the digests of their newest records."""
+        return self._slots[slot]
+
+    def _slot_digest(self, slot: int) -> bytes:
+        held = self._slots[slot]
+        if not held:
+            return _NOTHING
+        return blake3(b"".join(held[source] for source in sorted(held)))[:SLOT_DIGEST_BYTES]
+
+    # Searching ---------------------------------------------------------------------------------
+
+    def table(self, model: SketchModel, policy: ContextPolicy, now: float) -> Table:
+        """Return the sketches of all windows that may be answered from at ``now``.
+
+        Documents whose sketches do not have the size of ``model`` are left out.  The table of the
+        last call is kept, and serves until something changes.
+        """
+        records = self.fresh(policy, now)
+        key = (self._generation, model, frozenset(record.source for record in records))
+        if self._table is None or self._table[0] != key:
+            self._table = (key, _table(records, model))
+        return self._table[1]
+
+    def _put(self, known: Known) -> None:
+        record = known.record
+        self._known[record.source] = known
+        for place, row in enumerate(record.chunks):
+            if row.windows:
+                self._chunks[record.id_of(place)] = (record.source, place)
+        slot = slot_of(record.source)
+        self._slots[slot][record.source] = known.digest
+        self._digests[slot] = None
+        self._generation += 1
+
+    def _drop_chunks(self, record: DocumentRecord) -> None:
+        for place, row in enumerate(record.chunks):
+            if row.windows:
+                self._chunks.pop(record.id_of(place), None)
+
+
+def _table(records: Iterable[DocumentRecord], model: SketchModel) -> Table:
+    width = model.bits // 8
+    kept: list[DocumentRecord] = []
+    packed = [np.zeros((0, width), np.uint8)]
+    weights = [np.zeros(0, np.float16)]
+    documents, ordinals, places = _empty(), _empty(), _empty()
+    for record in records:
+        if not record.windows:
+            continue
+        rows, scale = record.packed()
+        if rows.shape[1] != width:
+            continue
+        packed.append(rows)
+        weights.append(scale)
+        counts = np.array([row.windows for row in record.chunks], np.uint32)
+        documents.append(np.full(len(rows), len(kept), np.uint32))
+        ordinals.append(np.repeat(np.arange(len(counts), dtype=np.uint32), counts))
+        firsts = np.repeat((np.cumsum(counts) - counts).astype(np.uint32), counts)
+        places.append(np.arange(len(rows), dtype=np.uint32) - firsts)
+        kept.append(record)
+    return Table(
+        tuple(kept),
+        Sketches(model, np.concatenate(packed), np.concatenate(weights)),
+        np.concatenate(documents),
+        np.concatenate(ordinals),
+        np.concatenate(places),
+    )
+
+
+def _empty() -> list[NDArray[np.uint32]]:
+    return [np.zeros(0, np.uint32)]

@@ -1,0 +1,127 @@
+"""The ``ContextMesh`` port: contexts as the nodes of a mesh hold them together.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.contexts import ContextInfo
+from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
+from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.index import Way
+from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord, Version
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where else the text of a hit (or nearly that text) stands; lines count from 1."""
+
+    source: str
+    first_line: int
+    last_line: int
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A chunk that a question found, with what a citation of it needs.
+
+    ``score`` orders the hits of one answer.  ``likeness`` is the inner product of the question's
+    vector with that of the best window, which is ``window`` (characters ``[start, end)`` of
+    ``text``).  ``meaning_rank`` and ``words_rank`` (from 1) say which ranking brought it, and how
+    far up it stood; ``owner`` held it.  ``same`` lists other places of the same text.
+    """
+
+    id: ChunkId
+    source: str
+    version: Version
+    ordinal: int
+    first_line: int
+    last_line: int
+    tokens: int
+    score: float
+    text: str
+    likeness: float | None = None
+    window: tuple[int, int] | None = None
+    meaning_rank: int | None = None
+    words_rank: int | None = None
+    owner: PeerId | None = None
+    same: tuple[Place, ...] = ()
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search found, best first, and how.
+
+    ``candidates`` windows in ``candidate_chunks`` chunks were picked by their sketches among
+    ``windows``; ``nodes_asked`` of ``nodes`` owners were asked for them, and ``missing`` candidate
+    chunks could be had from none (then the answer may lack something).
+    """
+
+    hits: tuple[Found, ...]
+    windows: int = 0
+    candidates: int = 0
+    candidate_chunks: int = 0
+    nodes: int = 1
+    nodes_asked: int = 0
+    missing: int = 0
+
+
+class ContextMesh(Protocol):
+    """Contexts as the nodes of a mesh hold them together.
+
+    Every method raises errors of ``pyagent_node.base.errors`` only; waits have deadlines.
+    """
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node: the writer of the versions it makes."""
+        ...
+
+    def contexts(self) -> tuple[ContextInfo, ...]:
+        """Return the contexts there are, by name."""
+        ...
+
+    def find(self, name: str) -> ContextInfo:
+        """Return a context; raises :class:`NotFound` (``context_not_found``)."""
+        ...
+
+    async def create(self, name: str, policy: ContextPolicy, *, encoder: str) -> ContextInfo:
+        """Commit a new context; raises :class:`Conflict` (``context_exists``)."""
+        ...
+
+    async def drop(self, name: str) -> None:
+        """Commit that a context is no more; nodes forget what they hold of it."""
+        ...
+
+    def catalog(self, context: ContextId) -> Catalog:
+        """Return what this node knows of a context; not a copy, and grows by itself."""
+        ...
+
+    async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
+        """Give a document to the mesh: its bodies to their owners first, then the record.
+
+        Returns when every chunk lies at one owner at least and the record is on this node's disk.
+        A record that says ``removed`` has no bodies.
+        """
+        ...
+
+    async def fetch(self, ids: Sequence[ChunkId]) -> list[ChunkBody]:
+        """Return the bodies that can be had, from here or from their owners; others are missing."""
+        ...
+
+    async def search(
+        self,
+        context: ContextInfo,
+        question: str,
+        vector: NDArray[np.float32],
+        *,
+        count: int = 8,
+        way: Way = "both",
+    ) -> Answer:
+        """Return the chunks of live documents that a question needs."""
+        ...
+
+    def used(self, context: ContextId, sources: Sequence[str], now: int) -> None:
+        """Note that chunks of some documents were part of an answer at ``now`` (Unix seconds)."""
+        ...
