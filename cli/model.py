@@ -1,11 +1,11 @@
-"""``model``: pull, list, load, unload and remove models."""
+"""``model``: pull, convert, list, load, unload and remove models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -41,7 +41,7 @@ def known_models(app: App) -> tuple[ModelView, ...]:
 
 @click.group("model")
 def model_command() -> None:
-    """Pull, list, load, unload and remove models."""
+    """Pull, convert, list, load, unload and remove models."""
 
 
 @model_command.command("pull")
@@ -74,6 +74,59 @@ def pull(app: App, source: str, sha256: str | None) -> None:
         app.out.note(f"Next: `pyagent-node model load {model.name}`.")
 
     app.out.result({"model": model}, show)
+
+
+@model_command.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "to", required=True, type=click.Choice(["safetensors", "gguf"]), help="The format."
+)
+@click.option(
+    "--type",
+    "kind",
+    default="f16",
+    show_default=True,
+    type=click.Choice(["f16", "f32"]),
+    help="How the numbers of matrices are written.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A GGUF file with the vocabulary, for a folder that has none.",
+)
+@json_option
+@pass_app
+def convert(
+    app: App,
+    source: Path,
+    target: Path,
+    *,
+    to: Literal["safetensors", "gguf"],
+    kind: Literal["f16", "f32"],
+    tokenizer: Path | None,
+) -> None:
+    """Write a model as GGUF or safetensors, with its tokenizer.
+
+    SOURCE is a GGUF file, a folder of safetensors, or a model of this node's store by name.  TARGET
+    must not exist.  Quantised weights are dequantised: the result is larger and computes the same
+    as long as it says the same digest of weights.
+    """
+    from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
+    from pyagent_node.node import offline  # noqa: PLC0415
+
+    if not source.exists():
+        store = offline.open_store(app.home, app.settings())
+        source = offline.model_path(store, str(source)) or source
+    with Reporter(app.out) as report:
+        made = offline.convert_model(
+            source, target, to=to, type=kind, tokenizer=tokenizer, report=report
+        )
+
+    def show() -> None:
+        app.out.text(f"{made.path}  {size(made.bytes)}  weights {made.weights[:12]}")
+
+    app.out.result({"converted": made}, show)
 
 
 @model_command.command("list")

@@ -12,6 +12,7 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import Digest
+from pyagent_node.inference.formats.convert import Converted, Format, Type, convert
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.pull import pull
 from pyagent_node.inference.models.store import ModelStore
@@ -41,6 +42,25 @@ def pull_model(
         return await pull(store, source, sha256=sha256, progress=progress)
 
     return view(store, trio.run(run))
+
+
+def convert_model(
+    source: Path,
+    target: Path,
+    *,
+    to: Format,
+    type: Type,
+    tokenizer: Path | None = None,
+    report: Report | None = None,
+) -> Converted:
+    """Write a model in another format; errors as for :func:`inference.formats.convert.convert`."""
+
+    def progress(done: int, total: int) -> None:
+        if report is not None:
+            text = f"Converting {source.name}"
+            report(Progress(step="convert", text=text, done=done, total=total))
+
+    return convert(source, target, to=to, type=type, tokenizer=tokenizer, report=progress)
 
 
 def list_models(store: ModelStore) -> ModelsReply:
