@@ -79,7 +79,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-e
 # Versions stay as they are; `make lock LOCK_FLAGS=--upgrade` takes the newest.
 lock: setup-dev
 	@$(COMPILE) --generate-hashes pyproject.toml -o requirements/lock.txt
-	@$(COMPILE) --generate-hashes pyproject.toml --extra context --group dev -c requirements/lock.txt \
+	@$(COMPILE) --generate-hashes pyproject.toml --extra context --extra mlx --group dev -c requirements/lock.txt \
 	  -o requirements/lock-dev.txt
 	@$(COMPILE) --generate-hashes --allow-unsafe requirements/build.in -o requirements/build.txt
 	@$(COMPILE) --allow-unsafe requirements/build-constraints.in \

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from pyagent_node.inference.backend import MAX_CALL_ROWS
 from pyagent_node.inference.llama import library
-from pyagent_node.inference.llama.batching import Shape
-from pyagent_node.inference.llama.context import LlamaContext, Rows
+from pyagent_node.inference.llama.context import LlamaContext
+from pyagent_node.inference.stepping.batching import Shape
+from pyagent_node.inference.stepping.rows import Rows
 
 SHAPES = "1x1,1x2,1x3,1x4,2x1,2x2,4x1,1x8,2x4,4x2,8x1,3x4,4x4,8x2,16x1,6x4,4x8,8x4,16x2"
 

@@ -35,6 +35,12 @@ MAX_CALL_ROWS: Final = 32
 """Rows of several sequences that may be computed together, guesses included."""
 MAX_DRAFTS: Final = 31
 """Guesses that one step may carry."""
+KV_ROWS: Final = "rows/1/f16"
+"""The cell format of all backends: rows in f16, head after head, keys rotated by position.
+
+The numbers of a head lie as in the GGUF file of the model: of the architecture ``llama`` its
+converter has moved the rows of the query and key matrices, so that neighbours (2i, 2i + 1) turn.
+"""
 
 
 class BackendInfo(msgspec.Struct, frozen=True):
@@ -50,6 +56,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     ``kv_codec`` names the cell format of its :class:`KvRange`, empty where KV is not portable.
     A prompt may be cut at multiples of ``prefill_cut``, with as many rows or more in each piece,
     and no bit changes; :data:`PREFILL_CHUNK` says that nothing better is known.
+    ``exactness`` names the class of slices that compute the same bits: the promise of the same
+    tokens for a seed holds among pipelines of the same classes (``docs/backends.md``).
     """
 
     backend: str
@@ -69,6 +77,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     kv_shape: KvShape | None = None
     kv_codec: str = ""
     prefill_cut: int = PREFILL_CHUNK
+    exactness: str = ""
 
     @property
     def batch_invariant(self) -> bool:
@@ -176,7 +185,8 @@ class LayerKv(msgspec.Struct, frozen=True):
 class KvRange(msgspec.Struct, frozen=True):
     """The KV of tokens ``[start, stop)`` of one sequence, one entry a layer of the slice.
 
-    ``codec`` names the cell format (``"llama.cpp/<version>/f16"``); a backend refuses others.
+    ``codec`` names the cell format; a backend refuses others.  :data:`KV_ROWS` is the one that
+    all backends share.
     """
 
     codec: str

@@ -35,6 +35,7 @@ from pyagent_node.inference.backend import (
     StepOutput,
     Tokens,
 )
+from pyagent_node.inference.backends import DEFAULT
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.runner_health import Pace
@@ -90,7 +91,7 @@ class RunnerSpec(msgspec.Struct, frozen=True):
     """What a runner is to load.
 
     ``slice``, ``n_ctx`` and ``n_seq`` are for slices; ``threads`` is :func:`default_threads` where
-    not given.
+    not given.  ``backend`` is one of ``backends.CHOICES``.
     """
 
     kind: Literal["slice", "tokenizer"]
@@ -99,6 +100,7 @@ class RunnerSpec(msgspec.Struct, frozen=True):
     n_ctx: int = 0
     n_seq: int = 0
     threads: int | None = None
+    backend: str = DEFAULT
 
 
 def default_threads() -> int:
@@ -306,14 +308,16 @@ def open_runner(spec: RunnerSpec) -> AbstractAsyncContextManager[AnyRunner]:
 async def open_slice_runner(spec: RunnerSpec) -> AsyncIterator[SliceRunner]:
     """Start a process, load a slice in it and end the process with the context.
 
-    Raises what loading raises (see ``LlamaBackend``) and :class:`RunnerFailed`.
+    Raises what loading raises (see ``backends.open_backend``) and :class:`RunnerFailed`.
     """
     part = spec.slice
     if spec.kind != "slice" or part is None:
         raise InvalidRequest("A slice runner needs a slice.", code="bad_parameter")
     threads = default_threads() if spec.threads is None else spec.threads
     async with start_process(f"layers {part} of {Path(spec.path).name}") as process:
-        request = LoadSlice(process.next_id(), spec.path, part, spec.n_ctx, spec.n_seq, threads)
+        request = LoadSlice(
+            process.next_id(), spec.path, part, spec.n_ctx, spec.n_seq, threads, spec.backend
+        )
         reply, _ = await process.call(request, seconds=LOAD_SECONDS, watched=False)
         yield SliceRunner(process, _expect(reply, SliceLoaded).info)
 

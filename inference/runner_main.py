@@ -88,9 +88,14 @@ class Service(Protocol):
 
 class _SliceService:
     def __init__(self, request: LoadSlice) -> None:
-        from pyagent_node.inference.llama.backend import LlamaBackend  # noqa: PLC0415 - by kind
+        from pyagent_node.inference.backends import (  # noqa: PLC0415 - by kind
+            choose,
+            open_backend,
+            survey,
+        )
 
-        self.backend = LlamaBackend(
+        self.backend = open_backend(
+            choose(request.backend, survey()).name,
             Path(request.path),
             request.slice,
             n_ctx=request.n_ctx,

@@ -29,13 +29,14 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class LoadSlice(Request, frozen=True, tag="load_slice"):
-    """Become the runner of a slice."""
+    """Become the runner of a slice; ``backend`` is one of ``backends.CHOICES``."""
 
     path: str
     slice: Slice
     n_ctx: int
     n_seq: int
     threads: int
+    backend: str = "llama.cpp"
 
 
 class LoadTokenizer(Request, frozen=True, tag="load_tokenizer"):

@@ -52,7 +52,7 @@ class BlockKey(msgspec.Struct, frozen=True, order=True, array_like=True):
 
     ``layer`` counts from 0 in the whole model, not in a slice; ``chain`` is a link of
     :func:`block_chain`; ``codec`` names the format and level of the payload, such as
-    ``"llama.cpp/<version>/f16"``.
+    ``"rows/1/f16"``.
     """
 
     model: Digest

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError, Unsupported
 from pyagent_node.base.types import Slice
-from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
-from pyagent_node.inference.llama import library
+from pyagent_node.inference.backend import KV_ROWS, KvRange, LayerKv, Tokens
 from pyagent_node.inference.llama.cache_view import CacheView
-from pyagent_node.inference.llama.context import LlamaContext, Rows
+from pyagent_node.inference.llama.context import LlamaContext
 from pyagent_node.inference.llama.kv_state import (
     CellLayout,
     Cells,
@@ -26,10 +25,8 @@ from pyagent_node.inference.llama.kv_state import (
     build_state,
     parse_state,
 )
-from pyagent_node.inference.llama.sequences import SequenceLog
-
-CODEC: Final = f"llama.cpp/{library.VERSION}/f16"
-"""Names the cell format of exported KV."""
+from pyagent_node.inference.stepping.rows import Rows
+from pyagent_node.inference.stepping.sequences import SequenceLog
 
 GGML_F16: Final = 1
 """``GGML_TYPE_F16``."""
@@ -82,7 +79,7 @@ class CellStore:
             rows = [(key.tobytes(), value.tobytes()) for key, value in pairs]
         first = self._part.first
         layers = tuple(LayerKv(first + i, key, value) for i, (key, value) in enumerate(rows))
-        return KvRange(CODEC, start, stop, layers)
+        return KvRange(KV_ROWS, start, stop, layers)
 
     def _is_straight(self, log: SequenceLog) -> bool:
         """Whether a sequence's cells are known to lie in the order of their positions."""
@@ -90,9 +87,9 @@ class CellStore:
 
     def load(self, log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
         """Append cells that came from elsewhere; errors as for the port."""
-        if kv.codec != CODEC:
+        if kv.codec != KV_ROWS:
             raise Unsupported(
-                f"KV in the form {kv.codec[:64]!r} cannot be loaded here, only {CODEC!r}.",
+                f"KV in the form {kv.codec[:64]!r} cannot be loaded here, only {KV_ROWS!r}.",
                 code="kv_codec",
                 remedy="Run the same version on every node.",
             )

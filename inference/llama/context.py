@@ -13,34 +13,21 @@ All calls of a batch are one ubatch of llama.cpp, see ``batching``.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from llama_cpp import llama_cpp as lc
 from numpy.typing import NDArray
 
 from pyagent_node.base.errors import LimitExceeded
-from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
+from pyagent_node.inference.backend import PREFILL_CHUNK, Activations
 from pyagent_node.inference.llama import cache_view, library
 from pyagent_node.inference.llama.library import Model
+from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.native import HeldTensor, TensorTap
 
 CELL_STEP: Final = 256
 """llama.cpp rounds the cells of a stream, and the cells that attention walks over, up to this."""
-
-
-class Rows(NamedTuple):
-    """The rows of one call; every array has length n (activations: shape (n, n_embd)).
-
-    Exactly one of ``tokens`` and ``activations`` is given.  ``wanted`` marks the rows whose logits
-    are needed; a context with a tap ignores it and gives every row.
-    """
-
-    seqs: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    tokens: Tokens | None
-    activations: Activations | None
-    wanted: NDArray[np.int8]
 
 
 def padded_cells(n_ctx: int) -> int:

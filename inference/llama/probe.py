@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.inference.backend import MAX_DECODE_ROWS
-from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext, Rows
+from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, build_state
+from pyagent_node.inference.stepping.rows import Rows
 
 PREFIX: Final = 1
 """Cells before the rows over which short sequences are tried."""

@@ -33,7 +33,8 @@ from pyagent_node.inference.llama.cache_view import CacheView, find_cache
 from pyagent_node.inference.llama.context import CELL_STEP, LlamaContext
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, build_state, parse_state
 from pyagent_node.inference.llama.probe import LONG_CELLS, PREFIX, Outputs, Probe, made_up_cells
-from pyagent_node.inference.llama.shapes import LONG
+from pyagent_node.inference.stepping.calls import LonePolicy
+from pyagent_node.inference.stepping.shapes import LONG
 from pyagent_node.native import HeldTensor
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
@@ -51,18 +52,6 @@ _CUT_CELLS: Final = LONG - BLOCK_TOKENS
 _CUT_ROWS: Final = 2 * BLOCK_TOKENS + MAX_DECODE_ROWS
 _F16: Final = 1
 """``GGML_TYPE_F16``."""
-
-
-class LonePolicy(NamedTuple):
-    """How a call of a single row is computed.
-
-    ``long_threads`` counts beyond :data:`LONG` cells; with ``companion`` the row is computed there
-    next to a copy of itself that is dropped afterwards, which keeps llama.cpp from splitting.
-    """
-
-    short_threads: int
-    long_threads: int
-    companion: bool
 
 
 class Moving(NamedTuple):

@@ -22,11 +22,11 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.llama.backend import LlamaBackend
-from pyagent_node.inference.llama.batching import Shape
-from pyagent_node.inference.llama.shapes import ShapeBook
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.stepping.batching import Shape
+from pyagent_node.inference.stepping.shapes import ShapeBook
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 

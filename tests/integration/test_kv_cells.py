@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
+    KV_ROWS,
     CopySequence,
     FreeSequence,
     KvRange,
@@ -29,7 +30,6 @@ from pyagent_node.inference.backend import (
 from pyagent_node.inference.llama import selftest
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.cache_view import CacheView
-from pyagent_node.inference.llama.cells import CODEC
 from pyagent_node.inference.llama.context import LlamaContext
 from pyagent_node.inference.models.slicing import write_slice
 
@@ -92,7 +92,7 @@ def made_up(start: int, n: int, sample: int) -> tuple[KvRange, Tokens]:
         return rng.standard_normal((n, 192), np.float32).astype("<f2").tobytes()
 
     layers = tuple(LayerKv(layer, cells(), cells()) for layer in range(PART.first, PART.last))
-    return KvRange(CODEC, start, start + n, layers), np.full(n, sample, np.int32)
+    return KvRange(KV_ROWS, start, start + n, layers), np.full(n, sample, np.int32)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -240,7 +240,7 @@ def test_after_a_call_that_failed_cells_are_read_through_llama_cpp(
     before = direct.export_kv(0, 0, 20)
     assert reads.count == 1
     with monkeypatch.context() as patch:
-        patch.setattr("pyagent_node.inference.llama.calls._Work.note", _fail)
+        patch.setattr("pyagent_node.inference.stepping.calls._Work.note", _fail)
         with pytest.raises(ZeroDivisionError):
             direct.decode([rows(20, 5, 0)])
     assert direct.export_kv(0, 0, 20) == before

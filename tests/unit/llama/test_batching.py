@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
-from pyagent_node.inference.llama.batching import (
+from pyagent_node.inference.stepping.batching import (
     JOINT_SHAPES,
     Call,
     CallPlanner,

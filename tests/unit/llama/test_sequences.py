@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
-from pyagent_node.inference.llama.sequences import SequenceLog
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.inference.stepping.sequences import SequenceLog
 
 N_CTX = 12
 

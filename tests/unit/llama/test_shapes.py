@@ -10,13 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, StepInput, StepOutput
-from pyagent_node.inference.llama.batching import JOINT_SHAPES, Shape
-from pyagent_node.inference.llama.calls import CallRunner
-from pyagent_node.inference.llama.context import LlamaContext, Rows
-from pyagent_node.inference.llama.selftest import LonePolicy
-from pyagent_node.inference.llama.sequences import SequenceLog
-from pyagent_node.inference.llama.shapes import LONG, ShapeBook
+from pyagent_node.inference.llama.context import LlamaContext
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.inference.stepping.batching import JOINT_SHAPES, Shape
+from pyagent_node.inference.stepping.calls import CallRunner, LonePolicy
+from pyagent_node.inference.stepping.rows import Rows
+from pyagent_node.inference.stepping.sequences import SequenceLog
+from pyagent_node.inference.stepping.shapes import LONG, ShapeBook
 
 N_SEQ = 8
 N_CTX = 4 * LONG

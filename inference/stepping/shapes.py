@@ -16,11 +16,10 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from pyagent_node.inference.backend import MAX_CALL_ROWS
-from pyagent_node.inference.llama.batching import JOINT_SHAPES, WIDTHS, Shape, preference
-from pyagent_node.inference.llama.context import CELL_STEP
+from pyagent_node.inference.stepping.batching import JOINT_SHAPES, WIDTHS, Shape, preference
 
-LONG: Final = CELL_STEP
-"""With more cells than this in a sequence, attention walks over 512 or more."""
+LONG: Final = 256
+"""llama.cpp's attention walks over multiples of so many cells; beyond, over 512 or more."""
 
 
 class ShapeBook:

@@ -6,14 +6,15 @@ A call in a shape that was not tried yet is a trial, see ``shapes``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.errors import CorruptData
 from pyagent_node.inference.backend import Activations, StepInput, StepOutput
-from pyagent_node.inference.llama.batching import (
+from pyagent_node.inference.sampling import Sampled
+from pyagent_node.inference.stepping.batching import (
     Call,
     CallPlanner,
     Part,
@@ -21,22 +22,56 @@ from pyagent_node.inference.llama.batching import (
     StepShape,
     is_prefill,
 )
-from pyagent_node.inference.llama.context import LlamaContext, Rows
-from pyagent_node.inference.llama.rows import call_rows, with_companion
-from pyagent_node.inference.llama.selftest import LonePolicy
-from pyagent_node.inference.llama.sequences import SequenceLog
-from pyagent_node.inference.llama.shapes import LONG, ShapeBook
-from pyagent_node.inference.sampling import Sampled
+from pyagent_node.inference.stepping.rows import Rows, call_rows, with_companion
+from pyagent_node.inference.stepping.sequences import SequenceLog
+from pyagent_node.inference.stepping.shapes import LONG, ShapeBook
 from pyagent_node.native import sample
 
 _NO_LOGPROB: Final = -1
+
+
+class LonePolicy(NamedTuple):
+    """How a call of a single row is computed.
+
+    ``long_threads`` counts beyond :data:`LONG` cells; with ``companion`` the row is computed there
+    next to a copy of itself that is dropped afterwards, which keeps llama.cpp from splitting.
+    """
+
+    short_threads: int
+    long_threads: int
+    companion: bool
+
+
+class Computer(Protocol):
+    """Computes rows of a slice over the cells of its sequences, and keeps those cells."""
+
+    @property
+    def n_embd(self) -> int:
+        """Length of a row of activations."""
+        ...
+
+    def decode(self, rows: Rows, out: Activations | None, *, lone_threads: int) -> None:
+        """Compute one call; ``out`` of shape (n, n_embd) gets what leaves a slice without head.
+
+        ``lone_threads`` is for a single row.  Raises :class:`LimitExceeded` (``kv_full``) and
+        :class:`Unavailable` (``decode_failed``); the cells of the call are then not there.
+        """
+        ...
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """Return the logits of a wanted row of the last call, shape (n_vocab,)."""
+        ...
+
+    def drop(self, seq: int, start: int) -> None:
+        """Remove the cells of ``seq`` at positions ``[start, ...)``."""
+        ...
 
 
 class CallRunner:
     """Computes steps on a context; ``head`` when logits come out of it instead of activations."""
 
     def __init__(
-        self, context: LlamaContext, shapes: ShapeBook, lone: LonePolicy, *, head: bool
+        self, context: Computer, shapes: ShapeBook, lone: LonePolicy, *, head: bool
     ) -> None:
         self._context = context
         self._shapes = shapes
@@ -117,7 +152,7 @@ class _Work:
         self,
         steps: Sequence[StepInput],
         logs: Sequence[SequenceLog],
-        context: LlamaContext,
+        context: Computer,
         *,
         head: bool,
     ) -> None:

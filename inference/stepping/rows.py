@@ -1,14 +1,29 @@
-"""From the parts of a call to the arrays that llama.cpp is given."""
+"""From the parts of a call to the arrays that a model is given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyagent_node.inference.backend import StepInput
-from pyagent_node.inference.llama.batching import Call, Part
-from pyagent_node.inference.llama.context import Rows
+from pyagent_node.inference.backend import Activations, StepInput, Tokens
+from pyagent_node.inference.stepping.batching import Call, Part
+
+
+class Rows(NamedTuple):
+    """The rows of one call; every array has length n (activations: shape (n, n_embd)).
+
+    Exactly one of ``tokens`` and ``activations`` is given.  ``wanted`` marks the rows whose logits
+    are needed; a context with a tap ignores it and gives every row.
+    """
+
+    seqs: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    tokens: Tokens | None
+    activations: Activations | None
+    wanted: NDArray[np.int8]
 
 
 def call_rows(call: Call, steps: Sequence[StepInput]) -> Rows:
