@@ -5,6 +5,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help python-found setup setup-dev demo test lint format bench lock clean distclean
 MAKEFLAGS += --no-print-directory
+# The tests start hundreds of processes: each would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The first Python that is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
