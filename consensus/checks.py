@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import re
 
+from pyagent_node.base.contexts import (
+    CONTEXT_ID_BYTES,
+    ContextInfo,
+    check_context_name,
+    check_policy,
+)
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.limits import KIB, MAX_SESSIONS
 from pyagent_node.base.types import Drafting, Rank
@@ -18,7 +24,6 @@ from pyagent_node.consensus.commands import (
     Checkpoint,
     ClaimSession,
     Command,
-    ContextRecord,
     CreateContext,
     DropCheckpoints,
     DropContext,
@@ -71,9 +76,6 @@ _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TICKET = re.compile(r"[0-9a-f]{32}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
-_CONTEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CONTEXT_ID = 16
-"""Bytes of a context's id."""
 _MAX_INT = (1 << 63) - 1
 
 
@@ -100,7 +102,8 @@ def decode_command(data: bytes) -> Command:
 def check_command(command: Command) -> None:
     """Raise :class:`InvalidRequest` naming the first field out of range.
 
-    Its code is ``bad_command``, or for a mesh setting what :func:`check_setting` raises.
+    Its code is ``bad_command``, for a mesh setting what :func:`check_setting` raises, and for a
+    context's name or policy what :mod:`~pyagent_node.base.contexts` says.
     """
     _check_members(command)
     _check_models(command)
@@ -113,19 +116,18 @@ def _check_contexts(command: Command) -> None:
         case CreateContext():
             _context(command.context)
         case DropContext():
-            _ensure(_CONTEXT.fullmatch(command.name) is not None, "name", command.name)
-            _ensure(len(command.id) == CONTEXT_ID, "id", "its length")
+            check_context_name(command.name)
+            _ensure(len(command.id) == CONTEXT_ID_BYTES, "id", "its length")
         case _:
             pass
 
 
-def _context(record: ContextRecord) -> None:
-    _ensure(_CONTEXT.fullmatch(record.name) is not None, "name", record.name)
-    _ensure(len(record.id) == CONTEXT_ID, "id", "its length")
+def _context(record: ContextInfo) -> None:
+    check_context_name(record.name)
+    _ensure(len(record.id) == CONTEXT_ID_BYTES, "id", "its length")
     _text("encoder", record.encoder)
     _number("created", record.created, 0)
-    for field in ("max_age_seconds", "max_tokens", "unused_seconds"):
-        _number(field, getattr(record.policy, field), 0)
+    check_policy(record.policy)
 
 
 def _check_members(command: Command) -> None:

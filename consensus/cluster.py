@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound, Refused
 from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank, SessionId
-from pyagent_node.consensus.commands import Checkpoint, ContextRecord, ModelRecord
+from pyagent_node.consensus.commands import Checkpoint, ModelRecord
 from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.settings import effective_settings
 
@@ -38,7 +39,7 @@ class State(msgspec.Struct, frozen=True):
     bucket_epoch: int = 0
     changed_settings: Mapping[str, int] = {}
     prepared: Mapping[Digest, Prepared] = {}
-    contexts: Mapping[str, ContextRecord] = {}
+    contexts: Mapping[str, ContextInfo] = {}
 
     @property
     def burnt_tickets(self) -> Mapping[str, PeerId]:

@@ -10,9 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.types import (
     ContextId,
-    ContextPolicy,
     Digest,
     Drafting,
     PeerId,
@@ -277,27 +277,14 @@ class ClaimSession(msgspec.Struct, frozen=True, tag="claim_session"):
     at: int
 
 
-class ContextRecord(msgspec.Struct, frozen=True):
-    """A context the mesh knows; its documents never travel through the log.
-
-    ``encoder`` is the identity of the encoder that its vectors come from; ``created`` is in Unix
-    seconds.
-    """
-
-    id: ContextId
-    name: str
-    policy: ContextPolicy
-    encoder: str
-    created: int
-
-
 class CreateContext(msgspec.Struct, frozen=True, tag="create_context"):
-    """Make a context known; the same record twice changes nothing.
+    """Make a context known; the same one twice changes nothing.
 
+    Its documents never travel through the log.
     A name that is taken is a :class:`Conflict` (``context_exists``).
     """
 
-    context: ContextRecord
+    context: ContextInfo
 
 
 class DropContext(msgspec.Struct, frozen=True, tag="drop_context"):

@@ -8,12 +8,12 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, SessionId
 from pyagent_node.consensus.commands import (
     Checkpoint,
     Command,
-    ContextRecord,
     ModelRecord,
     VotePreference,
 )
@@ -87,7 +87,7 @@ class ClusterState(Protocol):
         ...
 
     @property
-    def contexts(self) -> Mapping[str, ContextRecord]:
+    def contexts(self) -> Mapping[str, ContextInfo]:
         """The contexts, by their names."""
         ...
 

@@ -6,10 +6,11 @@ from typing import Final, Literal
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import PeerId, Placement, Prepared
 from pyagent_node.consensus.cluster import Burn, State, is_member
-from pyagent_node.consensus.commands import Checkpoint, ContextRecord, ModelRecord
+from pyagent_node.consensus.commands import Checkpoint, ModelRecord
 from pyagent_node.consensus.port import MemberRecord
 
 SNAPSHOT_MAGIC = b"pyagent-state\0"
@@ -73,7 +74,7 @@ class _SnapshotV4(msgspec.Struct, frozen=True):
     bucket_epoch: int
     settings: dict[str, int]
     prepared: list[Prepared]
-    contexts: list[ContextRecord]
+    contexts: list[ContextInfo]
 
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")

@@ -107,11 +107,11 @@ def _tag(kind: type[msgspec.Struct]) -> str:
 class RpcServer:
     """The handler table of this node; serves as soon as it is made."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, protocol: str = PROTOCOL) -> None:
         self.refused: Counter[str] = Counter()
         """Requests of peers that were refused, by the error's code."""
         self._routes: dict[str, _Route[Any]] = {}
-        mesh.handle(PROTOCOL, self._serve)
+        mesh.handle(protocol, self._serve)
 
     def register(self, kind: type[Request], handler: Handler[Request]) -> None:
         """Serve requests of type ``kind`` with ``handler``.
@@ -258,9 +258,10 @@ class _Conversation:
 class RpcClient:
     """Calls peers; get one from :func:`open_rpc`."""
 
-    def __init__(self, mesh: Mesh, nursery: trio.Nursery) -> None:
+    def __init__(self, mesh: Mesh, nursery: trio.Nursery, protocol: str = PROTOCOL) -> None:
         self._mesh = mesh
         self._nursery = nursery
+        self._protocol = protocol
         self._conversations: dict[PeerId, _Conversation] = {}
         self._opening: dict[PeerId, trio.Lock] = {}
         self._last_id = 0
@@ -330,7 +331,7 @@ class RpcClient:
             talk = self._conversations.get(peer)
             if talk is not None and not talk.over and talk is not instead_of:
                 return talk
-            talk = _Conversation(await self._mesh.open(peer, PROTOCOL))
+            talk = _Conversation(await self._mesh.open(peer, self._protocol))
             self._conversations[peer] = talk
             self._nursery.start_soon(self._run, peer, talk)
             return talk
@@ -346,16 +347,19 @@ class RpcClient:
 class Rpc:
     """Both sides of a node's requests: :meth:`register` to serve, :meth:`call` to ask."""
 
-    def __init__(self, mesh: Mesh, nursery: trio.Nursery) -> None:
+    def __init__(self, mesh: Mesh, nursery: trio.Nursery, protocol: str = PROTOCOL) -> None:
         self.mesh = mesh
-        self.server = RpcServer(mesh)
-        self.client = RpcClient(mesh, nursery)
+        self.server = RpcServer(mesh, protocol)
+        self.client = RpcClient(mesh, nursery, protocol)
         self.register = self.server.register
         self.call = self.client.call
 
 
 @asynccontextmanager
-async def open_rpc(mesh: Mesh) -> AsyncIterator[Rpc]:
-    """Serve and make requests over ``mesh``; leaving the block ends the calls in progress."""
+async def open_rpc(mesh: Mesh, protocol: str = PROTOCOL) -> AsyncIterator[Rpc]:
+    """Serve and make requests over ``mesh``; leaving the block ends the calls in progress.
+
+    What sends a lot has a ``protocol``, and so streams, of its own: nothing else waits behind it.
+    """
     async with background() as nursery:
-        yield Rpc(mesh, nursery)
+        yield Rpc(mesh, nursery, protocol)

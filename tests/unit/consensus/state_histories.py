@@ -6,6 +6,7 @@ import itertools
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.types import (
     ContextId,
     ContextPolicy,
@@ -22,7 +23,6 @@ from pyagent_node.consensus.commands import (
     Checkpoint,
     ClaimSession,
     Command,
-    ContextRecord,
     CreateContext,
     DropCheckpoints,
     DropContext,
@@ -80,8 +80,8 @@ def checkpoint(session: SessionId = S1, head: PeerId = A, **changes: object) -> 
     return msgspec.structs.replace(plain, **changes)
 
 
-def context(name: str = "shelf", number: int = 1, **changes: object) -> ContextRecord:
-    plain = ContextRecord(ContextId(bytes([number]) * 16), name, ContextPolicy(), "minilm", 5)
+def context(name: str = "shelf", number: int = 1, **changes: object) -> ContextInfo:
+    plain = ContextInfo(name, ContextId(bytes([number]) * 16), ContextPolicy(), "minilm", 5)
     return msgspec.structs.replace(plain, **changes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import ContextId, ContextPolicy, Digest, PeerId, SessionId
 from pyagent_node.consensus.commands import (
@@ -12,7 +13,6 @@ from pyagent_node.consensus.commands import (
     Checkpoint,
     ClaimSession,
     Command,
-    ContextRecord,
     CreateContext,
     DropCheckpoints,
     DropContext,
@@ -74,7 +74,7 @@ CASES: list[tuple[Command, str, str, str, str, str]] = [
     (DropPrepared(D, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (RemovePlacement(D, 1), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (
-        CreateContext(ContextRecord(ContextId(bytes(16)), "c", ContextPolicy(), "e", 1)),
+        CreateContext(ContextInfo("c", ContextId(bytes(16)), ContextPolicy(), "e", 1)),
         *(OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     ),
     (DropContext("c", ContextId(bytes(16))), OK, OK, OK, *("role_not_allowed",) * 2),
