@@ -53,14 +53,14 @@ def near_texts(texts: Sequence[str], *, likeness: float = LIKENESS) -> list[int]
     # Look a little below the threshold: a hash that misses a pair cannot be made good later.
     near = MinHashLSH(threshold=max(0.4, likeness - 0.15), num_perm=PERMUTATIONS)
     for number, text in enumerate(texts):
-        runs = _runs(text)
+        runs = runs_of(text)
         if found[number] != number or not runs:
             continue
         hashed = MinHash(num_perm=PERMUTATIONS, seed=1)
         hashed.update_batch(sorted(runs))
         for other in sorted(int(str(key)) for key in near.query(hashed)):
-            others = _runs(texts[other])
-            if len(runs & others) >= likeness * len(runs | others):
+            others = runs_of(texts[other])
+            if likeness_of(runs, others) >= likeness:
                 found[number] = other
                 break
         else:
@@ -72,7 +72,13 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def _runs(text: str) -> frozenset[bytes]:
+def likeness_of(one: frozenset[bytes], other: frozenset[bytes]) -> float:
+    """Return the shared runs over all runs (Jaccard) of two texts; 0 for texts without words."""
+    return len(one & other) / len(one | other) if one and other else 0.0
+
+
+def runs_of(text: str) -> frozenset[bytes]:
+    """Return the runs of :data:`RUN_WORDS` words of a text, or its words if they are fewer."""
     words = _words(text)
     last = max(1, len(words) - RUN_WORDS + 1) if words else 0
     return frozenset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -65,6 +65,72 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int = 1
     nodes_asked: int = 0
     missing: int = 0
+
+
+class ContextStore(Protocol):
+    """What this node itself keeps of contexts: records, bodies, times of last use.
+
+    What a coroutine was given is durable when it returns, and giving it again changes nothing.
+    Raises :class:`CorruptData` (``context_store_corrupt``), :class:`Unavailable` (``disk_full``,
+    ``disk_failed``).
+    """
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the bodies that are kept."""
+        ...
+
+    @property
+    def limit_bytes(self) -> int:
+        """The most bytes of bodies that are kept."""
+        ...
+
+    def catalog(self, context: ContextId) -> Catalog:
+        """Return what is known of a context; it follows what is merged."""
+        ...
+
+    def known(self) -> Collection[ContextId]:
+        """Return the contexts that anything is known of."""
+        ...
+
+    async def merge(self, records: Sequence[bytes]) -> int:
+        """Take encoded records in; return how many were news.
+
+        Raises :class:`CorruptData` (``bad_context_record``) before any was taken in.
+        """
+        ...
+
+    async def put_bodies(self, bodies: Sequence[ChunkBody]) -> None:
+        """Keep bodies; raises :class:`LimitExceeded` (``context_store_full``)."""
+        ...
+
+    async def bodies(self, ids: Sequence[ChunkId]) -> list[ChunkBody]:
+        """Return those of the bodies that are kept; a damaged one is not, and is forgotten."""
+        ...
+
+    def holds(self, chunk: ChunkId) -> bool:
+        """Whether a body is kept here."""
+        ...
+
+    def held(self) -> Mapping[ChunkId, ContextId]:
+        """Return the ids of all bodies that are kept, and their contexts; not a copy."""
+        ...
+
+    async def forget(self, ids: Sequence[ChunkId]) -> None:
+        """Give bodies up."""
+        ...
+
+    async def forget_source(self, context: ContextId, source: str) -> None:
+        """Forget a record: of a removal that every node has seen long ago."""
+        ...
+
+    async def use(self, context: ContextId, uses: Mapping[str, int]) -> None:
+        """Keep times of last use (Unix seconds); the latest counts."""
+        ...
+
+    async def drop(self, context: ContextId) -> None:
+        """Forget all of a context."""
+        ...
 
 
 class ContextMesh(Protocol):
