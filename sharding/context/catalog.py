@@ -85,26 +85,32 @@ class Catalog:
         """Grows with every change."""
         return self._generation
 
-    def merge(self, record: DocumentRecord, digest: bytes | None = None) -> bool:
-        """Take a record in; say whether it is newer than what was known.
+    def newer(self, record: DocumentRecord, digest: bytes) -> bool:
+        """Whether a record is newer than what is known of its source.
 
-        ``digest`` is its :func:`record_digest`, where the caller has it.  Raises
-        :class:`InvalidRequest` (``other_context``, ``bad_context_record``) and
-        :class:`LimitExceeded` (``context_full``).
+        Raises :class:`InvalidRequest` (``other_context``) and :class:`LimitExceeded`
+        (``context_full``).
         """
         if record.context != self.context:
             raise InvalidRequest("The record belongs to another context.", code="other_context")
         held = self._known.get(record.source)
-        if held is not None and held.record.version > record.version:
-            return False
-        if digest is None:
-            digest = record_digest(encode_record(record))
-        if held is not None and (held.record.version, held.digest) >= (record.version, digest):
-            return False
         if held is None and len(self._known) >= MAX_DOCUMENTS:
             raise LimitExceeded(
                 f"A context has at most {MAX_DOCUMENTS} documents.", code="context_full"
             )
+        return held is None or (held.record.version, held.digest) < (record.version, digest)
+
+    def merge(self, record: DocumentRecord, digest: bytes | None = None) -> bool:
+        """Take a record in; say whether it is newer than what was known.
+
+        ``digest`` is its :func:`record_digest`, where the caller has it.  Raises
+        :class:`InvalidRequest` (``bad_context_record``) and what :meth:`newer` does.
+        """
+        if digest is None:
+            digest = record_digest(encode_record(record))
+        if not self.newer(record, digest):
+            return False
+        held = self._known.get(record.source)
         if held is not None:
             self._drop_chunks(held.record)
         self._put(Known(record, digest))

@@ -44,7 +44,7 @@ class SketchModel:
         self, centre: NDArray[np.float32], steps: NDArray[np.int8], scales: NDArray[np.float32]
     ) -> None:
         bits, dimensions = steps.shape
-        _check_sizes(bits, dimensions)
+        check_size(bits, dimensions)
         if centre.shape != (dimensions,) or scales.shape != (bits,):
             raise InvalidRequest(
                 "The parts of a sketch model do not fit together.", code="bad_sketch_model"
@@ -69,7 +69,7 @@ class SketchModel:
         Raises :class:`InvalidRequest`: ``bad_vectors``, ``bad_sketch_bits``.
         """
         check_vectors(vectors)
-        _check_sizes(bits, vectors.shape[1])
+        check_size(bits, vectors.shape[1])
         if bits > vectors.shape[1]:
             raise InvalidRequest(
                 f"Vectors of {vectors.shape[1]} numbers have no {bits} axes.",
@@ -77,10 +77,14 @@ class SketchModel:
                 remedy=f"Take at most {vectors.shape[1] // 8 * 8} bits.",
             )
         centre, axes = _principal(vectors)
-        rotated = _rotation(bits, seed) @ axes[:bits]
-        scales = (np.abs(rotated).max(axis=1) / _LEVELS).astype(np.float32)
-        steps = np.rint(rotated / scales[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
-        return cls(centre.astype(np.float32), steps, scales)
+        return cls.of_axes(centre.astype(np.float32), _rotation(bits, seed) @ axes[:bits])
+
+    @classmethod
+    def of_axes(cls, centre: NDArray[np.float32], axes: NDArray[np.float64]) -> SketchModel:
+        """Return the model of some axes, ``[bits, dimensions]``, none of them all zero."""
+        scales = (np.abs(axes).max(axis=1) / _LEVELS).astype(np.float32)
+        steps = np.rint(axes / scales[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
+        return cls(centre, steps, scales)
 
     def project(self, vectors: Vectors) -> NDArray[np.float32]:
         """Return the coordinates of vectors along the axes, ``[n, bits]``, without centring."""
@@ -209,7 +213,14 @@ def in_range(numbers: NDArray[np.float32] | NDArray[np.float16]) -> bool:
     return bool((np.abs(numbers) <= MAX_NUMBER).all())
 
 
-def _check_sizes(bits: int, dimensions: int) -> None:
+def random_axes(count: int, dimensions: int, seed: int) -> NDArray[np.float64]:
+    """Return unit axes, ``[count, dimensions]``; up to ``dimensions`` of them stand upright."""
+    turns = -(-count // dimensions)
+    return np.concatenate([_rotation(dimensions, seed + turn) for turn in range(turns)])[:count]
+
+
+def check_size(bits: int, dimensions: int) -> None:
+    """Check the size of a sketch; raises :class:`InvalidRequest` (``bad_sketch_bits``)."""
     if bits % 8 or not 8 <= bits <= MAX_BITS or not 1 <= dimensions <= MAX_DIMENSIONS:
         raise InvalidRequest(
             f"A sketch of {bits} bits of {dimensions} dimensions cannot be made.",
