@@ -12,10 +12,14 @@ from typing import Final
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import ContextId, ContextPolicy
 
 CONTEXT_ID_BYTES: Final = 16
-MAX_NAME: Final = 64
+MAX_DOCUMENT: Final = 64 * MIB
+"""The most bytes of one file."""
+MAX_TEXT: Final = 1 << 25
+"""The most characters of a file's text."""
 MAX_IDENTITY: Final = 256
 """The most characters of an encoder's identity."""
 MAX_SECONDS: Final = 10 * 366 * 86_400

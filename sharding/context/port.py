@@ -188,6 +188,6 @@ class ContextMesh(Protocol):
         """Return the chunks of live documents that a question needs."""
         ...
 
-    def used(self, context: ContextId, sources: Sequence[str], now: int) -> None:
+    async def used(self, context: ContextId, sources: Sequence[str], now: int) -> None:
         """Note that chunks of some documents were part of an answer at ``now`` (Unix seconds)."""
         ...
