@@ -46,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     drafters: tuple[str, ...]
+    drafter_model: str | None = None
+    """The model that drafts, by its name in the swarm; nothing is measured before it does."""
     kinds: tuple[Kind, ...]
     tokens: int
     texts: int
@@ -199,7 +201,9 @@ def measure(plan: Plan, rtt_ms: float, node: LocalNode, tick: Callable[[], None]
 def _warm_up(plan: Plan, drafter: str, node: LocalNode) -> None:
     """Wait until the drafter is loaded, and let caches and cost models come to know the swarm."""
     text = TEXTS["copy"][-1]
-    for arm in (PLAIN, Arm(drafter)):
+    # ``auto`` does without a drafter that is not loaded yet, and would not say so
+    model = [Arm(plan.drafter_model)] if plan.drafter_model is not None else []
+    for arm in (PLAIN, *model, Arm(drafter)):
         await_answers(node, _ask(plan, arm, text, WARM_TOKENS))
 
 

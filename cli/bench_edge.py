@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pyagent_node.cli.app import App, json_option, pass_app
-from pyagent_node.cli.demo import N_CTX, model_file
+from pyagent_node.cli.demo import N_CTX, called, draft_file, model_file
 from pyagent_node.cli.lists import names, numbers
 from pyagent_node.cli.model import DEFAULT
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyagent_node.benchmarks.edge import EdgeReport, Plan, Run
+    from pyagent_node.cli.demo import DraftFile
 
 MAX_CLIENTS = 32
 MAX_EDGES = 8
@@ -79,7 +80,7 @@ def edge(
     kinds = names("--prompts", prompts, KINDS)
     with interruptible():
         path = model_file(app, model)
-        draft_path = model_file(app, drafter) if drafter else None
+        drafting = draft_file(app, drafter)
         plan = bench.Plan(
             model="",
             drafters=(),
@@ -95,7 +96,8 @@ def edge(
             rtt_ms,
             edges=edges,
             path=path,
-            draft_path=draft_path,
+            drafting=drafting,
+            name=called(model),
             threads=threads,
         )
     report = bench.EdgeReport(
@@ -124,7 +126,8 @@ def _measure(
     *,
     edges: int,
     path: Path,
-    draft_path: Path | None,
+    drafting: DraftFile | None,
+    name: str | None,
     threads: int,
 ) -> list[Run]:
     """Measure every number of clients on one swarm, whose first node is the strong one."""
@@ -134,7 +137,6 @@ def _measure(
     from pyagent_node.benchmarks import edge as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.shaped import (  # noqa: PLC0415
         await_answers,
-        draft_with,
         reshape,
         shaped_swarm,
     )
@@ -144,7 +146,7 @@ def _measure(
 
     runs: list[Run] = []
     with shaped_swarm(1 + edges, threads=threads, say=app.out.note) as (server, *others):
-        name = server.client.pull(PullRequest(source=f"file:{path}")).name
+        name = server.client.pull(PullRequest(source=f"file:{path}", name=name)).name
         server.client.load(
             LoadRequest(
                 model=name,
@@ -157,11 +159,8 @@ def _measure(
             )
         )
         drafters = ["suffix"]
-        if draft_path is not None:
-            for node in others:
-                drafting = node.client.pull(PullRequest(source=f"file:{draft_path}")).name
-                draft_with(node, drafting)
-                drafters = ["suffix", drafting]
+        if drafting is not None:
+            drafters += list(dict.fromkeys(map(drafting.give, others)))
         reshape([server, *others], rtt_ms, name)
         plan = msgspec.structs.replace(plan, model=name, drafters=tuple(drafters))
         for node in others:

@@ -9,7 +9,7 @@ import click
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.app import App, json_option, pass_app
-from pyagent_node.cli.demo import model_file, place
+from pyagent_node.cli.demo import called, draft_file, model_file, place
 from pyagent_node.cli.lists import names, numbers, refused
 from pyagent_node.cli.model import DEFAULT
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyagent_node.benchmarks.speculation import Plan, Row, SpeculationReport
-    from pyagent_node.benchmarks.swarm import LocalNode
+    from pyagent_node.cli.demo import DraftFile
 
 RANKS = 3
 DEFAULT_TOKENS, FULL_TOKENS = 48, 128
@@ -113,7 +113,7 @@ def speculation(
     count = tokens or (FULL_TOKENS if full else DEFAULT_TOKENS)
     with interruptible():
         path = model_file(app, model)
-        draft_path = model_file(app, drafter_model) if drafter_model else None
+        drafting = draft_file(app, drafter_model)
         plan = bench.Plan(
             model="",
             drafters=drafters,
@@ -125,7 +125,7 @@ def speculation(
             pipelining=pipelining,
             grid=grid,
         )
-        rows = _measure(app, plan, trips, path, draft_path, threads)
+        rows = _measure(app, plan, trips, path, drafting, threads, name=called(model))
     report = bench.SpeculationReport(
         bench="speculation",
         time=time.time(),
@@ -151,8 +151,10 @@ def _measure(  # noqa: PLR0917 - private
     plan: Plan,
     trips: Sequence[float],
     path: Path,
-    draft_path: Path | None,
+    drafting: DraftFile | None,
     threads: int,
+    *,
+    name: str | None,
 ) -> list[Row]:
     """Measure every row on one swarm."""
     import msgspec  # noqa: PLC0415
@@ -162,32 +164,26 @@ def _measure(  # noqa: PLR0917 - private
 
     rows: list[Row] = []
     with shaped_swarm(RANKS, threads=threads, say=app.out.note) as swarm:
-        name = place(app, swarm, path).name
-        if draft_path is not None:
-            drafting = _give_drafter(swarm[0], draft_path)
+        name = place(app, swarm, path, name=name).name
+        if drafting is not None:
+            drafter_model = drafting.give(swarm[0])
             given = tuple(
-                drafting if drafter not in (*NAMED_DRAFTERS, f"{drafting}+suffix") else drafter
+                drafter
+                if drafter in (*NAMED_DRAFTERS, f"{drafter_model}+suffix")
+                else drafter_model
                 for drafter in plan.drafters
             )
-            plan = msgspec.structs.replace(plan, drafters=tuple(dict.fromkeys(given)))
+            plan = msgspec.structs.replace(
+                plan, drafters=tuple(dict.fromkeys(given)), drafter_model=drafter_model
+            )
         plan = msgspec.structs.replace(plan, model=name)
         with _ticking(app, sum(map(plan.answers, trips))) as (tick, say):
             for trip in trips:
                 say(f"round trips of {trip:g} ms")
-                if trip or draft_path is not None or rows:
+                if trip or drafting is not None or rows:
                     reshape(swarm, trip, name)
                 rows += bench.measure(plan, trip, swarm[0], tick)
     return rows
-
-
-def _give_drafter(node: LocalNode, path: Path) -> str:
-    """Give a node the model that drafts; return its name."""
-    from pyagent_node.benchmarks.shaped import draft_with  # noqa: PLC0415
-    from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
-
-    name = node.client.pull(PullRequest(source=f"file:{path}")).name
-    draft_with(node, name)
-    return name
 
 
 class _ticking:  # noqa: N801 - a context manager that reads as a word

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import msgspec
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
 
 MAX_NODES = 16
 N_CTX = 2048
+
+
+class DraftFile(NamedTuple):
+    """The file of a model that drafts, and what it is called; ``None``: after its file."""
+
+    path: Path
+    name: str | None
+
+    def give(self, node: LocalNode) -> str:
+        """Let a node draft with it, once it is started again; return its name there."""
+        from pyagent_node.benchmarks.shaped import draft_with  # noqa: PLC0415
+        from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
+
+        pulled = node.client.pull(PullRequest(source=f"file:{self.path}", name=self.name)).name
+        draft_with(node, pulled)
+        return pulled
 
 
 class DemoRank(msgspec.Struct, frozen=True):
@@ -148,6 +164,16 @@ def model_file(app: App, model: str) -> Path:
     return path
 
 
+def draft_file(app: App, model: str | None) -> DraftFile | None:
+    """Return the file of the model that is to draft, fetched when missing."""
+    return DraftFile(model_file(app, model), called(model)) if model else None
+
+
+def called(model: str) -> str | None:
+    """Return what a model is called that :func:`model_file` finds; ``None``: after its file."""
+    return None if Path(model).is_file() or ":" in model else model
+
+
 def place(
     app: App,
     swarm: list[LocalNode],
@@ -155,6 +181,7 @@ def place(
     *,
     cuts: tuple[int, ...] | None = None,
     ranks: int | None = None,
+    name: str | None = None,
 ) -> PlacementView:
     """Give a model file to the first node and split it over ``ranks`` nodes (default: all).
 
@@ -166,7 +193,7 @@ def place(
     client = swarm[0].client
     count = ranks or len(swarm)
     with Reporter(app.out, stream_json=False) as report:
-        model = client.pull(PullRequest(source=f"file:{path}"), report)
+        model = client.pull(PullRequest(source=f"file:{path}", name=name), report)
         if cuts is None and model.n_layers is not None:
             cuts = even_cuts(model.n_layers, count)
         request = LoadRequest(

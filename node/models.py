@@ -153,7 +153,11 @@ class NodeModels:
             stored = await self._in_thread(self._store.get, record.digest)
         else:
             stored = await pull(
-                self._store, request.source, sha256=request.sha256, progress=progress
+                self._store,
+                request.source,
+                sha256=request.sha256,
+                name=request.name,
+                progress=progress,
             )
         try:
             await self._register(stored)

@@ -30,7 +30,12 @@ def open_store(home: Home, settings: Settings) -> ModelStore:
 
 
 def pull_model(
-    store: ModelStore, source: str, *, sha256: str | None = None, report: Report | None = None
+    store: ModelStore,
+    source: str,
+    *,
+    sha256: str | None = None,
+    name: str | None = None,
+    report: Report | None = None,
 ) -> ModelView:
     """Bring a model into the store; errors as for :func:`inference.models.pull.pull`."""
 
@@ -39,7 +44,7 @@ def pull_model(
             report(Progress(step="download", text=f"Fetching {source}", done=done, total=total))
 
     async def run() -> StoredModel:
-        return await pull(store, source, sha256=sha256, progress=progress)
+        return await pull(store, source, sha256=sha256, name=name, progress=progress)
 
     return view(store, trio.run(run))
 

@@ -31,7 +31,8 @@ MIN_CHUNK_BYTES: Final = 4 * KIB
 MAX_CHUNK_BYTES: Final = 16 * MIB
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}", re.ASCII)
+MAX_NAME: Final = 128
+_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:+-]{{0,{MAX_NAME - 1}}}", re.ASCII)
 
 
 def check_digest(text: str) -> Digest:

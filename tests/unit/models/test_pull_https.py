@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
 import trio
 
 from pyagent_node.base.errors import (
+    Conflict,
     CorruptData,
     InvalidRequest,
     LimitExceeded,
@@ -350,3 +352,33 @@ async def test_file_sources(store: ModelStore, tiny_source: Path, tmp_path: Path
     with pytest.raises(InvalidRequest) as bad:
         await pull(store, f"file:{tiny_source}", name="a/b")
     assert bad.value.code == "bad_name"
+
+
+async def test_two_files_of_one_name(store: ModelStore, tiny: ModuleType, tmp_path: Path) -> None:
+    paths = [tmp_path / str(seed) / "model.gguf" for seed in (1, 2)]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        tiny.tiny_model(path, seed=seed)
+    first, second = [await pull(store, f"file:{path}") for path in paths]
+    assert first.name == "model"
+    assert second.name == f"model-{second.digest[:8]}"
+    assert store.find("model").digest == first.digest
+    assert [(await pull(store, f"file:{path}")).name for path in paths] == [
+        first.name,
+        second.name,
+    ]
+    with pytest.raises(Conflict) as caught:
+        await pull(store, f"file:{paths[1]}", name="model")
+    assert caught.value.code == "name_taken"
+    assert (await pull(store, f"file:{paths[1]}", name="other")).digest == second.digest
+    assert store.find("other").digest == second.digest
+
+
+async def test_a_name_that_is_taken_is_refused_before_the_download(
+    store: ModelStore, server: Server, tiny_source: Path
+) -> None:
+    await pull(store, f"file:{tiny_source}", name="wanted")
+    with pytest.raises(Conflict) as caught:
+        await get(store, server, name="wanted")
+    assert caught.value.code == "name_taken"
+    assert server.requests == []
