@@ -81,8 +81,8 @@ class SqliteContextStore:
         self._used = sum(held.size for held in loaded.bodies.values())
         self._written_uses: dict[tuple[ContextId, str], int] = {}
         self._writing = trio.Lock()
-        for record, digest in loaded.records:
-            self.catalog(record.context).merge(record, digest)
+        for record, data in loaded.records:
+            self.catalog(record.context).merge(record, data)
         for context, source, at in loaded.uses:
             self.catalog(context).use({source: at})
             self._written_uses[context, source] = at
@@ -137,7 +137,7 @@ class SqliteContextStore:
             if rows:
                 await _in_thread(lambda: self._database.put_records(rows))
             for record, data in news.values():
-                self.catalog(record.context).merge(record, record_digest(data))
+                self.catalog(record.context).merge(record, data)
             return len(news)
 
     async def put_bodies(self, bodies: Sequence[ChunkBody]) -> None:
@@ -246,7 +246,7 @@ def _load(database: _Database) -> _Loaded:
     records: list[tuple[DocumentRecord, bytes]] = []
     for context, source, data in database.records():
         try:
-            records.append((decode_record(data), record_digest(data)))
+            records.append((decode_record(data), data))
         except PyAgentError as error:
             log.error(
                 "the record of %r in context %s is given up: %s", source, context.hex(), error

@@ -39,10 +39,11 @@ _NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
 
 
 class Known(NamedTuple):
-    """A record and its digest."""
+    """A record, its digest, and how many bytes it is when encoded."""
 
     record: DocumentRecord
     digest: bytes
+    size: int
 
 
 class Table(NamedTuple):
@@ -100,20 +101,21 @@ class Catalog:
             )
         return held is None or (held.record.version, held.digest) < (record.version, digest)
 
-    def merge(self, record: DocumentRecord, digest: bytes | None = None) -> bool:
+    def merge(self, record: DocumentRecord, encoded: bytes | None = None) -> bool:
         """Take a record in; say whether it is newer than what was known.
 
-        ``digest`` is its :func:`record_digest`, where the caller has it.  Raises
-        :class:`InvalidRequest` (``bad_context_record``) and what :meth:`newer` does.
+        ``encoded`` are its bytes, where the caller has them.  Raises :class:`InvalidRequest`
+        (``bad_context_record``) and what :meth:`newer` does.
         """
-        if digest is None:
-            digest = record_digest(encode_record(record))
+        if encoded is None:
+            encoded = encode_record(record)
+        digest = record_digest(encoded)
         if not self.newer(record, digest):
             return False
         held = self._known.get(record.source)
         if held is not None:
             self._drop_chunks(held.record)
-        self._put(Known(record, digest))
+        self._put(Known(record, digest, len(encoded)))
         return True
 
     def forget(self, source: str) -> None:

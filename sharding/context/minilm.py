@@ -28,6 +28,8 @@ MODEL_BYTES: Final = 22_928_619
 TOKENIZER_SHA256: Final = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 TOKENIZER_BYTES: Final = 466_247
 DIMENSIONS: Final = 384
+IDENTITY: Final = f"all-MiniLM-L6-v2/int8/{MODEL_SHA256[:16]}/{TOKENIZER_SHA256[:16]}"
+"""The model, its digest, and that of its vocabulary."""
 MAX_TOKENS: Final = 256
 """Tokens of a text beyond these are not seen: the model was trained on no more."""
 MAX_TEXTS: Final = 1 << 16
@@ -70,7 +72,7 @@ class MiniLm:
     @property
     def identity(self) -> str:
         """The model, its digest, and that of its vocabulary."""
-        return f"all-MiniLM-L6-v2/int8/{MODEL_SHA256[:16]}/{TOKENIZER_SHA256[:16]}"
+        return IDENTITY
 
     @property
     def dimensions(self) -> int:

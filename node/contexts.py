@@ -1,0 +1,401 @@
+"""What the API asks of contexts: make and remove them, add and remove documents, ask questions.
+
+Adding a document: bytes → text (``context_readers``) → chunks and windows → vectors → record and
+bodies, published in one go.  So a document is there as a whole or not at all, and adding again what
+is there already costs nothing: whoever was cut off begins again and only the missing is done.
+Vectors of windows that the version before had too are taken from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, Literal
+from weakref import WeakValueDictionary
+
+import msgspec
+import numpy as np
+import trio
+
+from pyagent_node.base.contexts import ContextInfo
+from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound
+from pyagent_node.base.types import PeerId
+from pyagent_node.native import blake3
+from pyagent_node.node.api.context_schema import (
+    AddReply,
+    ContextsReply,
+    ContextView,
+    CreateContextRequest,
+    DocumentsReply,
+    DocumentView,
+    HitView,
+    PlaceView,
+    QueryReply,
+    QueryRequest,
+    RemoveReply,
+)
+from pyagent_node.node.api.schema import Progress
+from pyagent_node.node.context_encoder import EncoderSource, Report
+from pyagent_node.node.context_readers import check_size, read_document
+from pyagent_node.sharding.context.catalog import Known
+from pyagent_node.sharding.context.defaults import default_model
+from pyagent_node.sharding.context.documents import About, Cut, cut, document
+from pyagent_node.sharding.context.embedder import Embedder, Vectors
+from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
+from pyagent_node.sharding.context.records import (
+    DIGEST_BYTES,
+    DocumentRecord,
+    check_source,
+)
+from pyagent_node.sharding.context.search import check_question
+
+BATCH: Final = 64
+"""Windows that go through the encoder in one go: less than a second, so that nobody waits long."""
+UPLOADS: Final = 2
+"""Documents that are added at the same time; others wait."""
+WAITING: Final = 64
+"""Documents that may wait."""
+
+
+class Contexts:
+    """The contexts of a node, as its API sees them.
+
+    ``clock`` tells Unix seconds.
+    """
+
+    def __init__(
+        self,
+        mesh: ContextMesh,
+        encoder: EncoderSource,
+        *,
+        held: Callable[[], Mapping[bytes, bytes]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.mesh = mesh
+        self._encoder, self._held, self._clock = encoder, held, clock
+        self._adding = trio.Semaphore(UPLOADS)
+        self._waiting = 0
+        self._encoding = trio.CapacityLimiter(1)
+        self._sources: WeakValueDictionary[tuple[bytes, str], trio.Lock] = WeakValueDictionary()
+
+    # Contexts ----------------------------------------------------------------------------------
+
+    async def create(self, request: CreateContextRequest) -> ContextView:
+        """Make a context; raises :class:`Conflict` (``context_exists``)."""
+        self._encoder.check()
+        info = await self.mesh.create(request.name, request.policy, encoder=self._encoder.identity)
+        return self._view(info)
+
+    async def drop(self, name: str) -> RemoveReply:
+        """Remove a context with all its documents."""
+        await self.mesh.drop(name)
+        return RemoveReply(name)
+
+    async def list(self) -> ContextsReply:
+        """Return all contexts."""
+        return ContextsReply(tuple(self._view(info) for info in self.mesh.contexts()))
+
+    async def show(self, name: str) -> DocumentsReply:
+        """Return a context and its documents."""
+        info = self.mesh.find(name)
+        catalog, now = self.mesh.catalog(info.id), self._clock()
+        fresh = {record.source for record in catalog.fresh(info.policy, now)}
+        soon = {record.source for record in catalog.fresh(info.policy, now + _ahead(info))}
+        rows = tuple(
+            _document(record, record.source in fresh, record.source in fresh & soon)
+            for record in catalog.documents()
+        )
+        return DocumentsReply(self._view(info), rows)
+
+    def _view(self, info: ContextInfo) -> ContextView:
+        catalog = self.mesh.catalog(info.id)
+        fresh = catalog.fresh(info.policy, self._clock())
+        held = self._held()
+        return ContextView(
+            name=info.name,
+            id=info.id.hex(),
+            policy=info.policy,
+            encoder=info.encoder,
+            created=info.created,
+            documents=len(catalog.documents()),
+            fresh=len(fresh),
+            chunks=sum(len(record.chunks) for record in fresh),
+            windows=sum(record.windows for record in fresh),
+            tokens=sum(record.tokens for record in fresh),
+            record_bytes=sum(known.size for known in catalog.everything()),
+            bodies_here=sum(context == info.id for context in held.values()),
+        )
+
+    # Documents ---------------------------------------------------------------------------------
+
+    async def add(
+        self, name: str, source: str, data: bytes, *, modified: int, report: Report
+    ) -> AddReply:
+        """Add a file's bytes as the document ``source``, instead of what was there.
+
+        ``modified`` is when the file was last changed (Unix seconds).  Raises what
+        :func:`read_document`, the encoder and the mesh do; :class:`LimitExceeded`
+        (``too_many_uploads``); :class:`Conflict` (``context_encoder_differs``).
+        """
+        began = time.monotonic()
+        info = self._writable(name)
+        check_source(source)
+        check_size(len(data), source)
+        if self._waiting >= WAITING:
+            raise LimitExceeded(
+                f"{WAITING} documents wait to be added already.",
+                code="too_many_uploads",
+                remedy="Try again later.",
+            )
+        self._waiting += 1
+        try:
+            async with self._alone(info, source), self._adding:
+                reply = await self._add(info, source, data, min(max(modified, 0), 1 << 40), report)
+        finally:
+            self._waiting -= 1
+        return msgspec.structs.replace(reply, seconds=round(time.monotonic() - began, 3))
+
+    async def _add(
+        self, info: ContextInfo, source: str, data: bytes, modified: int, report: Report
+    ) -> AddReply:
+        digest = await trio.to_thread.run_sync(blake3, data)
+        catalog = self.mesh.catalog(info.id)
+        known = catalog.get(source)
+        if known is not None and known.record.digest == digest and self._current(info, known):
+            return _reply(known.record, "unchanged", 0, "")
+        read = await read_document(data, source)
+        encoder = await self._encoder.open(report)
+        parts = await trio.to_thread.run_sync(cut, read.text, source, encoder.count_tokens)
+        _check_window(info, sum(chunk.tokens for chunk in parts.chunks), source)
+        vectors, embedded = await self._vectors(encoder, parts, known, source, report)
+        axes = default_model(encoder.identity, encoder.dimensions)
+        about = About(
+            context=info.id,
+            source=source,
+            version=catalog.next_version(source, self.mesh.peer_id),
+            digest=digest,
+            size=len(data),
+            modified=modified,
+            added=int(self._clock()),
+            encoder=encoder.identity,
+        )
+        record, bodies = await trio.to_thread.run_sync(document, parts, vectors, about, axes)
+        if self.mesh.find(info.name).id != info.id:
+            raise NotFound(
+                f"The context {info.name!r} was removed meanwhile.", code="context_not_found"
+            )
+        await self.mesh.publish(record, bodies)
+        status: Literal["added", "changed"] = (
+            "added" if known is None or known.record.removed else "changed"
+        )
+        return _reply(record, status, embedded, read.note)
+
+    async def remove(self, name: str, source: str) -> RemoveReply:
+        """Remove a document; raises :class:`NotFound` (``source_not_found``)."""
+        info = self.mesh.find(name)
+        catalog = self.mesh.catalog(info.id)
+        async with self._alone(info, source):
+            known = catalog.get(source)
+            if known is None or known.record.removed:
+                raise NotFound(
+                    f"There is no document {source[:200]!r} in {name!r}.",
+                    code="source_not_found",
+                    remedy=f"`pyagent-node context show {name}` lists them.",
+                )
+            now = int(self._clock())
+            await self.mesh.publish(
+                DocumentRecord(
+                    context=info.id,
+                    source=source,
+                    version=catalog.next_version(source, self.mesh.peer_id),
+                    digest=bytes(DIGEST_BYTES),
+                    size=0,
+                    modified=now,
+                    added=now,
+                    removed=True,
+                ),
+                (),
+            )
+        return RemoveReply(source)
+
+    def _alone(self, info: ContextInfo, source: str) -> trio.Lock:
+        """Return the lock of a document: its versions on this node come one after the other."""
+        return self._sources.setdefault((info.id, source), trio.Lock())
+
+    def _writable(self, name: str) -> ContextInfo:
+        info = self.mesh.find(name)
+        self._encoder.check()
+        if info.encoder != self._encoder.identity:
+            raise Conflict(
+                f"The context {name!r} was made with the encoder {info.encoder}; this node has"
+                f" {self._encoder.identity}.",
+                code="context_encoder_differs",
+                remedy="Set context_encoder as it was, or make another context.",
+            )
+        return info
+
+    def _current(self, info: ContextInfo, known: Known) -> bool:
+        if known.record.removed or known.record.encoder != info.encoder:
+            return False
+        now, catalog = self._clock(), self.mesh.catalog(info.id)
+        for when in (now, now + _ahead(info)):
+            if all(r.source != known.record.source for r in catalog.fresh(info.policy, when)):
+                return False
+        return True
+
+    async def _vectors(
+        self,
+        encoder: Embedder,
+        parts: Cut,
+        known: Known | None,
+        source: str,
+        report: Report,
+    ) -> tuple[Vectors, int]:
+        """Return the vectors of the windows, and how many of them were computed now."""
+        texts = parts.texts()
+        vectors = np.zeros((len(texts), encoder.dimensions), np.float32)
+        before = await self._known_vectors(known, encoder)
+        todo: list[int] = []
+        for row, text in enumerate(texts):
+            vector = before.get(text)
+            if vector is None:
+                todo.append(row)
+            else:
+                vectors[row] = vector
+        # Texts of about the same length are computed together.
+        todo.sort(key=lambda row: len(texts[row]))
+        for at in range(0, len(todo), BATCH):
+            report(Progress(step="embed", text=source, done=at, total=len(todo), unit="windows"))
+            rows = todo[at : at + BATCH]
+            batch = [texts[row] for row in rows]
+            vectors[rows] = await trio.to_thread.run_sync(
+                encoder.embed, batch, limiter=self._encoding
+            )
+        report(Progress(step="embed", text=source, done=len(todo), total=len(todo), unit="windows"))
+        return vectors, len(todo)
+
+    async def _known_vectors(self, known: Known | None, encoder: Embedder) -> dict[str, np.ndarray]:
+        """Return the vectors of the windows of the version before, by their texts."""
+        if known is None or known.record.encoder != encoder.identity:
+            return {}
+        record = known.record
+        places = [place for place, row in enumerate(record.chunks) if row.windows]
+        bodies = await self.mesh.fetch([record.id_of(place) for place in places])
+        return {
+            body.text[start:end].strip(): vector
+            for body in bodies
+            if len(body.vectors) == 2 * encoder.dimensions * len(body.spans)
+            for (start, end), vector in zip(body.spans, body.matrix(), strict=True)
+        }
+
+    # Questions ---------------------------------------------------------------------------------
+
+    async def query(self, name: str, request: QueryRequest) -> QueryReply:
+        """Return the chunks of a context that a question needs."""
+        began = time.monotonic()
+        answer, embed_seconds = await self.search(name, request)
+        return QueryReply(
+            hits=tuple(_hit(hit) for hit in answer.hits),
+            windows=answer.windows,
+            candidates=answer.candidates,
+            candidate_chunks=answer.candidate_chunks,
+            nodes=answer.nodes,
+            nodes_asked=answer.nodes_asked,
+            missing=answer.missing,
+            seconds=round(time.monotonic() - began, 6),
+            embed_seconds=round(embed_seconds, 6),
+        )
+
+    async def search(self, name: str, request: QueryRequest) -> tuple[Answer, float]:
+        """Return what was found for a question, and the seconds that its own vector took."""
+        check_question(request.question, request.count)
+        info = self._writable(name)
+        encoder = await self._encoder.open(_nobody)
+        began = time.monotonic()
+        (vector,) = await trio.to_thread.run_sync(encoder.embed, [request.question])
+        seconds = time.monotonic() - began
+        answer = await self.mesh.search(
+            info, request.question, vector, count=request.count, way=request.way
+        )
+        sources = list(dict.fromkeys(hit.source for hit in answer.hits))
+        await self.mesh.used(info.id, sources, int(self._clock()))
+        return answer, seconds
+
+
+def _nobody(_: Progress) -> None:
+    """Take a report that nobody waits for."""
+
+
+def _ahead(info: ContextInfo) -> int:
+    """Return how far ahead a document must be fresh to be left as it is."""
+    limits = [s for s in (info.policy.max_age_seconds, info.policy.unused_seconds) if s]
+    return min(limits) // 2 if limits else 0
+
+
+def _check_window(info: ContextInfo, tokens: int, source: str) -> None:
+    limit = info.policy.max_tokens
+    if limit and tokens > limit:
+        raise LimitExceeded(
+            f"{source[:200]!r} has {tokens} tokens; the context {info.name!r} keeps {limit}.",
+            code="document_too_large",
+            remedy="Add it in parts, or make a context with a larger --max-tokens.",
+        )
+
+
+def _reply(
+    record: DocumentRecord,
+    status: Literal["added", "changed", "unchanged"],
+    embedded: int,
+    note: str,
+) -> AddReply:
+    return AddReply(
+        source=record.source,
+        status=status,
+        tokens=record.tokens,
+        chunks=len(record.chunks),
+        joined=_joined(record),
+        windows=record.windows,
+        embedded=embedded,
+        seconds=0.0,
+        note=note,
+    )
+
+
+def _joined(record: DocumentRecord) -> int:
+    return sum(row.same != place for place, row in enumerate(record.chunks))
+
+
+def _document(record: DocumentRecord, fresh: bool, current: bool) -> DocumentView:
+    return DocumentView(
+        source=record.source,
+        digest=record.digest.hex(),
+        size=record.size,
+        tokens=record.tokens,
+        chunks=len(record.chunks),
+        windows=record.windows,
+        joined=_joined(record),
+        added=record.added,
+        modified=record.modified,
+        counter=record.version.counter,
+        writer=PeerId(record.version.writer),
+        fresh=fresh,
+        current=current,
+    )
+
+
+def _hit(hit: Found) -> HitView:
+    best = hit.text[hit.window[0] : hit.window[1]].strip() if hit.window else ""
+    return HitView(
+        source=hit.source,
+        first_line=hit.first_line,
+        last_line=hit.last_line,
+        tokens=hit.tokens,
+        score=round(hit.score, 6),
+        text=hit.text,
+        best=best,
+        likeness=hit.likeness,
+        meaning_rank=hit.meaning_rank,
+        words_rank=hit.words_rank,
+        owner=hit.owner,
+        also=tuple(PlaceView(p.source, p.first_line, p.last_line) for p in hit.same),
+    )
