@@ -22,6 +22,7 @@ from pyagent_node.node.kv_messages import (
     PROTOCOL,
     REPLIES,
     REQUESTS,
+    AskRest,
     Bytes,
     Done,
     Failed,
@@ -31,6 +32,7 @@ from pyagent_node.node.kv_messages import (
     KvReply,
     KvRequest,
     Piece,
+    RestPiece,
     split,
 )
 
@@ -92,6 +94,30 @@ class KvClient:
                         raise _unexpected(reply)
                     seen.add(at)
                     take(reply.index, layer, sealed)
+
+    async def rest(
+        self, peer: PeerId, request: AskRest, take: Callable[[int, int, bytes], None]
+    ) -> None:
+        """Ask for a rest; ``take(tokens, layer, sealed cells)`` gets each layer as it comes.
+
+        What ``take`` raises ends the request.
+        """
+        async with self._stream(peer) as stream:
+            await _send(stream, request)
+            while True:
+                reply, tail = await _receive(stream)
+                if isinstance(reply, Done):
+                    return
+                last = request.last_layer - len(reply.sizes) if isinstance(reply, RestPiece) else -1
+                if (
+                    not isinstance(reply, RestPiece)
+                    or not 0 < reply.tokens <= len(request.links)
+                    or not request.first_layer <= reply.first_layer <= last
+                ):
+                    raise _unexpected(reply)
+                self.bytes_received += memoryview(tail).nbytes
+                for layer, sealed in enumerate(split(reply, tail), reply.first_layer):
+                    take(reply.tokens, layer, sealed)
 
     async def tell(self, peer: PeerId, request: KvRequest, tail: Bytes = b"") -> int:
         """Send something to be kept or noted; returns how many bytes of it were taken."""

@@ -37,6 +37,8 @@ MAX_SUMMARY_BYTES: Final = 1 * MIB
 """Bytes of one node's summary."""
 MAX_HOLDERS: Final = 16
 """Peers that one report may name."""
+MAX_REST: Final = 64
+"""Tokens of one rest."""
 MAX_CODEC: Final = 64
 """Characters of the name of a codec."""
 
@@ -114,6 +116,30 @@ class Put(msgspec.Struct, frozen=True, tag="put"):
     epoch: int = 0
 
 
+class AskRest(msgspec.Struct, frozen=True, tag="ask_rest"):
+    """Ask for what was handed over of a session, behind the block ``parent``, as an epoch ended.
+
+    ``links`` names every number of tokens wanted.  Answered by :class:`RestPiece` messages, then
+    Done; whoever still has the ranks of an epoch before ``epoch`` ends them first.
+    """
+
+    model: Digest
+    codec: str
+    parent: bytes
+    links: tuple[bytes, ...]
+    first_layer: int
+    last_layer: int
+    epoch: int
+
+
+class RestPiece(msgspec.Struct, frozen=True, tag="rest_piece"):
+    """The first ``tokens`` of a rest, layers from ``first_layer`` on; the tail as in Piece."""
+
+    tokens: int
+    first_layer: int
+    sizes: tuple[int, ...]
+
+
 class Advert(msgspec.Struct, frozen=True, tag="advert"):
     """What the sender holds, in the tail (see ``sharding.block_summary``); replaces the last."""
 
@@ -153,11 +179,11 @@ class Sealed(msgspec.Struct, frozen=True, gc=False):
     seconds: float
 
 
-KvRequest = Have | Fetch | Put | Advert | Report
-KvReply = Had | Piece | Done | Failed
+KvRequest = Have | Fetch | Put | AskRest | Advert | Report
+KvReply = Had | Piece | RestPiece | Done | Failed
 
-REQUESTS: Final[Codec[KvRequest]] = Codec("kv request", Have, Fetch, Put, Advert, Report)
-REPLIES: Final[Codec[KvReply]] = Codec("kv reply", Had, Piece, Done, Failed)
+REQUESTS: Final[Codec[KvRequest]] = Codec("kv request", Have, Fetch, Put, AskRest, Advert, Report)
+REPLIES: Final[Codec[KvReply]] = Codec("kv reply", Had, Piece, RestPiece, Done, Failed)
 
 Bytes = bytes | bytearray | memoryview
 
@@ -171,6 +197,14 @@ def check_request(request: KvRequest, tail: int) -> None:
         case Have() | Fetch():
             _ensure(0 < len(request.chain) <= MAX_CHAIN, "the number of blocks")
             _ensure(all(len(each) == HASH_BYTES for each in request.chain), "a chain hash")
+            _ensure(request.last_layer - request.first_layer <= MAX_LAYERS, "the layers")
+            _ensure(0 <= request.first_layer < request.last_layer, "the layers")
+            _ensure(len(request.codec) <= MAX_CODEC, "the codec")
+            _ensure(tail == 0, "a tail")
+        case AskRest():
+            _ensure(0 < len(request.links) <= MAX_REST, "the number of tokens")
+            _ensure(all(len(each) == HASH_BYTES for each in request.links), "a name")
+            _ensure(len(request.parent) == HASH_BYTES, "a chain hash")
             _ensure(request.last_layer - request.first_layer <= MAX_LAYERS, "the layers")
             _ensure(0 <= request.first_layer < request.last_layer, "the layers")
             _ensure(len(request.codec) <= MAX_CODEC, "the codec")
@@ -205,7 +239,7 @@ def _ensure(good: bool, what: str) -> None:
         )
 
 
-def split(piece: Piece | Put, tail: Bytes) -> list[bytes]:
+def split(piece: Piece | RestPiece | Put, tail: Bytes) -> list[bytes]:
     """Return the sealed blocks in the tail of a message.
 
     Raises :class:`CorruptData` (``bad_kv_piece``) when the sizes are not those of the tail.

@@ -26,6 +26,7 @@ from pyagent_node.node.kv_messages import (
     REPLIES,
     REQUESTS,
     Advert,
+    AskRest,
     Bytes,
     Done,
     Failed,
@@ -43,6 +44,7 @@ from pyagent_node.node.kv_messages import (
     split,
     unseal,
 )
+from pyagent_node.node.kv_rests import Rests
 from pyagent_node.node.kv_rights import check_reader, check_writer, epoch_of
 from pyagent_node.sharding.kv_keys import BlockKey
 
@@ -121,6 +123,7 @@ class KvServer:
         mesh: Mesh,
         consensus: Consensus,
         vault: Vault,
+        rests: Rests,
         *,
         on_advert: Callable[[PeerId, bytes], None],
         on_report: Callable[[PeerId, Report], None],
@@ -132,6 +135,7 @@ class KvServer:
         self._here = mesh.peer_id
         self._consensus = consensus
         self._vault = vault
+        self._rests = rests
         self._on_advert = on_advert
         self._on_report = on_report
         self._streams: Counter[PeerId] = Counter()
@@ -189,6 +193,9 @@ class KvServer:
                 case Fetch():
                     layers = await self._readable(peer, request)
                     return await self._give(stream, request, layers)
+                case AskRest():
+                    await self._readable(peer, request)
+                    return await self._give_rest(stream, request)
                 case Put():
                     return await self._keep(peer, request, tail)
                 case Advert():
@@ -206,7 +213,7 @@ class KvServer:
 
     # ---- reading -----------------------------------------------------------------------------
 
-    async def _readable(self, peer: PeerId, request: Have | Fetch) -> range:
+    async def _readable(self, peer: PeerId, request: Have | Fetch | AskRest) -> range:
         layers = range(request.first_layer, request.last_layer)
         await self._catch_up(request.model, request.epoch)
         check_reader(self._consensus.state, request.model, peer, layers)
@@ -223,6 +230,14 @@ class KvServer:
                 await self._send(stream, piece, tail)
                 total += len(tail)
                 self.bytes_sent += len(tail)
+        return Done(total)
+
+    async def _give_rest(self, stream: FrameStream, request: AskRest) -> Done:
+        total = 0
+        for piece, tail in await self._rests.answer(request):
+            await self._send(stream, piece, tail)
+            total += len(tail)
+            self.bytes_sent += len(tail)
         return Done(total)
 
     # ---- writing -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -23,7 +23,7 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.backend import KvRange
-from pyagent_node.inference.kv.port import SettledBlock, Wanted
+from pyagent_node.inference.kv.port import Rest, SettledBlock, Wanted
 from pyagent_node.node.api.kv_schema import ClearedReply, KvView
 from pyagent_node.node.kv_adverts import AdvertBook, Advertiser
 from pyagent_node.node.kv_blocks import RowSizes, codec_name, make_blocks
@@ -31,6 +31,7 @@ from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_forgetting import forget_models
 from pyagent_node.node.kv_loading import BlockLoader
 from pyagent_node.node.kv_messages import Report
+from pyagent_node.node.kv_rests import Rests
 from pyagent_node.node.kv_server import KvServer
 from pyagent_node.node.kv_stream import CheckpointStream
 from pyagent_node.node.kv_vault import KvVault, Offload, in_thread
@@ -70,8 +71,14 @@ class KvService:
         self._consensus = consensus
         self.adverts = AdvertBook()
         self.client = KvClient(mesh)
+        self.rests = Rests(mesh, self.client)
         self.server = KvServer(
-            mesh, consensus, vault, on_advert=self.adverts.learned, on_report=self._report
+            mesh,
+            consensus,
+            vault,
+            self.rests,
+            on_advert=self.adverts.learned,
+            on_report=self._report,
         )
         self.stream = CheckpointStream(
             mesh,
@@ -156,6 +163,16 @@ class KvService:
         for key in [key for key in self._parents if key[0] == session]:
             del self._parents[key]
             self.vault.store.unpin(f"{session}/{key[1]}")
+
+    def hand_over(self, rest: Rest, kv: KvRange) -> None:
+        """See ``KvShelf``."""
+        self.rests.hand_over(rest, kv)
+
+    async def load_rest(
+        self, wanted: Rest, held: Mapping[PeerId, Sequence[range]]
+    ) -> KvRange | None:
+        """See ``KvShelf``."""
+        return await self.rests.load(wanted, held)
 
     def _learn(self, model: Digest, cells: str) -> str:
         codec = codec_name(cells, self._level)

@@ -69,6 +69,8 @@ class _Stage:
         self.placement = placement
         self.rank = rank
         self.scope = trio.CancelScope()
+        self.over = trio.Event()
+        """Set when its runner is not used for it any more."""
         self.rate = Rate()
 
 
@@ -135,27 +137,37 @@ class PlacementController:
         for digest in before.keys() - self._placements.keys():
             self._withdraw(digest)
             engine.forget(digest)
-        self._stop_stages()
-        self._release(nursery)
+        self._release(nursery, self._stop_stages())
         for digest in self._placements:
             engine.expect(digest, state.models[digest].name)
             self._offer(digest)
         self._keep(nursery)
         self._start_stages(nursery)
 
-    def _stop_stages(self) -> None:
+    def _stop_stages(self) -> dict[RunnerKey, list[trio.Event]]:
+        """Stop the ranks that this node has no more; returns what tells that runners are free."""
+        ending: dict[RunnerKey, list[trio.Event]] = {}
         for where, stage in list(self._stages.items()):
             placement = self._wanted.stages.get(where)
             if placement is None or placement.epoch != stage.placement.epoch:
                 stage.scope.cancel()
+                key = runner_key(stage.placement, stage.rank)
+                ending.setdefault(key, []).append(stage.over)
                 del self._stages[where]
+        return ending
 
-    def _release(self, nursery: trio.Nursery) -> None:
-        """Let go of what is wanted no more, and of its files once nothing uses them."""
+    def _release(
+        self, nursery: trio.Nursery, ending: Mapping[RunnerKey, Sequence[trio.Event]]
+    ) -> None:
+        """Let go of what is wanted no more, and of its files once nothing uses them.
+
+        A runner goes when the ranks ``ending`` on it have handed over what their sessions need.
+        """
         self._leaving = [event for event in self._leaving if not event.is_set()]
         self._ending = [event for event in self._ending if not event.is_set()]
         ends: dict[Digest, list[trio.Event]] = {}
         for key, kept in _take_out(self._runners, self._wanted.runners):
+            nursery.start_soon(_release_after, kept, ending.get(key, ()))
             self._leaving.append(kept.ended)
             ends.setdefault(key.model, []).append(kept.ended)
         drafts = wanted_drafters(
@@ -165,8 +177,10 @@ class PlacementController:
             self._leaving.append(ended)
             ends.setdefault(model, []).append(ended)
         for spare, file in _take_out(self._spares, self._wanted.spares):
+            file.release()
             ends.setdefault(spare.model, []).append(file.ended)
         for _, parts in _take_out(self._heads, self._wanted.heads):
+            parts.release()
             self._ending.append(parts.ended)
         for digest, events in ends.items():
             nursery.start_soon(self._tidy, digest, events)
@@ -247,6 +261,12 @@ class PlacementController:
 
     async def _serve(self, stage: _Stage, spec: StageSpec, kept: Kept[StageRunner]) -> None:
         """Serve a rank under one epoch with whatever runner there is."""
+        try:
+            await self._serve_on(stage, spec, kept)
+        finally:
+            stage.over.set()
+
+    async def _serve_on(self, stage: _Stage, spec: StageSpec, kept: Kept[StageRunner]) -> None:
         with stage.scope:
             while True:
                 runner = await kept.ready()
@@ -347,12 +367,17 @@ class PlacementController:
 
 
 def _take_out(table: dict[K, Kept[T]], keep: Set[K]) -> list[tuple[K, Kept[T]]]:
-    """Remove what is not to be kept from ``table``, and let go of it."""
+    """Remove what is not to be kept from ``table``; the caller lets go of it."""
     gone = [(key, kept) for key, kept in table.items() if key not in keep]
-    for key, kept in gone:
+    for key, _ in gone:
         del table[key]
-        kept.release()
     return gone
+
+
+async def _release_after(kept: Kept[StageRunner], events: Sequence[trio.Event]) -> None:
+    for event in events:
+        await event.wait()
+    kept.release()
 
 
 def stage_spec(model: ModelRecord, placement: Placement, rank: Rank) -> StageSpec:

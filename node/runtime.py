@@ -165,6 +165,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     ):
         membership.bind(consensus)
         kv.on_report = journals.blocks_held
+        kv.rests.moved_on = pipeline.stages.moved_on
         registrar = _registrar(mesh, membership, consensus, key)
         steward = Steward(mesh, consensus, clock=time.time)
         tasks: dict[str, Callable[[], Awaitable[None]]] = {

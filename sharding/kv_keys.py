@@ -43,6 +43,7 @@ MAX_SALT: Final = 1024
 """Bytes of a salt in UTF-8."""
 
 _ROOT_DOMAIN: Final = b"pyagent-node kv root 1\0"
+_REST_DOMAIN: Final = b"pyagent-node kv rest 1\0"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _CODEC: Final = re.compile(rf"[!-~]{{1,{MAX_CODEC}}}")
 
@@ -141,6 +142,25 @@ def block_chain(
         link.update(array[at : at + BLOCK_TOKENS].astype("<i4").tobytes())
         link.update(own)  # 8 bytes more than the other sort: the two cannot be confused
         links.append(link.digest())
+    return tuple(links)
+
+
+def rest_links(
+    parent: bytes, tokens: Sequence[int] | NDArray[np.int32], prompt_tokens: int
+) -> tuple[bytes, ...]:
+    """Return a name for each number of tokens behind the end of a block, from one token on.
+
+    ``parent`` is the name of that block, or the root; ``tokens`` are what follows it, no more than
+    :data:`BLOCK_TOKENS`.  Two journals agree in as many tokens as they have names in common.  Each
+    name is one token away from the one before it, so whoever knows ``parent`` can find the tokens
+    out: they are told only between ranks of a session, who know them anyway.
+    """
+    own = prompt_tokens.to_bytes(8, "little")
+    link = blake3(b"".join((_REST_DOMAIN, parent, own)))
+    links: list[bytes] = []
+    for token in np.ascontiguousarray(tokens, dtype="<i4"):
+        link = blake3(link + token.tobytes())
+        links.append(link)
     return tuple(links)
 
 

@@ -284,6 +284,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
                 shelf=kv,
             )
         )
+        kv.rests.moved_on = pipeline.stages.moved_on
         assets = SwarmAssets(LOAD_SECONDS, guesses)
         assets.disk = machine.slices
         assets.starved = machine.starved

@@ -174,6 +174,8 @@ class SessionWorld:
                 node.pipeline = await enter(
                     open_pipeline(node.mesh, journal=node.keeper, shelf=node.kv)
                 )
+                if node.kv is not None:
+                    node.kv.rests.moved_on = node.pipeline.stages.moved_on
                 sessions = await enter(
                     open_sessions(
                         node.peer_id,

@@ -7,7 +7,7 @@ hands out blocks that are broken, all by draws of a seeded generator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import msgspec
@@ -15,8 +15,11 @@ import trio
 
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import KvRange, LayerKv
-from pyagent_node.inference.kv.port import SettledBlock, Wanted
+from pyagent_node.inference.kv.port import Rest, SettledBlock, Wanted
 from pyagent_node.inference.kv.ranges import part_of
+
+REST_SECONDS = 0.1
+"""How long those who end are waited for."""
 
 Name = tuple[Digest, int, bytes, str]
 """Model, layer, chain hash and cells."""
@@ -69,6 +72,7 @@ class ToyShelf:
         self.held: dict[Name, LayerKv] = {}
         self.sessions: Counter[SessionId] = Counter()
         """Blocks shown by each session that has not ended."""
+        self.rests: list[tuple[Rest, KvRange]] = []
         self._shelves = shelves
         self._peer = peer
 
@@ -127,6 +131,60 @@ class ToyShelf:
                     raise AssertionError(f"two blocks {block.index} have one name")
             self.held[name] = layer
         self._shelves.counts["kept"] += 1
+
+    def hand_over(self, rest: Rest, kv: KvRange) -> None:
+        """Keep the cells of a rest."""
+        assert (kv.start, kv.stop) == (rest.start, rest.start + len(rest.links)), "all of them"
+        self.rests.append((rest, kv))
+
+    async def load_rest(
+        self, wanted: Rest, held: Mapping[PeerId, Sequence[range]]
+    ) -> KvRange | None:
+        """Return what can be had, if nothing goes wrong, after a wait for those who are ending."""
+        shelves, rng, faults = self._shelves, self._shelves.rng, self._shelves.faults
+        await trio.sleep(faults.seconds)
+        until = trio.current_time() + REST_SECONDS
+        while len(cells := self._rest_cells(wanted, held)) < len(wanted.layers):
+            if trio.current_time() >= until:
+                return None
+            await trio.sleep(REST_SECONDS / 10)
+        if rng.random() < faults.lost:
+            return None
+        tokens = min(len(wanted.links), *(cells[layer][0] for layer in wanted.layers))
+        stop = wanted.start + tokens
+        layers = [
+            part_of(
+                KvRange(wanted.cells, wanted.start, wanted.start + cells[layer][0], (kv,)),
+                wanted.start,
+                stop,
+            ).layers[0]
+            for layer in wanted.layers
+            for kv in (cells[layer][1],)
+        ]
+        shelves.counts["rests"] += 1
+        return KvRange(wanted.cells, wanted.start, stop, tuple(layers))
+
+    def _rest_cells(
+        self, wanted: Rest, held: Mapping[PeerId, Sequence[range]]
+    ) -> dict[int, tuple[int, LayerKv]]:
+        """Return for each layer how many tokens of a rest are there, and their cells."""
+        cells: dict[int, tuple[int, LayerKv]] = {}
+        for peer in held:
+            if peer != self._peer and not self._shelves.reach(self._peer, peer):
+                continue
+            for rest, kv in self._shelves.of(peer).rests:
+                if rest.epoch != wanted.epoch - 1:
+                    continue
+                both = zip(rest.links, wanted.links, strict=False)
+                if (rest.parent, rest.cells) == (wanted.parent, wanted.cells) and any(
+                    one == other for one, other in both
+                ):
+                    cells.update(
+                        (layer.layer, (kv.stop - kv.start, layer))
+                        for layer in kv.layers
+                        if layer.layer in wanted.layers
+                    )
+        return cells
 
     def ended(self, session: SessionId) -> None:
         """Forget a session."""

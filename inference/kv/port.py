@@ -11,7 +11,7 @@ is not there is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -76,6 +76,30 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
         return range(self.first_layer, self.last_layer)
 
 
+class Rest(msgspec.Struct, frozen=True, gc=False):
+    """The tokens of a session behind its last full block, in the layers of a rank.
+
+    They begin at ``start``, behind the block named ``parent`` (the root for none); ``links`` names
+    every number of them (``kv_keys.rest_links``).  ``cells`` is as in :class:`Wanted`.  ``epoch``
+    is that of the rank: of the one that hands them over, or of the one that wants them.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    cells: str
+    parent: bytes
+    links: tuple[bytes, ...]
+    start: int
+    first_layer: int
+    last_layer: int
+
+    @property
+    def layers(self) -> range:
+        """The layers."""
+        return range(self.first_layer, self.last_layer)
+
+
 class KvShelf(Protocol):
     """Keeps blocks; used from the pipeline's own tasks.
 
@@ -115,6 +139,19 @@ class KvShelf(Protocol):
         """Note that a session is over on this rank, however that came; called once, last."""
         ...
 
+    def hand_over(self, rest: Rest, kv: KvRange) -> None:
+        """Take the cells of a rest when the epoch ends: the next ranks ask for them at once."""
+        ...
+
+    async def load_rest(
+        self, wanted: Rest, held: Mapping[PeerId, Sequence[range]]
+    ) -> KvRange | None:
+        """Return as much of the beginning of a rest as was handed over; see :meth:`load`.
+
+        ``held`` says which layers were whose; those who have not ended yet are waited for.
+        """
+        ...
+
 
 class NullShelf:
     """A shelf that keeps nothing."""
@@ -136,3 +173,12 @@ class NullShelf:
 
     def ended(self, session: SessionId) -> None:
         """Take no notice."""
+
+    def hand_over(self, rest: Rest, kv: KvRange) -> None:
+        """Drop the cells."""
+
+    async def load_rest(
+        self, wanted: Rest, held: Mapping[PeerId, Sequence[range]]
+    ) -> KvRange | None:
+        """Return nothing."""
+        return None

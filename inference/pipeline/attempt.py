@@ -29,6 +29,7 @@ from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
+    Held,
     OpenSession,
     Restore,
     Restored,
@@ -110,18 +111,38 @@ class Attempt:
             ),
         )
 
-    def restore(self, blocks: int, sources: Sequence[PeerId], now: float) -> Outgoing:
-        """Return the wish for the KV of the journal's leading blocks, to follow on :meth:`open`."""
+    def restore(
+        self,
+        blocks: int,
+        sources: Sequence[PeerId],
+        now: float,
+        *,
+        rest: int = 0,
+        held: tuple[Held, ...] = (),
+    ) -> Outgoing:
+        """Return the wish for the KV of the journal's leading blocks, to follow on :meth:`open`.
+
+        ``rest`` tokens more are with those who ``held`` them.
+        """
         route = self.route
-        self.restoring = Restoring(route.placement, blocks, now)
+        self.restoring = Restoring(route.placement, blocks, now, rest)
         n = len(self._prompt)
-        stop = blocks * BLOCK_TOKENS
+        stop = blocks * BLOCK_TOKENS + rest
         parts = [self._prompt[:stop]]
         if stop > n:
             parts.append(self.tokens(Chunk(n, stop)))
         tokens = cast("Tokens", np.concatenate(parts))
         placement = route.placement
-        wish = Restore(route.session, placement.model, placement.epoch, 0, stop, tuple(sources))
+        wish = Restore(
+            route.session,
+            placement.model,
+            placement.epoch,
+            0,
+            stop - rest,
+            tuple(sources),
+            rest,
+            held,
+        )
         return Outgoing(self._entry, wish, pack_tail(tokens, None))
 
     def on_restored(self, sender: PeerId, message: Restored) -> bool:
@@ -142,12 +163,12 @@ class Attempt:
         self.restoring = None
         self.position = self.computed = self.began_at = position
 
-    def close(self) -> list[Outgoing]:
-        """Return what frees the session on every rank."""
+    def close(self, *, parts: bool = False) -> list[Outgoing]:
+        """Return what frees the session on every rank; see ``CloseSession`` for ``parts``."""
         placement = self.route.placement
         model, epoch, session = placement.model, placement.epoch, self.route.session
         return [
-            Outgoing(rank.peer_id, CloseSession(session, model, epoch, rank.rank))
+            Outgoing(rank.peer_id, CloseSession(session, model, epoch, rank.rank, parts))
             for rank in placement.ranks
         ]
 

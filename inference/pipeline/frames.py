@@ -106,10 +106,24 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
         return self.position + self.known + principal(self.parents, self.known, self.drafts)
 
 
+MAX_HELD: Final = 16
+"""Ranks that one :class:`Restore` may name as those of before."""
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """The cells of the layers ``[first_layer, last_layer)`` were on ``peer_id`` a moment ago."""
+
+    peer_id: PeerId
+    first_layer: int
+    last_layer: int
+
+
 class Restore(msgspec.Struct, frozen=True, tag="restore", gc=False):
     """Get the leading blocks of the ``n`` tokens in the tail (int32); each rank passes it on.
 
     ``n`` is a multiple of the tokens in a block.  ``sources`` are peers that may have the blocks.
+    ``rest`` tokens more, less than a block, follow in the tail: the ranks of before, ``held``, hand
+    their cells over.
     """
 
     session: SessionId
@@ -118,12 +132,15 @@ class Restore(msgspec.Struct, frozen=True, tag="restore", gc=False):
     rank: int
     n: int
     sources: tuple[PeerId, ...] = ()
+    rest: int = 0
+    held: tuple[Held, ...] = ()
 
 
 class Restored(msgspec.Struct, frozen=True, tag="restored", gc=False):
     """From a rank to the head: it has ``blocks`` leading blocks of what was asked for.
 
-    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.
+    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.  ``rest`` tokens after the
+    last of the blocks are there too.
     """
 
     session: SessionId
@@ -132,15 +149,21 @@ class Restored(msgspec.Struct, frozen=True, tag="restored", gc=False):
     rank: int
     blocks: int
     cut: int
+    rest: int = 0
 
 
 class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
-    """From the head to every rank: drop the session, its queued steps and its slot.  Idempotent."""
+    """From the head to every rank: drop the session, its queued steps and its slot.  Idempotent.
+
+    ``parts`` says that the epoch ends and the session goes on under the next one: the cells are
+    kept until the rank hands them over at its end.
+    """
 
     session: SessionId
     model: Digest
     epoch: int
     rank: int
+    parts: bool = False
 
 
 class CancelSteps(msgspec.Struct, frozen=True, tag="cancel_steps", gc=False):
@@ -233,20 +256,21 @@ def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | 
     return tokens, rows.reshape(n, n_embd)
 
 
-def unpack_tokens(tail: Tail, n: int) -> Tokens:
-    """Return the ``n`` tokens of a :class:`Restore`, as a view of its tail.
+def unpack_tokens(tail: Tail, n: int, rest: int = 0) -> Tokens:
+    """Return the ``n + rest`` tokens of a :class:`Restore`, as a view of its tail.
 
     Raises :class:`CorruptData` (``malformed_restore``) for a tail of another size.
     """
-    size = memoryview(tail).nbytes
-    if n < 1 or n % BLOCK_TOKENS or size != 4 * n:
+    size, count = memoryview(tail).nbytes, n + rest
+    if n < 0 or n % BLOCK_TOKENS or not 0 <= rest < BLOCK_TOKENS or not 0 < 4 * count == size:
         raise CorruptData(
-            f"Blocks of {BLOCK_TOKENS} tokens are restored; {n} tokens came in {size} bytes.",
+            f"Blocks of {BLOCK_TOKENS} tokens are restored; {n} tokens and a rest of {rest} came in"
+            f" {size} bytes.",
             code="malformed_restore",
             size=size,
             n=n,
         )
-    return np.frombuffer(tail, dtype=_INT32, count=n)
+    return np.frombuffer(tail, dtype=_INT32, count=count)
 
 
 def onward(step: Step, seconds: float) -> Step:

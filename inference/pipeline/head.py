@@ -38,13 +38,14 @@ from pyagent_node.inference.generation import (
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route
-from pyagent_node.inference.pipeline.frames import MAX_SOURCES, Restored, Result, StageError
+from pyagent_node.inference.pipeline.frames import MAX_SOURCES, Held, Restored, Result, StageError
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.recovery import Patience
-from pyagent_node.inference.pipeline.restoring import bad_result, holders
+from pyagent_node.inference.pipeline.restoring import bad_result, holders, parted
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 RUN_AHEAD: Final = 64
 """Events that may wait for the reader before the session stops asking for more tokens."""
@@ -114,6 +115,7 @@ class HeadCore:
         self._reached = 0
         self._cached = 0
         self._holders: tuple[PeerId, ...] = ()
+        self._parted: tuple[Held, ...] = ()
         self._paused_from = now
         self._longest_pause = 0.0
 
@@ -159,9 +161,13 @@ class HeadCore:
         if self.speculation is not None:
             self.speculation.begun()
         opening = self.attempt.open()
-        if not blocks:
+        rest = 0
+        if self._parted:  # all was computed but the last token, and is handed over
+            blocks, rest = divmod(n + len(self.answer) - 1, BLOCK_TOKENS)
+        if not blocks and not rest:
             return (opening,)
-        return opening, self.attempt.restore(blocks, self._holders, now)
+        held = self._parted if rest else ()
+        return opening, self.attempt.restore(blocks, self._holders, now, rest=rest, held=held)
 
     def on_restored(self, sender: PeerId, message: Restored) -> bool:
         """Take a rank's word on the blocks it has; returns whether the attempt can begin now."""
@@ -196,9 +202,12 @@ class HeadCore:
             return []
         self.failovers += got
         self._count(attempt)
+        parts = got and bool(self.answer) and error.code == "stale_epoch" and bool(self.plan.root)
+        if got:
+            self._parted = parted(attempt.route.placement) if parts else ()
         self._holders = holders(attempt.route.placement, self._holders, MAX_SOURCES)
         self.attempt = None
-        return attempt.close()
+        return attempt.close(parts=parts)
 
     def _count(self, attempt: Attempt) -> None:
         """Count what an attempt, which ends now, has computed again."""

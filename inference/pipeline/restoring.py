@@ -14,7 +14,7 @@ from pyagent_node.base.errors import CorruptData
 from pyagent_node.base.types import PeerId, Placement
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.kv.port import KvShelf
-from pyagent_node.inference.pipeline.frames import Restored
+from pyagent_node.inference.pipeline.frames import MAX_HELD, Held, Restored
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, reusable
 
 RESTORE_SECONDS: Final = 30.0
@@ -22,16 +22,20 @@ RESTORE_SECONDS: Final = 30.0
 
 
 class Restoring:
-    """The wait of one attempt for ``blocks`` leading blocks on every rank of a placement."""
+    """The wait of one attempt for ``blocks`` leading blocks on every rank of a placement.
 
-    __slots__ = ("_answers", "_asked", "_ranks", "until")
+    And for the ``rest`` tokens behind them.
+    """
 
-    def __init__(self, placement: Placement, blocks: int, now: float) -> None:
+    __slots__ = ("_answers", "_asked", "_ranks", "_rest", "until")
+
+    def __init__(self, placement: Placement, blocks: int, now: float, rest: int = 0) -> None:
         self.until = now + RESTORE_SECONDS
         """When the attempt begins without."""
         self._ranks = {rank.rank: rank.peer_id for rank in placement.ranks}
         self._asked = blocks
-        self._answers: dict[int, tuple[int, int]] = {}
+        self._rest = rest
+        self._answers: dict[int, tuple[int, int, int]] = {}
 
     def take(self, sender: PeerId, message: Restored) -> bool:
         """Take a rank's word; returns whether all have spoken.
@@ -41,23 +45,32 @@ class Restoring:
         """
         if self._ranks.get(message.rank) != sender or message.rank in self._answers:
             return False
-        cut = message.cut
-        if not 0 <= message.blocks <= self._asked or cut < BLOCK_TOKENS or cut % BLOCK_TOKENS:
+        cut, rest = message.cut, message.rest
+        whole = (
+            0 <= message.blocks <= self._asked and cut >= BLOCK_TOKENS and not cut % BLOCK_TOKENS
+        )
+        if not whole or not 0 <= rest <= (self._rest if message.blocks == self._asked else 0):
             raise bad_result(
-                sender, f"it restored {message.blocks} blocks of {self._asked} (cut {cut})"
+                sender,
+                f"it restored {message.blocks} blocks of {self._asked} and {rest} tokens of"
+                f" {self._rest} (cut {cut})",
             )
-        self._answers[message.rank] = (message.blocks, cut)
+        self._answers[message.rank] = (message.blocks, cut, rest)
         return len(self._answers) == len(self._ranks)
 
     def position(self, prompt_tokens: int, journal_tokens: int) -> int:
         """Return where to begin, by what was said so far."""
         if len(self._answers) < len(self._ranks):
             return 0
+        blocks = min(blocks for blocks, _, _ in self._answers.values())
+        stop = blocks * BLOCK_TOKENS + min(rest for _, _, rest in self._answers.values())
+        if prompt_tokens <= stop < journal_tokens:
+            return stop  # beyond the prompt any place will do
         blocks = reusable(
             prompt_tokens=prompt_tokens,
             journal_tokens=journal_tokens,
-            blocks=min(blocks for blocks, _ in self._answers.values()),
-            prefill_cut=max(cut for _, cut in self._answers.values()),
+            blocks=blocks,
+            prefill_cut=max(cut for _, cut, _ in self._answers.values()),
         )
         return blocks * BLOCK_TOKENS
 
@@ -89,6 +102,13 @@ def worth_asking(
     chain = block_chain(root, prompt[: most * BLOCK_TOKENS], len(prompt))
     layers = range(placement.ranks[0].slice.first, placement.ranks[-1].slice.last)
     return min(most, shelf.promises(placement.model, chain, layers))
+
+
+def parted(placement: Placement) -> tuple[Held, ...]:
+    """Return who hands over which layers when ``placement`` ends."""
+    return tuple(
+        Held(rank.peer_id, rank.slice.first, rank.slice.last) for rank in placement.ranks[:MAX_HELD]
+    )
 
 
 def holders(placement: Placement, before: Sequence[PeerId], most: int) -> tuple[PeerId, ...]:

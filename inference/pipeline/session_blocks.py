@@ -13,7 +13,7 @@ import numpy as np
 
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.pipeline.frames import Step
-from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, rest_links
 
 
 class SessionBlocks:
@@ -71,6 +71,20 @@ class SessionBlocks:
         self.seen = min(self.seen, position // BLOCK_TOKENS)
         self._chain = self._chain[: position // BLOCK_TOKENS]
         del self._tokens[position:]
+
+    def rest(self) -> tuple[int, bytes, tuple[bytes, ...]]:
+        """Return the settled tokens behind the last block that another rank may see ended, too.
+
+        (Ranks of a session that ends here may be one token apart.)  That is where they begin, the
+        name of what is before, and their own names (``rest_links``).
+        """
+        start = max(0, self.settled - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        tokens: Tokens = np.array(self._tokens[: self.settled], dtype=np.int32)
+        chain = block_chain(
+            self.root, tokens[:start], self.prompt_tokens, prefill_cut=self.cut, known=self._chain
+        )
+        parent = chain[-1] if start else self.root
+        return start, parent, rest_links(parent, tokens[start:], self.prompt_tokens)
 
     def show(self, most: int) -> list[tuple[int, bytes, float]]:
         """Return the next settled blocks, at most so many: index, chain hash and seconds."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
@@ -47,7 +48,7 @@ from pyagent_node.inference.pipeline.frames import (
     onward,
     pack_tail,
 )
-from pyagent_node.inference.pipeline.stage_blocks import Import, StageBlocks
+from pyagent_node.inference.pipeline.stage_blocks import Import, Parting, StageBlocks
 from pyagent_node.inference.pipeline.stage_checks import check_opening, check_room, check_step
 from pyagent_node.inference.pipeline.stage_errors import (
     runner_protocol,
@@ -68,6 +69,9 @@ from pyagent_node.inference.pipeline.stage_types import (
     peer_lost,
 )
 from pyagent_node.sharding.kv_codec import KvShape
+
+PARKED_SECONDS: Final = 5.0
+"""For how long a session whose head says that the epoch ends keeps its cells."""
 
 
 class StageCore:
@@ -97,6 +101,8 @@ class StageCore:
             sampling=spec.is_tail,
             guess_rows=max([0, *(n * rows for n, rows in joint_shapes if rows > 1)]),
         )
+        self._parked: dict[ServedSession, float] = {}
+        """Sessions that wait for the end of the epoch with their cells, and until when."""
         self._tombs: OrderedDict[SessionId, PeerId] = OrderedDict()
         self._stopped: PyAgentError | None = None
         self._batches = 0
@@ -119,7 +125,7 @@ class StageCore:
         if isinstance(message, Restore):
             return self._restore(sender, message, tail)
         if isinstance(message, CloseSession):
-            self._close(sender, message)
+            self._close(sender, message, now)
             return []
         if isinstance(message, CancelSteps):
             self._cancel(sender, message)
@@ -214,10 +220,15 @@ class StageCore:
         self._queue.push(session, queued)
         return []
 
-    def _close(self, sender: PeerId, message: CloseSession) -> None:
+    def _close(self, sender: PeerId, message: CloseSession, now: float) -> None:
         session = self._sessions.get(message.session)
         if session is None:
             self._bury(message.session, sender)
+        elif session.head == sender and message.parts and self.blocks.parting(session):
+            del self._sessions[session.id]
+            self._bury(session.id, session.head)
+            self._queue.park(session)
+            self._parked[session] = now + PARKED_SECONDS
         elif session.head == sender:
             self._free(session)
         else:
@@ -275,10 +286,19 @@ class StageCore:
                 out += self._give_up(session, peer_lost(rank, peer), rank=rank, peer=peer)
         return out
 
+    def partings(self) -> list[Parting]:
+        """Return what the next ranks need of the sessions here; call it before :meth:`stop`."""
+        found = (
+            self.blocks.parting(session) for session in (*self._sessions.values(), *self._parked)
+        )
+        return [parting for parting in found if parting is not None]
+
     def stop(self, error: PyAgentError) -> list[Outgoing]:
         """End every session with ``error`` and answer new ones with it (the runner is gone)."""
         self._stopped = error
         out: list[Outgoing] = []
+        for session in [*self._parked]:
+            self._unpark(session)
         for session in list(self._sessions.values()):
             out += self._give_up(session, error)
         self._queue.clear_ops()
@@ -288,6 +308,8 @@ class StageCore:
         """Free sessions that nothing was heard of for the idle deadline."""
         out: list[Outgoing] = []
         idle = self._limits.idle_seconds
+        for session in [session for session, until in self._parked.items() if until <= now]:
+            self._unpark(session)
         for session in list(self._sessions.values()):
             if session.queue or session.in_flight or now - session.last_seen < idle:
                 continue
@@ -430,6 +452,11 @@ class StageCore:
         del self._sessions[session.id]
         self._bury(session.id, session.head)
         self._queue.remove(session)
+        self.blocks.freed(session)
+
+    def _unpark(self, session: ServedSession) -> None:
+        del self._parked[session]
+        self._queue.free(session)
         self.blocks.freed(session)
 
     def _bury(self, session: SessionId, head: PeerId) -> None:

@@ -14,11 +14,12 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest
-from pyagent_node.base.types import SessionId
+from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK, KvRange, Tokens
-from pyagent_node.inference.kv.port import SettledBlock, Wanted
+from pyagent_node.inference.kv.port import Rest, SettledBlock, Wanted
 from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.pipeline.frames import (
+    MAX_HELD,
     MAX_SOURCES,
     Restore,
     Restored,
@@ -29,7 +30,7 @@ from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
 from pyagent_node.sharding.kv_codec import KvShape
-from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, rest_links
 
 LOAD_BLOCKS: Final = 64
 """Blocks that are loaded at once for one session."""
@@ -41,18 +42,30 @@ _SMOOTHING: Final = 0.2
 class Load:
     """The restoring of one session; the shell drives it (see ``stage_shelf``)."""
 
-    __slots__ = ("active", "blocks", "chain", "seq", "session", "sources", "tokens")
+    __slots__ = ("active", "blocks", "chain", "held", "rest", "seq", "session", "sources", "tokens")
 
     def __init__(self, session: ServedSession, message: Restore, tokens: Tokens) -> None:
         self.session = session
         self.tokens = tokens
         self.sources = message.sources
+        self.held: dict[PeerId, list[range]] = {}
+        for part in message.held:
+            if 0 <= part.first_layer < part.last_layer:
+                layers = range(part.first_layer, part.last_layer)
+                self.held.setdefault(part.peer_id, []).append(layers)
         self.chain: tuple[bytes, ...] = ()
         self.seq = -1
         self.blocks = 0
         """Leading blocks that are in the session's slot."""
+        self.rest = 0
+        """Tokens behind them that are there, too."""
         self.active = True
         """Whether the head waits for it still."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all the blocks are there."""
+        return self.blocks == len(self.chain)
 
 
 class Import(NamedTuple):
@@ -70,6 +83,13 @@ class Harvest(NamedTuple):
     seq: int
     blocks: tuple[SettledBlock, ...]
     seconds: tuple[float, ...]
+
+
+class Parting(NamedTuple):
+    """What is handed over of a session that goes on elsewhere: ``seq`` holds ``rest``."""
+
+    seq: int
+    rest: Rest
 
 
 class StageBlocks:
@@ -124,7 +144,7 @@ class StageBlocks:
         :class:`InvalidRequest` (``bad_parameter``).
         """
         spec, blocks = self._spec, session.blocks
-        tokens = unpack_tokens(tail, message.n)
+        tokens = unpack_tokens(tail, message.n, message.rest)
         if blocks is None:
             raise CorruptData(
                 "A session without a root has no blocks to restore.", code="malformed_restore"
@@ -133,10 +153,11 @@ class StageBlocks:
             raise CorruptData(
                 "Blocks are restored once, before the first step.", code="out_of_order"
             )
-        if message.n > session.positions or len(message.sources) > MAX_SOURCES:
+        named = max(len(message.sources), len(message.held))
+        if len(tokens) > session.positions or named > min(MAX_SOURCES, MAX_HELD):
             raise InvalidRequest(
-                f"A session of {session.positions} positions cannot have {message.n} tokens"
-                f" restored from {len(message.sources)} nodes.",
+                f"A session of {session.positions} positions cannot have {len(tokens)} tokens"
+                f" restored from {named} nodes.",
                 code="bad_parameter",
                 parameter="n",
             )
@@ -215,13 +236,42 @@ class StageBlocks:
             found.append(Import(load, kv, load.tokens[kv.start : kv.stop]))
         return found
 
+    def wanted_rest(self, load: Load) -> Rest | None:
+        """Return what to ask the shelf for behind the last block, ``None`` where there is none."""
+        blocks, start = load.session.blocks, len(load.chain) * BLOCK_TOKENS
+        if blocks is None or len(load.tokens) == start or not load.held:
+            return None
+        parent = load.chain[-1] if load.chain else blocks.root
+        part = self._spec.slice
+        return Rest(
+            session=load.session.id,
+            model=self._spec.model,
+            epoch=self._spec.epoch,
+            cells=self._cells,
+            parent=parent,
+            links=rest_links(parent, load.tokens[start:], blocks.prompt_tokens),
+            start=start,
+            first_layer=part.first,
+            last_layer=part.last,
+        )
+
+    def rest_import(self, load: Load, kv: KvRange) -> Import | None:
+        """Return what the shelf has given of a rest as an import, ``None`` for what is wrong."""
+        layers, part = [layer.layer for layer in kv.layers], self._spec.slice
+        right = kv.codec == self._cells and layers == list(range(part.first, part.last))
+        begins = kv.start == load.blocks * BLOCK_TOKENS and load.whole
+        if not right or not begins or not kv.start < kv.stop <= len(load.tokens):
+            self.refused += 1
+            return None
+        return Import(load, kv, load.tokens[kv.start : kv.stop])
+
     def imported(self, job: Import) -> None:
         """Note that the cells of ``job`` are in the session's slot."""
         load, session, stop = job.load, job.load.session, job.kv.stop
         if session.closed or session.blocks is None:
             return
         self.restored += stop - job.kv.start
-        load.blocks = stop // BLOCK_TOKENS
+        load.blocks, load.rest = divmod(stop, BLOCK_TOKENS)
         session.blocks.restored(job.kv.start, job.tokens)
         session.end = stop
         if not session.next_step:
@@ -231,7 +281,7 @@ class StageBlocks:
         """Note that the runner refused ``job``; the caller empties the slot."""
         self.refused += 1
         load, session = job.load, job.load.session
-        load.blocks = 0
+        load.blocks = load.rest = 0
         if session.closed or session.blocks is None:
             return
         session.blocks.back(0)
@@ -247,8 +297,36 @@ class StageBlocks:
         session, spec = load.session, self._spec
         self._restoring.pop(session.id, None)
         cut = self._cut if session.blocks is None else session.blocks.cut
-        answer = Restored(session.id, spec.model, spec.epoch, spec.rank, load.blocks, cut)
+        answer = Restored(
+            session.id, spec.model, spec.epoch, spec.rank, load.blocks, cut, load.rest
+        )
         return [Outgoing(session.head, answer)]
+
+    # ---- the end of an epoch ---------------------------------------------------------------
+
+    def parting(self, session: ServedSession) -> Parting | None:
+        """Return what to hand over of a session whose epoch ends, if there is anything.
+
+        Only what lies beyond a prompt: inside it a session begins at the end of a block.
+        """
+        blocks, seq, spec = session.blocks, session.seq, self._spec
+        if not self._cells or blocks is None or seq is None:
+            return None
+        if not blocks.settled or blocks.settled < blocks.prompt_tokens:
+            return None
+        start, parent, links = blocks.rest()
+        rest = Rest(
+            session=session.id,
+            model=spec.model,
+            epoch=spec.epoch,
+            cells=self._cells,
+            parent=parent,
+            links=links,
+            start=start,
+            first_layer=spec.slice.first,
+            last_layer=spec.slice.last,
+        )
+        return Parting(seq, rest)
 
     # ---- harvest ---------------------------------------------------------------------------
 

@@ -236,6 +236,19 @@ class StageQueue:
         Even a slot that is being computed on is given away at once: the runner takes operations
         between decodes, so it is freed and opened again before its next use.
         """
+        self.park(session)
+        self.free(session)
+
+    def free(self, session: ServedSession) -> None:
+        """Free the slot of a session that was parked, if it has one."""
+        if session.seq is None:
+            return
+        self._ops.append(FreeSequence(session.seq))
+        heapq.heappush(self._slots, session.seq)
+        self._grant()
+
+    def park(self, session: ServedSession) -> None:
+        """Drop a session's queued steps; it keeps its slot."""
         session.closed = True
         self.steps -= len(session.queue)
         self.bytes -= sum(step.size for step in session.queue)
@@ -246,9 +259,6 @@ class StageQueue:
         for ready in (self._tokens, self._chunks):
             if session in ready:
                 ready.remove(session)
-        self._ops.append(FreeSequence(session.seq))
-        heapq.heappush(self._slots, session.seq)
-        self._grant()
 
     def take_ops(self) -> tuple[SequenceOp, ...]:
         """Take the sequence operations alone."""

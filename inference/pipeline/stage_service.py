@@ -25,6 +25,7 @@ from pyagent_node.inference.pipeline.frames import (
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
+from pyagent_node.inference.pipeline.stage_blocks import Parting
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import (
@@ -42,15 +43,20 @@ EXPIRE_SECONDS: Final = 5.0
 WIPE_SECONDS: Final = 2.0
 """How long the end of a stage may take to empty its runner."""
 
+HAND_OVER_SECONDS: Final = 1.0
+"""How long the end of a stage may take to hand over what its sessions have computed."""
+
 Send = Callable[[Iterable[Outgoing]], None]
 
 
 class _Stage:
-    __slots__ = ("core", "runner", "scope", "shelf", "wake")
+    __slots__ = ("core", "partings", "runner", "scope", "shelf", "wake")
 
     def __init__(self, core: StageCore, runner: StageRunner, shelf: KvShelf, send: Send) -> None:
         self.core = core
         self.runner = runner
+        self.partings: list[Parting] = []
+        """What it has to hand over at its end."""
         self.scope = trio.CancelScope()
         self.wake = trio.Event()
         self.shelf = ShelfWork(core, runner, shelf, send, self.rouse)
@@ -87,6 +93,10 @@ class StageService:
         self._stages: dict[tuple[Digest, int], _Stage] = {}
         self._wiping: dict[int, trio.Event] = {}
         """By the identity of runners: set when nothing is left in them."""
+        self._leaving: set[_Stage] = set()
+        """Stages that have stopped and not yet handed over what they hold."""
+        self._left = trio.Event()
+        """Set, and made anew, with every stage that is gone."""
         self._links: PipeLinks | None = None
 
     def attach(self, links: PipeLinks) -> None:
@@ -146,8 +156,8 @@ class StageService:
             if self._stages.get(key) is stage:
                 del self._stages[key]
             stage.shelf.stop()
-            self._send(stage.core.stop(failure or _ended(spec)))
-            stage.look()
+            self._leave(stage, failure or _ended(spec))
+            await self._hand_over(stage)
             if not any(other.runner is runner for other in self._stages.values()):
                 await self._wipe(runner)
 
@@ -174,9 +184,35 @@ class StageService:
 
         Stopped, its core gives out no more work; a decode in progress is answered to nobody.
         """
-        self._send(stage.core.stop(_ended(stage.core.spec)))
-        stage.look()
+        self._leave(stage, _ended(stage.core.spec))
         stage.scope.cancel()
+
+    def _leave(self, stage: _Stage, why: PyAgentError) -> None:
+        """Stop a stage; unless its runner is gone, its sessions' last cells are handed over."""
+        if not stage.core.stopped and not isinstance(why, RunnerFailed):
+            stage.partings = stage.core.partings()
+        self._leaving.add(stage)
+        self._send(stage.core.stop(why))
+        stage.look()
+
+    async def _hand_over(self, stage: _Stage) -> None:
+        """Hand over what the next ranks need, before anything else is done with the runner."""
+        try:
+            if stage.partings and not stage.runner.failed.is_set():
+                with trio.move_on_after(HAND_OVER_SECONDS, shield=True):
+                    await stage.shelf.hand_over(stage.partings)
+        finally:
+            self._leaving.discard(stage)
+            self._left.set()
+            self._left = trio.Event()
+
+    async def moved_on(self, model: Digest, epoch: int) -> None:
+        """Wait until no stage of an epoch before ``epoch`` has anything to hand over here."""
+        while any(
+            stage.core.spec.model == model and stage.core.spec.epoch < epoch
+            for stage in (*self._stages.values(), *self._leaving)
+        ):
+            await self._left.wait()
 
     # ---- frames and events -----------------------------------------------------------------
 
@@ -255,6 +291,8 @@ class StageService:
     async def _feed(self, stage: _Stage, fail: Callable[[RunnerFailed], None]) -> None:
         core, runner = stage.core, stage.runner
         try:
+            while any(other.runner is runner for other in self._leaving):
+                await self._left.wait()
             while (wiping := self._wiping.get(id(runner))) is not None:
                 await wiping.wait()
             await runner.apply([ResetSequences()])

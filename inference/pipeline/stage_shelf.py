@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
@@ -20,7 +20,7 @@ from pyagent_node.inference.kv.port import KvShelf, SettledBlock
 from pyagent_node.inference.kv.ranges import part_of
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
-from pyagent_node.inference.pipeline.stage_blocks import Harvest, Import, Load
+from pyagent_node.inference.pipeline.stage_blocks import Harvest, Import, Load, Parting
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
@@ -28,6 +28,8 @@ logger = logging.getLogger("pyagent_node.pipeline")
 
 LOAD_SECONDS: Final = 15.0
 """How long the blocks of one session may be loaded before it begins without them."""
+REST_SECONDS: Final = 1.0
+"""How long a rank waits for what the ranks of before hand over."""
 TURN_BLOCKS: Final = 8
 """Blocks that are exported between two batches at most."""
 TURN_SHARE: Final = 0.1
@@ -113,6 +115,31 @@ class ShelfWork:
         self._send(self._core.blocks.loaded(load))
 
     async def _restore(self, load: Load) -> None:
+        """Load and import blocks, and what the ranks of before hand over behind them."""
+        rest: list[KvRange] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._find_rest, load, rest)
+            await self._restore_blocks(load)
+        if rest and not load.whole:  # a block that was made last may have come since
+            await self._restore_blocks(load)
+        if rest and load.active and load.whole:
+            found = self._core.blocks.rest_import(load, rest[0])
+            if found is not None:
+                await self._imported(found)
+
+    async def _find_rest(self, load: Load, found: list[KvRange]) -> None:
+        wanted = self._core.blocks.wanted_rest(load)
+        if wanted is None:
+            return
+        try:
+            with trio.move_on_after(REST_SECONDS):
+                kv = await self._shelf.load_rest(wanted, load.held)
+                if kv is not None:
+                    found.append(kv)
+        except Exception:  # a shelf's fault costs the rest, nothing else
+            logger.exception("the rest of a session was not loaded")
+
+    async def _restore_blocks(self, load: Load) -> None:
         blocks = self._core.blocks
         deadline = trio.current_time() + LOAD_SECONDS
         while load.active:
@@ -123,14 +150,18 @@ class ShelfWork:
             with trio.move_on_at(deadline):
                 found = await self._shelf.load(wanted)
             for what in blocks.imports(load, found):
-                job = _Job(what)
-                self._jobs.append(job)
-                self._wake()
-                await job.done.wait()
-                if not job.good:
+                if not await self._imported(what):
                     return
             if load.blocks < wanted.skip + wanted.limit:
                 return
+
+    async def _imported(self, what: Import) -> bool:
+        """Have cells imported between two batches; returns whether they are in their slot."""
+        job = _Job(what)
+        self._jobs.append(job)
+        self._wake()
+        await job.done.wait()
+        return job.good
 
     async def _import(self, job: _Job) -> None:
         core, what = self._core, job.what
@@ -149,6 +180,21 @@ class ShelfWork:
             core.not_imported(what)
         finally:
             job.done.set()
+
+    # ---- the end of an epoch ---------------------------------------------------------------
+
+    async def hand_over(self, partings: Sequence[Parting]) -> None:
+        """Give the shelf what the ranks of the next epoch need of the sessions that were here.
+
+        Nobody else uses the runner meanwhile.  What fails costs the cells, nothing else.
+        """
+        for seq, rest in partings:
+            try:
+                kv = await self._runner.export_kv(seq, rest.start, rest.start + len(rest.links))
+            except PyAgentError as error:
+                logger.warning("the rest of a session was not handed over: %s", error)
+                return
+            self._shelf.hand_over(rest, kv)
 
     # ---- harvest ---------------------------------------------------------------------------
 

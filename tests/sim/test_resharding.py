@@ -111,6 +111,18 @@ async def test_slices_are_loaded_beside_and_answers_hardly_pause(
         assert [node.assets.most_at_once for node in world.nodes] == [2, 1, 2, 1]
 
 
+async def test_a_prepared_switch_computes_nothing_again(autojump_clock: MockClock) -> None:
+    shelves = ToyShelves(random.Random(0))
+    async with open_hosting_world(4, shelves=shelves) as world:
+        await ready(world, await world.place((3, 7), (0, 1, 2)))
+        async with streaming(world, n=400, streams=3) as streams:
+            for cut, nodes in (((2, 5), (0, 3, 2)), ((2, 8), (0, 3, 2)), ((3, 7), (0, 1, 2))):
+                await trio.sleep(0.7)
+                await world.nodes[1].resharder.reshard(world.command(cut, nodes), ignore)
+        assert shelves.counts["rests"] >= 3 * 3 * 3
+        assert [stream.recomputed for stream in streams] == [0, 0, 0]
+
+
 async def test_slices_that_stay_are_not_loaded_twice(autojump_clock: MockClock) -> None:
     async with placed(4, (3, 7), (0, 1, 2)) as (world, _):
         async with streaming(world):

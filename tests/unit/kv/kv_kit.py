@@ -14,6 +14,7 @@ from pyagent_node.consensus.state import State
 from pyagent_node.inference.kv.port import SettledBlock
 from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_messages import Report, Sealed, seal
+from pyagent_node.node.kv_rests import Rests
 from pyagent_node.node.kv_server import KvServer
 from pyagent_node.node.kv_stream import CheckpointStream
 from pyagent_node.sharding.kv_keys import BlockKey
@@ -104,14 +105,16 @@ class KvNode:
         self.blocks = Blocks()
         self.adverts: list[tuple[PeerId, bytes]] = []
         self.reports: list[tuple[PeerId, Report]] = []
+        self.client = KvClient(mesh)
+        self.rests = Rests(mesh, self.client)
         self.server = KvServer(
             mesh,
             log,  # type: ignore[arg-type]
             self.blocks,
+            self.rests,
             on_advert=lambda who, data: self.adverts.append((who, data)),
             on_report=lambda who, report: self.reports.append((who, report)),
         )
-        self.client = KvClient(mesh)
         self.stream = CheckpointStream(
             mesh,
             log,  # type: ignore[arg-type]

@@ -7,11 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pyagent_node.base.errors import CorruptData, Unavailable
+from pyagent_node.base.errors import Conflict, CorruptData, Unavailable
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.generation import Finished, Usage
 from pyagent_node.inference.kv.port import NullShelf
-from pyagent_node.inference.pipeline.frames import Restore, Restored, Result, Step, unpack_tokens
+from pyagent_node.inference.pipeline.frames import (
+    CloseSession,
+    Held,
+    Restore,
+    Restored,
+    Result,
+    Step,
+    unpack_tokens,
+)
 from pyagent_node.inference.pipeline.head import HeadCore, HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.restoring import RESTORE_SECONDS, Restoring, worth_asking
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -24,6 +32,7 @@ PLACEMENT = Placement(
     MODEL, 4, tuple(Rank(r, Slice(r, r + 1, r == 2), PeerId(f"p{r}")) for r in range(3)), 4096, 1
 )
 LOST = Unavailable("gone", code="peer_lost")
+MOVED = Conflict("moved", code="stale_epoch")
 
 
 def head(prompt: int, budget: int = 200) -> HeadCore:
@@ -39,10 +48,12 @@ def begin(core: HeadCore, blocks: int) -> Sequence[object]:
     return [out.message for out in core.begin(SessionId("s"), PLACEMENT, None, 0.0, blocks)]
 
 
-def word(rank: int, blocks: int, *, cut: int = 64, sender: str = "") -> tuple[PeerId, Restored]:
+def word(
+    rank: int, blocks: int, *, cut: int = 64, sender: str = "", rest: int = 0
+) -> tuple[PeerId, Restored]:
     """Return what a rank says."""
     peer = PeerId(sender or f"p{rank}")
-    return peer, Restored(SessionId("s"), MODEL, 4, rank, blocks, cut)
+    return peer, Restored(SessionId("s"), MODEL, 4, rank, blocks, cut, rest)
 
 
 def sent(core: HeadCore) -> list[Step]:
@@ -250,3 +261,88 @@ def test_a_new_session_asks_for_what_is_promised_and_a_known_one_for_all(
         chain = block_chain(ROOT, tokens[: 64 * 14], prompt)
         assert shelf.asked == [(MODEL, chain, range(3))]
     assert worth_asking(b"", tokens, prompt, PLACEMENT, shelf, known=True) == 0
+
+
+# ---- the rest behind the last block, when an epoch ends ---------------------------------------
+
+
+def answering(prompt: int, tokens: int) -> HeadCore:
+    """Return a session that has so many tokens of its answer and is told that it moves."""
+    core = head(prompt)
+    begin(core, 0)
+    answered(core, sent(core))
+    go_on(core, tokens - 1)
+    closing = [out.message for out in core.interrupt(MOVED, 1.0)]
+    assert [message.parts for message in closing if isinstance(message, CloseSession)] == [True] * 3
+    return core
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "blocks", "rest"),
+    [(100, 50, 2, 21), (100, 29, 2, 0), (100, 1, 1, 36), (20, 30, 0, 49), (64, 1, 1, 0)],
+)
+def test_a_session_that_moves_asks_for_all_that_was_computed(
+    prompt: int, tokens: int, blocks: int, rest: int
+) -> None:
+    core = answering(prompt, tokens)
+    _, wish = core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    assert isinstance(wish.message, Restore)
+    assert (wish.message.n, wish.message.rest) == (64 * blocks, rest)
+    owners = tuple(Held(PeerId(f"p{r}"), r, r + 1) for r in range(3))
+    assert wish.message.held == (owners if rest else ())
+    told = unpack_tokens(wish.tail, 64 * blocks, rest).tolist()
+    assert told == [*core.prompt.tolist(), *[7] * tokens][:-1]
+    for rank in range(3):
+        core.on_restored(*word(rank, blocks, rest=rest))
+    assert [(s.position, s.n) for s in sent(core)] == [(prompt + tokens - 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("said", "position"),
+    [
+        (((2, 21), (2, 20), (2, 21)), 148),
+        (((2, 21), (2, 0), (2, 21)), 128),
+        (((2, 21), (1, 0), (2, 21)), 0),  # 36 rows of the prompt would follow: too few
+        (((0, 0), (1, 0), (2, 21)), 0),
+    ],
+)
+def test_the_shortest_rest_counts(said: tuple[tuple[int, int], ...], position: int) -> None:
+    core = answering(100, 50)
+    core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    for rank, (blocks, rest) in enumerate(said):
+        core.on_restored(*word(rank, blocks, rest=rest))
+    assert sent(core)[0].position == position
+
+
+def test_inside_the_prompt_only_the_end_of_a_block_will_do() -> None:
+    core = answering(100, 1)
+    core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    for rank in range(3):
+        core.on_restored(*word(rank, 1, rest=30))
+    assert sent(core)[0].position == 0
+
+
+@pytest.mark.parametrize(("blocks", "rest"), [(2, 22), (2, -1), (1, 1), (0, 21), (3, 0)])
+def test_a_rest_that_cannot_be_ends_the_session(blocks: int, rest: int) -> None:
+    core = answering(100, 50)
+    core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    assert core.on_restored(*word(1, blocks, rest=rest))
+    assert core.over
+    assert core.outcome == "failed"
+
+
+def test_only_what_moves_has_a_rest() -> None:
+    core = answering(100, 50)
+    core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    closing = core.interrupt(MOVED, 1.0)  # the next rank was not ready: it had computed nothing
+    assert [out.message.parts for out in closing if isinstance(out.message, CloseSession)] == [
+        False
+    ] * 3
+    _, wish = core.begin(SessionId("s"), PLACEMENT, None, 1.0)
+    assert isinstance(wish.message, Restore)
+    assert wish.message.rest == 21, "those of before still have it"
+    for rank in range(3):
+        core.on_restored(*word(rank, 2, rest=21))
+    answered(core, sent(core))
+    core.interrupt(LOST, 1.0)
+    (_,) = core.begin(SessionId("s"), PLACEMENT, None, 1.0)

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from pyagent_node.base.errors import Conflict
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import (
     FreeSequence,
@@ -16,6 +17,8 @@ from pyagent_node.inference.backend import (
 )
 from pyagent_node.inference.pipeline.frames import (
     MAX_SOURCES,
+    CloseSession,
+    Held,
     OpenSession,
     Restore,
     Restored,
@@ -23,11 +26,11 @@ from pyagent_node.inference.pipeline.frames import (
     Tail,
     pack_tail,
 )
-from pyagent_node.inference.pipeline.stage import StageCore
+from pyagent_node.inference.pipeline.stage import PARKED_SECONDS, StageCore
 from pyagent_node.inference.pipeline.stage_blocks import IMPORT_BLOCKS, Harvest, Load
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
-from pyagent_node.sharding.kv_keys import block_chain
+from pyagent_node.sharding.kv_keys import block_chain, rest_links
 
 from .stage_driver import AFTER, BEFORE, EPOCH, HEAD, MODEL, Driver, errors, spec
 
@@ -424,3 +427,121 @@ def test_nobody_else_can_restore_for_a_session() -> None:
     assert restore(at, "s", epoch=EPOCH - 1) == []
     assert at.core.blocks.take_loads() == []
     assert at.core.view().refused == 4
+
+
+# ---- the end of an epoch ----------------------------------------------------------------------
+
+
+def parts(at: Driver, name: str) -> None:
+    """Close a session whose epoch ends."""
+    message = CloseSession(SessionId(name), MODEL, EPOCH, at.spec.rank, parts=True)
+    at.core.receive(HEAD, message, b"", at.now)
+
+
+def fed(at: Driver, name: str, prompt: int, more: int) -> None:
+    """Compute a prompt and so many tokens after it."""
+    opened(at, name, prompt=prompt)
+    at.step(name, prompt, token=1)
+    at.run(at.batch())
+    for _ in range(more):
+        at.step(name, 1, token=2)
+        at.run(at.batch())
+
+
+def test_a_session_that_moves_keeps_its_cells_until_the_stage_ends() -> None:
+    at = driver(n_seq=1)
+    fed(at, "a", 100, 30)
+    at.step("a", 1, token=2)
+    under_way = at.batch()
+    parts(at, "a")
+    assert not at.core.holds(SessionId("a"))
+    assert at.run(under_way) == [], "nobody waits for it"
+    opened(at, "b")
+    assert not at.core.has_work, "there is no slot for another session"
+    (parting,) = at.core.partings()
+    chain = block_chain(ROOT, [1] * 100 + [2] * 28, 100)
+    assert (parting.seq, parting.rest.start, parting.rest.parent) == (0, 128, chain[-1])
+    assert parting.rest.links == rest_links(chain[-1], [2, 2], 100)
+    assert (parting.rest.first_layer, parting.rest.last_layer) == (10, 20)
+    at.core.stop(Conflict("over", code="stale_epoch"))
+    assert at.core.partings() == []
+    assert at.core.blocks.take_ended() == [SessionId("a"), SessionId("b")]
+
+
+def test_an_open_session_is_handed_over_too_but_not_inside_its_prompt() -> None:
+    at = driver()
+    fed(at, "a", 100, 28)
+    opened(at, "b", prompt=600)
+    at.step("b", 512)
+    at.run(at.batch())
+    (parting,) = at.core.partings()
+    # The rank of before may be a token behind: the whole last block is among it.
+    assert (parting.rest.start, len(parting.rest.links)) == (64, 64)
+    parts(at, "b")
+    assert at.core.blocks.take_ended() == [SessionId("b")], "there is nothing to keep"
+
+
+def test_what_waits_for_an_end_that_does_not_come_is_freed() -> None:
+    at = driver(n_seq=1)
+    fed(at, "a", 100, 30)
+    parts(at, "a")
+    opened(at, "b")
+    at.core.expire(at.now + PARKED_SECONDS - 1)
+    assert not at.core.has_work
+    at.core.expire(at.now + PARKED_SECONDS)
+    assert at.core.partings() == []
+    assert at.batch().ops == (FreeSequence(0), OpenSequence(0, None))
+
+
+def test_only_the_head_parks_a_session() -> None:
+    at = driver()
+    fed(at, "a", 100, 30)
+    message = CloseSession(SessionId("a"), MODEL, EPOCH, at.spec.rank, parts=True)
+    at.core.receive(PeerId("mallory"), message, b"", at.now)
+    assert at.core.holds(SessionId("a"))
+
+
+def test_a_rest_is_imported_behind_all_blocks_only() -> None:
+    at = driver()
+    opened(at, "a", prompt=100)
+    tokens = np.array([1] * 100 + [2] * 50, dtype=np.int32)
+    held = (Held(PeerId("p"), 5, 12), Held(PeerId("q"), 12, 30), Held(PeerId("p"), 3, 2))
+    message = Restore(SessionId("a"), MODEL, EPOCH, 1, 128, (), 22, held)
+    at.core.receive(at.sender, message, pack_tail(tokens, None), at.now)
+    load = load_of(at)
+    assert load.held == {PeerId("p"): [range(5, 12)], PeerId("q"): [range(12, 30)]}
+    blocks = at.core.blocks
+    wanted = blocks.wanted_rest(load)
+    assert wanted is not None
+    assert (wanted.start, wanted.parent, len(wanted.links)) == (128, load.chain[-1], 22)
+    kv = KvRange(CELLS, 128, 140, cells(2).layers)
+    assert blocks.rest_import(load, kv) is None, "the blocks are not there"
+    for job in blocks.imports(load, [cells(0), cells(1)]):
+        blocks.imported(job)
+    for wrong in (
+        msgspec.structs.replace(kv, start=127),
+        msgspec.structs.replace(kv, stop=151),
+        msgspec.structs.replace(kv, stop=128),
+        msgspec.structs.replace(kv, codec="other"),
+        msgspec.structs.replace(kv, layers=kv.layers[1:]),
+    ):
+        assert blocks.rest_import(load, wrong) is None
+    job = blocks.rest_import(load, kv)
+    assert job is not None
+    blocks.imported(job)
+    assert blocks.loaded(load) == [
+        Outgoing(HEAD, Restored(SessionId("a"), MODEL, EPOCH, 1, 2, 64, 12))
+    ]
+    at.at["a"] = (0, 140)
+    at.step("a", 1)
+    assert at.batch().inputs[0].position == 140
+
+
+@pytest.mark.parametrize(("n", "rest"), [(0, 0), (64, -1), (64, 64), (0, -1), (63, 1)])
+def test_a_wish_for_a_rest_that_cannot_be_ends_the_session(n: int, rest: int) -> None:
+    at = driver()
+    opened(at, "a")
+    message = Restore(SessionId("a"), MODEL, EPOCH, 1, n, (), rest)
+    tail = pack_tail(np.ones(max(0, n + rest), dtype=np.int32), None)
+    ((_, _, code),) = errors(at.core.receive(at.sender, message, tail, at.now))
+    assert code == "malformed_restore"
