@@ -42,6 +42,8 @@ class _Name(NamedTuple):
     cells: str
     parent: bytes
     first_layer: int
+    last: bytes
+    """The name of all its tokens: many sessions may go on from one beginning."""
 
 
 class _Kept(NamedTuple):
@@ -63,7 +65,9 @@ class RestBook:
 
     def add(self, rest: Rest, kv: KvRange, now: float) -> None:
         """Keep the cells of a rest; one of the same name is replaced."""
-        name = _Name(rest.model, codec_name(rest.cells), rest.parent, rest.first_layer)
+        name = _Name(
+            rest.model, codec_name(rest.cells), rest.parent, rest.first_layer, rest.links[-1]
+        )
         self._drop(name)
         size = sum(len(layer.keys) + len(layer.values) for layer in kv.layers)
         self._kept[name] = _Kept(rest, kv, size, now + KEPT_SECONDS)

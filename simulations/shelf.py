@@ -175,15 +175,13 @@ class ToyShelf:
             for rest, kv in self._shelves.of(peer).rests:
                 if rest.epoch != wanted.epoch - 1:
                     continue
+                if (rest.parent, rest.cells) != (wanted.parent, wanted.cells):
+                    continue
                 both = zip(rest.links, wanted.links, strict=False)
-                if (rest.parent, rest.cells) == (wanted.parent, wanted.cells) and any(
-                    one == other for one, other in both
-                ):
-                    cells.update(
-                        (layer.layer, (kv.stop - kv.start, layer))
-                        for layer in kv.layers
-                        if layer.layer in wanted.layers
-                    )
+                count = sum(one == other for one, other in both)
+                for layer in part_of(kv, kv.start, kv.start + count).layers if count else ():
+                    if layer.layer in wanted.layers and count > cells.get(layer.layer, (0,))[0]:
+                        cells[layer.layer] = (count, layer)
         return cells
 
     def ended(self, session: SessionId) -> None:

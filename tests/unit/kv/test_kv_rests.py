@@ -127,6 +127,9 @@ def test_what_is_old_or_too_much_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(book), book.bytes) == (1, size), "the same once more"
     monkeypatch.setattr(kv_rests, "KEPT_BYTES", 3 * size)
     assert size < KEPT_BYTES
+    other = rest((*TOKENS[:20], *TOKENS[:20]))
+    book.add(other, cells(other), NOW)
+    assert {count for count, _ in book.find(ask(held), NOW).values()} == {40}, "both are kept"
     for name in range(5):
         book.add(rest(parent=bytes([name]) * 32), cells(held), NOW)
     assert (len(book), book.bytes) == (3, 3 * size)
