@@ -28,6 +28,10 @@ MESH_SETTINGS: Final[Mapping[str, MeshSetting]] = {
     "voters_max": MeshSetting(7, 1, 7, "most nodes that vote on changes"),
     "journal_copies": MeshSetting(2, 0, 4, "nodes that keep a copy of each session's journal"),
     "session_ttl": MeshSetting(600, 10, 86_400, "seconds in which a lost session can be resumed"),
+    "context_copies": MeshSetting(2, 1, 3, "nodes that hold each chunk of a context"),
+    "context_patience": MeshSetting(
+        60, 1, 86_400, "seconds that a node may be away before others get its chunks of contexts"
+    ),
 }
 
 

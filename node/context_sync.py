@@ -1,0 +1,194 @@
+"""Keeps every node's records alike: what is new is told at once, and the rest is found out.
+
+Anti-entropy: now and then, and whenever a peer comes, a node asks what the peer knows, and fetches
+the records in those slots of a context whose digests differ.  What it lacked it has then; what the
+peer lacks the peer finds out in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+
+from pyagent_node.base.errors import LimitExceeded, NotFound, PyAgentError
+from pyagent_node.base.mesh import Mesh
+from pyagent_node.base.types import ContextId, PeerId
+from pyagent_node.consensus.port import Consensus
+from pyagent_node.node.context_client import ContextClient
+from pyagent_node.node.context_messages import Summary
+from pyagent_node.node.context_reach import Reach
+from pyagent_node.node.context_server import ContextServer
+from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.port import ContextStore
+from pyagent_node.sharding.context.records import ChunkId, decode_record
+
+log = logging.getLogger("pyagent_node.context")
+
+TELL_SECONDS: Final = 5.0
+"""Longest time for a peer to take a new record; it finds out by itself if it did not."""
+MAX_ROUNDS: Final = 10_000
+"""Replies with records that one look at a peer may take."""
+
+
+class RecordSync:
+    """Merges records of peers, and tells them of this node's."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        consensus: Consensus,
+        client: ContextClient,
+        store: ContextStore,
+        *,
+        server: ContextServer,
+        reach: Reach,
+        seconds: float,
+    ) -> None:
+        self.capacities: dict[PeerId, int] = {}
+        """Bytes that each peer offers for bodies, as it says."""
+        self.superseded: dict[ChunkId, float] = {}
+        """When a chunk's document was replaced or removed, as far as this node saw it."""
+        self.merged = 0
+        """Records that came from peers and were news."""
+        self.on_news: Callable[[], None] = lambda: None
+        """Told of every change of the catalogs."""
+        self._mesh = mesh
+        self._consensus = consensus
+        self._client = client
+        self._store = store
+        self._server = server
+        self._reach = reach
+        self._seconds = seconds
+        self._looking: set[PeerId] = set()
+        self._uses: dict[ContextId, dict[str, int]] = {}
+
+    async def run(self) -> None:
+        """Look at peers when they come, and all of them again and again."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow, nursery)
+            nursery.start_soon(self._share_uses)
+            while True:
+                await trio.sleep(self._seconds)
+                for peer in sorted(self._reach.present() - {self._reach.here}):
+                    nursery.start_soon(self.look, peer)
+
+    async def _follow(self, nursery: trio.Nursery) -> None:
+        async with self._mesh.events() as events:
+            async for event in events:
+                if event.change == "up":
+                    nursery.start_soon(self.look, event.peer_id)
+                    nursery.start_soon(self._tell_all_uses, event.peer_id)
+
+    # ---- finding out -------------------------------------------------------------------------
+
+    async def look(self, peer: PeerId) -> None:
+        """Find out what a peer knows and this node does not; never raises."""
+        if peer in self._looking:
+            return
+        self._looking.add(peer)
+        try:
+            summary = await self._client.summary(peer)
+            self.capacities[peer] = summary.capacity
+            for context in self._differing(summary):
+                await self._fetch(peer, context)
+        except PyAgentError as error:
+            log.debug("what %s knows of contexts was not found out: %s", peer, error)
+        finally:
+            self._looking.discard(peer)
+
+    def _differing(self, summary: Summary) -> list[ContextId]:
+        known = {info.id for info in self._consensus.state.contexts.values()}
+        told = {ContextId(each.context): each.digest for each in summary.contexts}
+        return [
+            each for each in sorted(known & told.keys()) if self._server.digest(each) != told[each]
+        ]
+
+    async def _fetch(self, peer: PeerId, context: ContextId) -> None:
+        theirs = await self._client.slots(peer, context)
+        for _ in range(MAX_ROUNDS):
+            catalog = self._store.catalog(context)
+            slots = [at for at, digest in enumerate(catalog.slots()) if digest != theirs[at]]
+            known = [digest for slot in slots for digest in catalog.slot(slot).values()]
+            records, more = await self._client.records(peer, context, slots, known)
+            news = await self.merge(records)
+            self.merged += news
+            if not more or not news:
+                return
+
+    async def merge(self, records: Sequence[bytes]) -> int:
+        """Take records in; those of contexts that the log does not know are left out."""
+        known = {info.id for info in self._consensus.state.contexts.values()}
+        before: list[tuple[Catalog, list[ChunkId]]] = []
+        wanted = []
+        for data in records:
+            record = decode_record(data)
+            if record.context not in known:
+                continue
+            wanted.append(data)
+            catalog = self._store.catalog(record.context)
+            held = catalog.get(record.source)
+            if held is not None:
+                rows = enumerate(held.record.chunks)
+                before.append((catalog, [held.record.id_of(at) for at, row in rows if row.windows]))
+        news = await self._store.merge(wanted) if wanted else 0
+        now = trio.current_time()
+        for catalog, chunks in before:
+            for chunk in chunks:
+                if catalog.locate(chunk) is None:
+                    self.superseded.setdefault(chunk, now)
+        if news:
+            self.on_news()
+        return news
+
+    # ---- telling -----------------------------------------------------------------------------
+
+    async def tell(self, record: bytes) -> int:
+        """Tell every peer of a record; returns how many took it.  Never raises."""
+        told = 0
+
+        async def one(peer: PeerId) -> None:
+            nonlocal told
+            try:
+                with trio.move_on_after(TELL_SECONDS):
+                    await self._client.tell_records(peer, [record])
+                    told += 1
+            except PyAgentError as error:
+                log.debug("%s was not told of a record: %s", peer, error)
+
+        async with trio.open_nursery() as nursery:
+            for peer in sorted(self._reach.present() - {self._reach.here}):
+                nursery.start_soon(one, peer)
+        return told
+
+    def used(self, context: ContextId, uses: dict[str, int]) -> None:
+        """Note times of last use; peers are told before long."""
+        self._uses.setdefault(context, {}).update(uses)
+
+    async def _share_uses(self) -> None:
+        while True:
+            await trio.sleep(self._seconds)
+            uses, self._uses = self._uses, {}
+            for context, some in uses.items():
+                try:
+                    await self._store.use(context, some)
+                except PyAgentError as error:
+                    log.warning("the times of last use were not kept: %s", error)
+                for peer in sorted(self._reach.present() - {self._reach.here}):
+                    await self._tell_uses(peer, context, some)
+
+    async def _tell_all_uses(self, peer: PeerId) -> None:
+        for info in list(self._consensus.state.contexts.values()):
+            uses = dict(self._store.catalog(info.id).uses)
+            if uses:
+                await self._tell_uses(peer, info.id, uses)
+
+    async def _tell_uses(self, peer: PeerId, context: ContextId, uses: dict[str, int]) -> None:
+        try:
+            await self._client.tell_uses(peer, context, uses)
+        except (LimitExceeded, NotFound) as error:
+            log.debug("%s took no times of use: %s", peer, error)
+        except PyAgentError as error:
+            log.debug("%s was not told what was used: %s", peer, error)
