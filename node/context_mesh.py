@@ -238,7 +238,7 @@ class ContextService:
         """See ``ContextMesh``."""
         return await self.searcher.search(context, question, vector, count=count, way=way)
 
-    def used(self, context: ContextId, sources: Sequence[str], now: int) -> None:
+    async def used(self, context: ContextId, sources: Sequence[str], now: int) -> None:
         """See ``ContextMesh``."""
         uses = dict.fromkeys(sources, now)
         if self.store.catalog(context).use(uses):
@@ -278,7 +278,7 @@ class ContextService:
             raise Unavailable(
                 "No node took the chunks of the document.",
                 code="no_owner",
-                remedy="Nodes may be away, or have no room for contexts: see 'pyagent-node status'.",
+                remedy="Nodes may be away, or have no room: see 'pyagent-node status'.",
             )
 
     async def _put(

@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.errors import LimitExceeded, PyAgentError, Unavailable
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_client import ContextClient
@@ -35,6 +35,8 @@ ASK_BATCH: Final = 1024
 BREATH: Final = 2048
 """Chunks that are looked at between two turns of other tasks."""
 BARRIER_SECONDS: Final = 10.0
+AGAIN_SECONDS: Final = 1.0
+"""How soon the log is followed again when it could not be."""
 
 
 class Mover:
@@ -75,6 +77,7 @@ class Mover:
         self._orphan_seconds = orphan_seconds
         self._orphans: dict[ChunkId, float] = {}
         self._wake = trio.Event()
+        self._seen: tuple[int, frozenset[str]] = (0, frozenset())
 
     def wake(self) -> None:
         """Look soon."""
@@ -96,14 +99,24 @@ class Mover:
                     await self._wake.wait()
 
     async def _follow(self) -> None:
-        """Wake up when other owners are committed."""
-        epoch = self._reach.epoch
-        async with self._consensus.applied(self._consensus.state.index) as entries:
-            async for _ in entries:
-                if self._reach.epoch != epoch:
-                    epoch = self._reach.epoch
-                    self._reach.table()  # so that it remembers the one before
-                    self.wake()
+        """Wake up when other owners are committed, or a context is dropped; for ever."""
+        while True:
+            self._note()
+            try:
+                async with self._consensus.applied(self._consensus.state.index) as entries:
+                    self._note()
+                    async for _ in entries:
+                        self._note()
+            except (LimitExceeded, Unavailable) as error:
+                log.debug("following the log anew: %s", error)
+            await trio.sleep(AGAIN_SECONDS)
+
+    def _note(self) -> None:
+        seen = (self._reach.epoch, frozenset(self._consensus.state.contexts))
+        if seen != self._seen:
+            self._seen = seen
+            self._reach.table()  # so that it remembers the one before
+            self.wake()
 
     async def once(self, budget: ByteBudget) -> None:
         """Look at everything once."""
@@ -218,7 +231,7 @@ class Mover:
                 del replaced[chunk]
 
     async def _forget(self, chunks: list[ChunkId], still: Callable[[], bool]) -> int:
-        """Give chunks up if that is ``still`` right; at once nobody is told any more that they are."""
+        """Give chunks up if that is ``still`` right; nobody is told any more that they are here."""
         if not chunks or not still():
             return 0
         leaving = self._server.leaving

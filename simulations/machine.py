@@ -22,6 +22,7 @@ from pyagent_node.consensus.raft import RaftEngine, open_raft
 from pyagent_node.consensus.replica import REQUEST_BYTES
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
+from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.node.governance import Governance
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.identity import NodeKey
@@ -42,6 +43,7 @@ from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_recovery import Sessions, open_sessions
 from pyagent_node.node.steward import Steward
+from pyagent_node.simulations.contexts import MemoryContextStore, open_simulated_contexts
 from pyagent_node.simulations.disk import SimulatedDisk, SimulatedLog
 from pyagent_node.simulations.guessers import Guessers, SwarmAssets
 from pyagent_node.simulations.kv import open_simulated_kv
@@ -73,6 +75,7 @@ class Parts:
     steward: Steward
     rpc: Rpc
     governance: Governance
+    contexts: ContextService
 
 
 class Machine:
@@ -84,6 +87,8 @@ class Machine:
         self.peer_id: PeerId = peer(number)
         self.disk = SimulatedDisk(random.Random(rng.random()), name=f"disk{number}")  # noqa: S311
         self.slices: set[Slice] = set()
+        self.contexts = MemoryContextStore()
+        """What it keeps of contexts."""
         self.skew = 0.0
         """How far its wall clock is ahead, in seconds, besides what it has drifted."""
         self.drifts: list[tuple[float, float]] = []
@@ -274,6 +279,8 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             open_simulated_kv(mesh, consensus, memory_bytes=KV_BYTES, stream_bytes=KV_STREAM)
         )
         kv.on_report = journals.blocks_held
+        ids = random.Random(f"contexts {machine.number} {machine.lives}")  # noqa: S311
+        contexts = await enter(open_simulated_contexts(mesh, consensus, machine.contexts, rng=ids))
         pipeline = await enter(
             open_pipeline(
                 mesh,
@@ -348,6 +355,7 @@ async def _node(machine: Machine, network: SimulatedNetwork) -> AsyncIterator[Pa
             steward=steward,
             rpc=rpc,
             governance=governance,
+            contexts=contexts,
         )
 
 

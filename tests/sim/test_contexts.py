@@ -1,0 +1,277 @@
+"""Contexts over a swarm of real nodes that die and come while documents are added and found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from pyagent_node.base.contexts import ContextInfo
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.types import ContextPolicy
+from pyagent_node.consensus.commands import SetMeshSetting
+from pyagent_node.node.context_mesh import ContextService
+from pyagent_node.sharding.context.port import Answer
+from pyagent_node.simulations.contexts import ENCODER, removal, toy_document, toy_vector
+from pyagent_node.simulations.machine import Machine
+from pyagent_node.simulations.swarm import Swarm, open_swarm
+from pyagent_node.simulations.trace import Trace
+
+pytestmark = pytest.mark.slow
+
+WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in ("ar", "el", "on", "ut") for c in "lmnrstxz"]
+HITS = 4
+
+
+def story(number: int) -> str:
+    """A text about something of its own."""
+    rng = random.Random(number)
+    lines = [" ".join(rng.choices(WORDS, k=12)) + "." for _ in range(12)]
+    lines.insert(rng.randrange(len(lines)), f"The {topic(number)} opens with key {number * 7919}.")
+    return "\n\n".join(lines)
+
+
+def topic(number: int) -> str:
+    rng = random.Random(f"topic {number}")
+    return " ".join("".join(rng.choices("aeioubdfgklmnprst", k=7)) for _ in range(3))
+
+
+class World:
+    def __init__(self, swarm: Swarm, info: ContextInfo) -> None:
+        self.swarm, self.info = swarm, info
+
+    def node(self, number: int) -> ContextService:
+        machine = self.swarm.machines[number]
+        assert machine.parts is not None, machine.failures
+        return machine.parts.contexts
+
+    async def add(self, number: int, at: int, text: str | None = None) -> None:
+        """Add a document, again until a node takes it."""
+        while True:
+            machine = self.swarm.machines[at]
+            if machine.parts is None:
+                machine = self.swarm.up()[0]
+            assert machine.parts is not None
+            service = machine.parts.contexts
+            source = f"story{number}.txt"
+            version = service.catalog(self.info.id).next_version(source, service.peer_id)
+            record, bodies = toy_document(self.info.id, source, text or story(number), version)
+            try:
+                await service.publish(record, bodies)
+                return
+            except PyAgentError:
+                await trio.sleep(0.5)
+
+    async def ask(self, number: int, at: int) -> Answer:
+        question = f"what opens the {topic(number)}"
+        return await self.node(at).search(self.info, question, toy_vector(question), count=HITS)
+
+    def restored(self, copies: int = 2) -> bool:
+        """Whether every chunk of every document lies at all of its owners, and nowhere else."""
+        up = self.swarm.up()
+        services = [machine.parts.contexts for machine in up if machine.parts is not None]
+        catalogs = [service.catalog(self.info.id) for service in services]
+        if len({catalog.slots() for catalog in catalogs}) != 1:
+            return False
+        here = {service.peer_id for service in services}
+        for chunk in catalogs[0].chunk_ids():
+            place = catalogs[0].locate(chunk)
+            assert place is not None
+            bucket = place[0].chunks[place[1]].bucket
+            owners = services[0].reach.owners(bucket)
+            if not set(owners) <= here or len(owners) != min(copies, len(here)):
+                return False
+            if any(service.reach.owners(bucket) != owners for service in services):
+                return False
+            held = {service.peer_id for service in services if service.store.holds(chunk)}
+            if held != set(owners):
+                return False
+        return True
+
+    async def calm(self) -> None:
+        """Wait until everything is where it belongs."""
+        with trio.fail_after(120):
+            while not self.restored():  # noqa: ASYNC110 - of many nodes
+                await trio.sleep(0.5)
+
+
+@asynccontextmanager
+async def world(nodes: int, *, seed: int = 1, patience: int = 10) -> AsyncIterator[World]:
+    trace = Trace(trio.current_time)
+    async with open_swarm(seed, trace) as swarm:
+        await swarm.form(nodes)
+        await swarm.propose(SetMeshSetting("context_patience", patience))
+        first = swarm.machines[0].parts
+        assert first is not None
+        info = await first.contexts.create("shelf", ContextPolicy(), encoder=ENCODER)
+        await trio.sleep(4)
+        yield World(swarm, info)
+        print(*[str(e) for e in trace.events if "fail" in str(e)], sep="\n")
+
+
+def gist(answer: Answer) -> list[tuple[str, str, float]]:
+    return [(hit.source, hit.text, hit.score) for hit in answer.hits]
+
+
+async def test_what_is_added_at_one_node_is_found_at_every_node(autojump_clock):
+    async with world(4) as it:
+        for number in range(12):
+            await it.add(number, at=number % 4)
+        await it.calm()
+        for number in range(12):
+            answers = [await it.ask(number, at) for at in range(4)]
+            assert answers[0].hits[0].source == f"story{number}.txt"
+            assert str(number * 7919) in answers[0].hits[0].text
+            assert all(gist(answer) == gist(answers[0]) for answer in answers)
+            assert all(answer.missing == 0 for answer in answers)
+            assert all(1 <= answer.nodes_asked <= answer.nodes == 4 for answer in answers)
+        held = [len(it.node(at).store.held()) for at in range(4)]
+        chunks = len(list(it.node(0).catalog(it.info.id).chunk_ids()))
+        assert sum(held) == 2 * chunks
+        assert max(held) < 2 * chunks
+
+
+async def test_two_nodes_die_and_one_comes_while_documents_are_added_and_asked_for(autojump_clock):
+    async with world(4) as it:
+        for number in range(8):
+            await it.add(number, at=number % 4)
+        await it.calm()
+        before = {number: gist(await it.ask(number, 0)) for number in range(8)}
+        asked = wrong = 0
+        done = trio.Event()
+
+        async def keep_asking() -> None:
+            nonlocal asked, wrong
+            while not done.is_set():
+                number = asked % 8
+                answer = await it.ask(number, 0)
+                asked += 1
+                good = bool(answer.hits) and answer.hits[0].source == f"story{number}.txt"
+                wrong += not good
+                await trio.sleep(0.2)
+
+        async def keep_adding() -> None:
+            for number in range(8, 40):
+                await it.add(number, at=number % 4)
+                await trio.sleep(1.5)
+
+        async def trouble() -> None:
+            await trio.sleep(3)
+            it.swarm.kill(it.swarm.machines[3])
+            await trio.sleep(2)
+            newcomer = it.swarm.add()
+            await it.swarm.start(newcomer)
+            await it.swarm.admit(newcomer)
+            await trio.sleep(25)  # longer than the mesh's patience: its chunks are copied
+            it.swarm.kill(it.swarm.machines[2])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_asking)
+            async with trio.open_nursery() as both:
+                both.start_soon(keep_adding)
+                both.start_soon(trouble)
+            await it.calm()
+            done.set()
+        assert asked > 50
+        assert wrong == 0
+        services = [m.parts.contexts for m in it.swarm.up() if m.parts is not None]
+        assert len(services) == 3
+        for number in range(40):
+            question = f"what opens the {topic(number)}"
+            answers = [
+                await s.search(it.info, question, toy_vector(question), count=HITS)
+                for s in services
+            ]
+            assert answers[0].hits[0].source == f"story{number}.txt"
+            assert all(gist(answer) == gist(answers[0]) for answer in answers)
+            assert all(answer.missing == 0 for answer in answers)
+        # What was there before is found as before (with more documents, scores of words differ).
+        for number, hits in before.items():
+            answer = await it.ask(number, 0)
+            assert answer.hits[0].text == hits[0][1]
+
+
+async def test_a_changed_document_is_answered_from_its_new_text_at_once(autojump_clock):
+    async with world(4) as it:
+        for number in range(4):
+            await it.add(number, at=0)
+        await it.calm()
+        await it.add(2, at=1, text=f"The {topic(2)} opens with a hairpin.")
+        for at in range(4):
+            answer = await it.ask(2, at)
+            assert "hairpin" in answer.hits[0].text
+            assert all(str(2 * 7919) not in hit.text for hit in answer.hits)
+        await trio.sleep(40)
+        assert it.restored()  # so that nobody holds chunks of the old text
+
+
+async def test_a_removed_document_is_gone_everywhere_also_where_a_node_was_away(autojump_clock):
+    async with world(3) as it:
+        for number in range(3):
+            await it.add(number, at=number)
+        await it.calm()
+        it.swarm.kill(it.swarm.machines[2])
+        service = it.node(0)
+        version = service.catalog(it.info.id).next_version("story1.txt", service.peer_id)
+        await service.publish(removal(it.info.id, "story1.txt", version), [])
+        await it.swarm.start(it.swarm.machines[2])
+        await it.calm()
+        for at in range(3):
+            answer = await it.ask(1, at)
+            assert all(hit.source != "story1.txt" for hit in answer.hits)
+
+
+async def test_two_nodes_add_to_the_same_context_apart_and_nothing_is_lost(autojump_clock):
+    async with world(4) as it:
+        peers = [machine.peer_id for machine in it.swarm.machines]
+        for a in peers[:2]:
+            for b in peers[2:]:
+                it.swarm.network.cut(a, b)
+        for number in range(6):
+            await it.add(number, at=0)
+            await it.add(10 + number, at=3)
+        await it.add(20, at=0, text=f"The {topic(20)} opens with a spoon.")
+        await it.add(20, at=3, text=f"The {topic(20)} opens with a fork.")
+        for a in peers[:2]:
+            for b in peers[2:]:
+                it.swarm.network.heal(a, b)
+        await it.calm()
+        for number in (*range(6), *range(10, 16)):
+            for at in range(4):
+                answer = await it.ask(number, at)
+                assert answer.hits[0].source == f"story{number}.txt"
+        winners = {(await it.ask(20, at)).hits[0].text for at in range(4)}
+        assert len(winners) == 1
+
+
+async def test_a_dropped_context_leaves_nothing(autojump_clock):
+    async with world(3) as it:
+        await it.add(1, at=0)
+        await it.calm()
+        it.swarm.kill(it.swarm.machines[2])
+        await it.node(1).drop("shelf")
+        await it.swarm.start(it.swarm.machines[2])
+        with trio.fail_after(60):
+            machines = it.swarm.machines
+            while any(m.contexts.known() for m in machines):  # noqa: ASYNC110 - of many nodes
+                await trio.sleep(0.5)
+
+
+async def test_a_node_that_restarts_has_what_it_had_and_gets_the_rest(autojump_clock):
+    async with world(3) as it:
+        for number in range(3):
+            await it.add(number, at=0)
+        await it.calm()
+        machine: Machine = it.swarm.machines[2]
+        it.swarm.kill(machine)
+        for number in range(3, 6):
+            await it.add(number, at=0)
+        await it.swarm.start(machine)
+        await it.calm()
+        before = it.node(0).reach.epoch
+        await trio.sleep(30)
+        assert it.node(0).reach.epoch == before  # it was not away for long enough to lose anything
+        assert (await it.ask(4, 2)).hits[0].source == "story4.txt"
