@@ -109,7 +109,6 @@ async def world(nodes: int, *, seed: int = 1, patience: int = 10) -> AsyncIterat
         info = await first.contexts.create("shelf", ContextPolicy(), encoder=ENCODER)
         await trio.sleep(4)
         yield World(swarm, info)
-        print(*[str(e) for e in trace.events if "fail" in str(e)], sep="\n")
 
 
 def gist(answer: Answer) -> list[tuple[str, str, float]]:
