@@ -142,12 +142,14 @@ def open_backend(
     """
     if not _version(name):
         raise missing(name)
+    if name == "mlx":
+        from pyagent_node.inference.mlx_backend.backend import MlxBackend  # noqa: PLC0415 - extra
+
+        return MlxBackend(path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)
     if name == "torch":
         from pyagent_node.inference.torch_backend.backend import TorchBackend  # noqa: PLC0415 - heavy
 
         return TorchBackend(path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)
-    if name != DEFAULT:
-        raise missing(name)
     from pyagent_node.inference.llama.backend import LlamaBackend  # noqa: PLC0415 - heavy
 
     return LlamaBackend(path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError, Unsupported
+from pyagent_node.base.errors import CorruptData, PyAgentError, Unsupported
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import KV_ROWS, KvRange, LayerKv, Tokens
 from pyagent_node.inference.llama.cache_view import CacheView
@@ -25,6 +25,7 @@ from pyagent_node.inference.llama.kv_state import (
     build_state,
     parse_state,
 )
+from pyagent_node.inference.stepping.cell_checks import check_append, check_codec, check_copy
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
 
@@ -87,14 +88,9 @@ class CellStore:
 
     def load(self, log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
         """Append cells that came from elsewhere; errors as for the port."""
-        if kv.codec != KV_ROWS:
-            raise Unsupported(
-                f"KV in the form {kv.codec[:64]!r} cannot be loaded here, only {KV_ROWS!r}.",
-                code="kv_codec",
-                remedy="Run the same version on every node.",
-            )
+        check_codec(kv)
         layout = self._portable()
-        _check_append(log, kv.start, kv.stop)
+        check_append(log, kv.start, kv.stop)
         count = kv.stop - kv.start
         if tokens.shape != (count,) or tokens.dtype != np.int32:
             raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
@@ -102,11 +98,8 @@ class CellStore:
 
     def copy(self, log: SequenceLog, source: SequenceLog, start: int, stop: int) -> None:
         """Append cells of another sequence; errors as for :meth:`load`."""
-        if log is source:
-            raise InvalidRequest("A sequence cannot be copied to itself.", code="kv_range")
-        picked = source.select(start, stop)
         self._portable()
-        _check_append(log, start, stop)
+        picked = check_copy(log, source, start, stop)
         tokens = source.tokens[picked]
         self._append(log, tokens, _picked(self._state(source), start, stop))
 
@@ -208,13 +201,3 @@ def _picked(state: SequenceState, start: int, stop: int) -> Cells:
     positions = state.cells.positions
     inside = np.flatnonzero((positions >= start) & (positions < stop))
     return state.cells.pick(inside[np.argsort(positions[inside])])
-
-
-def _check_append(log: SequenceLog, start: int, stop: int) -> None:
-    if not 0 <= start < stop or (log.count and log.end != start):
-        raise InvalidRequest(
-            f"Cells {start} to {stop} cannot follow a sequence that ends at {log.end}.",
-            code="kv_range",
-            seq=log.seq,
-        )
-    log.check_room(start, stop - start)
