@@ -7,6 +7,7 @@ logits out) and :class:`CellMover` (its cells, in and out).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -61,7 +62,7 @@ class CellMover(Protocol):
         ...
 
 
-class SliceBackend:
+class SliceBackend(ABC):
     """Implements the ``Backend`` port but for closing.  One thread may use it."""
 
     def __init__(
@@ -77,6 +78,10 @@ class SliceBackend:
     def info(self) -> BackendInfo:
         """What this slice says of itself; ``n_vocab`` is 0 without the output head."""
         return self._info
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the model; idempotent."""
 
     # ---- sequence operations ---------------------------------------------------------------
 

@@ -29,10 +29,7 @@ GREEDY = SamplingParams(temperature=0, logprobs=True, top_logprobs=4)
 N_CTX, N_SEQ = 128, 4
 
 
-class Loaded(SliceBackend, Protocol):  # type: ignore[misc] # a class used as a protocol
-    """A backend that can be closed."""
-
-    def close(self) -> None: ...
+Loaded = SliceBackend
 
 
 class Loader(Protocol):

@@ -84,9 +84,15 @@ def backend(one: Loaded) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny: Path) -> Iterator[Loaded]:
+def llama(tiny: Path) -> Iterator[Loaded]:
     with loaded("llama.cpp", tiny, WHOLE) as backend:
         yield backend
+
+
+@pytest.fixture
+def reference(llama: Loaded) -> Loaded:
+    llama.apply(ResetSequences())
+    return llama
 
 
 def test_it_says_what_it_is(backend: Loaded) -> None:
@@ -280,7 +286,6 @@ def test_cells_of_one_backend_serve_another(
     backend: Loaded, reference: Loaded, *, there: bool
 ) -> None:
     """Cells differ in the last bits of f16, and so do the logits behind them."""
-    reference.apply(ResetSequences())
     giver, taker = (backend, reference) if there else (reference, backend)
     text = prompt(40)
     token = begin(giver, 0, text)
@@ -324,11 +329,10 @@ def test_foreign_and_broken_cells_are_refused(backend: Loaded) -> None:
 @pytest.mark.parametrize("front", kit.params())
 @pytest.mark.parametrize("back", kit.params())
 def test_two_halves_are_the_whole(
-    front: str, back: str, tiny: Path, parts: dict[Slice, Path], reference: Loaded
+    front: str, back: str, tiny: Path, parts: dict[Slice, Path]
 ) -> None:
     """To the bit on one backend; over two the distribution is that of either."""
     text = prompt(40)
-    reference.apply(ResetSequences())
     with (
         loaded(front, parts[FRONT], FRONT) as a,
         loaded(back, parts[BACK], BACK) as b,
