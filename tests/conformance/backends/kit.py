@@ -43,7 +43,7 @@ class Loader(Protocol):
         n_ctx: int,
         n_seq: int,
         threads: int,
-        available: Callable[[], int] = ...,
+        available: Callable[..., int] = ...,
     ) -> Loaded: ...
 
 

@@ -400,7 +400,7 @@ async def test_a_cancelled_prompt_leaves_a_runner_in_order(name: str, tiny: Path
 @pytest.mark.parametrize("name", kit.params())
 def test_a_model_that_does_not_fit_is_not_loaded(name: str, tiny: Path) -> None:
     with pytest.raises(LimitExceeded) as caught:
-        LOADERS[name]()(tiny, WHOLE, n_ctx=256, n_seq=64, threads=1, available=lambda: 1 << 20)
+        LOADERS[name]()(tiny, WHOLE, n_ctx=256, n_seq=64, threads=1, available=lambda *_: 1 << 20)
     assert caught.value.code == "not_enough_memory"
     assert caught.value.remedy
 
