@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from pyagent_node.base.types import Digest, Placement, SessionId
+from pyagent_node.inference.kv.chunks import JoinPlan
 from pyagent_node.inference.sampling import SamplingParams
 
 MAX_STOP_STRINGS = 16
@@ -43,6 +44,10 @@ class GenerationRequest(msgspec.Struct, frozen=True):
 
     With ``prompt_cache`` the KV of the prompt is kept, and used again for requests that begin with
     the same tokens and have the same ``cache_salt``; it changes no token either.
+
+    ``join`` names pieces of ``tokens`` whose KV may be that of the pieces alone (``kv.chunks``):
+    it is made where it is not there yet, among those with the same ``cache_salt``.  This *does*
+    change the answer.  The KV of such a prompt is not kept.
     """
 
     model: str
@@ -61,6 +66,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     draft_tree: bool | None = None
     cache_salt: str = ""
     prompt_cache: bool = True
+    join: JoinPlan | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -131,7 +137,8 @@ class Usage(msgspec.Struct, frozen=True):
     its head) and went on without them, ``recomputed_tokens`` what was computed again for that.
     ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
     ``speculation`` is ``None`` for an answer without.  ``cached_tokens`` are those tokens of the
-    prompt whose KV was there already and did not have to be computed.
+    prompt whose KV was there already and did not have to be computed; ``joined_tokens`` those
+    whose KV was taken over from pieces, so that the answer is not that of the whole prompt.
     """
 
     prompt_tokens: int
@@ -143,6 +150,7 @@ class Usage(msgspec.Struct, frozen=True):
     stall_seconds: float = 0.0
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
+    joined_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

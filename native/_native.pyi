@@ -28,6 +28,7 @@ __all__ = [
     "hash_file",
     "kv_decode",
     "kv_encode",
+    "kv_moved",
     "lsh_probes",
     "sample",
     "sketch_pack",
@@ -668,6 +669,16 @@ def kv_decode(block: Buffer, /) -> tuple[int, int, int, int, bytes, bytes]:
     """Return what a block holds: (level, tokens, heads, width, keys, values).
 
     Raises ``ValueError`` for anything but a whole and undamaged block.
+    """
+
+def kv_moved(
+    keys: Buffer, delta: int, *, width: int, rope_base: float, rope_halves: bool = False
+) -> bytes:
+    """Return rows of rotated keys as they are ``delta`` positions further on.
+
+    ``keys`` are heads of ``width`` little-endian f16 each, any number of them; the rotation is told
+    as for :func:`kv_encode`.  Raises ``ValueError`` for numbers out of range and for rows of
+    another length.
     """
 
 def gumbel(seed: int, position: int, n: int) -> NDArray[np.float64]:

@@ -43,6 +43,8 @@ log = logging.getLogger("pyagent_node.kv")
 
 MAX_QUEUED_BYTES: Final = 256 * MIB
 """Bytes of cells that may wait to be encoded; blocks beyond that are dropped."""
+SETTLE_SECONDS: Final = 2.0
+"""How long a load waits for blocks that are still being encoded."""
 BATCH: Final = 8
 """Blocks that are encoded in one turn of a worker thread."""
 
@@ -106,6 +108,8 @@ class KvService:
         """The chains of the sessions that run here, by their first layers."""
         self._queue: deque[tuple[SettledBlock, KvRange, float]] = deque()
         self._queued_bytes = 0
+        self._encoding: tuple[tuple[SettledBlock, KvRange, float], ...] = ()
+        self._encoded = trio.Event()
         self._wake = trio.Event()
 
     # ---- the stages' word ----------------------------------------------------------------------
@@ -122,6 +126,7 @@ class KvService:
     async def load(self, wanted: Wanted) -> list[KvRange]:
         """See ``KvShelf``."""
         self._learn(wanted.model, wanted.cells)
+        await self._settle(wanted)
         return await self.loader.load(wanted)
 
     def wants(self, block: SettledBlock) -> bool:
@@ -193,6 +198,18 @@ class KvService:
             nursery.start_soon(self._encode)
             nursery.start_soon(forget_models, self._consensus, self.vault)
 
+    async def _settle(self, wanted: Wanted) -> None:
+        """Wait until blocks of a chain that the stages have given are in the store."""
+        chain = frozenset(wanted.chain[wanted.skip :])
+
+        def on_their_way() -> bool:
+            jobs = (*self._encoding, *self._queue)
+            return any(block.chain in chain and block.model == wanted.model for block, _, _ in jobs)
+
+        with trio.move_on_after(SETTLE_SECONDS):
+            while on_their_way():
+                await self._encoded.wait()
+
     async def _encode(self) -> None:
         while True:
             if not self._queue:
@@ -201,11 +218,15 @@ class KvService:
                 continue
             count = min(BATCH, len(self._queue))
             batch = [self._queue.popleft() for _ in range(count)]
+            self._encoding = tuple(batch)
             try:
                 good = await self._offload(partial(self._make_all, batch))
             except PyAgentError as error:
                 log.warning("KV blocks could not be encoded: %s", error)
                 good = [False] * count
+            self._encoding = ()
+            self._encoded.set()
+            self._encoded = trio.Event()
             self._queued_bytes -= sum(_size(kv) for _, kv, _ in batch)
             for (block, kv, seconds), kept in zip(batch, good, strict=True):
                 if kept:

@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple, get_args
 import msgspec
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest
-from pyagent_node.native import kv_decode, kv_encode
+from pyagent_node.native import kv_decode, kv_encode, kv_moved
 
 Level = Literal["f16", "int8", "int4", "int3"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
@@ -159,6 +159,24 @@ def decode_rows(level: Level, block: bytes, *, tokens: int, row_bytes: int) -> R
     if heads * width * _F16 != row_bytes:
         raise _mislabelled(f"rows of {heads * width * _F16} bytes, not {row_bytes}")
     return rows
+
+
+def moved(keys: bytes, delta: int, *, shape: KvShape) -> bytes:
+    """Return rows of keys as they are ``delta`` positions further on; any number of rows.
+
+    The interpreter lock is released meanwhile.  Raises :class:`InvalidRequest` (``kv_shape``) when
+    it is not known how keys are rotated, or for rows of another shape.
+    """
+    try:
+        return kv_moved(
+            keys,
+            delta,
+            width=shape.width,
+            rope_base=shape.rope_base,
+            rope_halves=shape.rope_halves,
+        )
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(f"Keys cannot be moved: {error}.", code="kv_shape") from None
 
 
 def _open(level: Level, block: bytes, tokens: int) -> tuple[int, int, Rows]:

@@ -12,7 +12,8 @@ ends.  Where the answer left the principal path of a tree, the next step begins 
 *carries* the tokens since then again, for the ranks before the last one.
 
 An attempt may begin from KV blocks that the ranks still have or can get (see ``restoring``): it
-then waits for their word, and feeds the journal from where all of them are.
+then waits for their word, and feeds the journal from where all of them are.  Or it joins KV of
+pieces of the prompt (see ``joining``): then it leaves out what all ranks have of these.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import numpy as np
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
+from pyagent_node.inference.kv.chunks import JoinPlan
 from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route, came_true
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
     Held,
+    Joined,
     OpenSession,
     Restore,
     Restored,
@@ -38,6 +41,7 @@ from pyagent_node.inference.pipeline.frames import (
     chunk_end,
     pack_tail,
 )
+from pyagent_node.inference.pipeline.joining import Joining, wish
 from pyagent_node.inference.pipeline.restoring import Restoring, bad_result
 from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing
 from pyagent_node.inference.sampling import Sampled
@@ -85,8 +89,11 @@ class Attempt:
         """The tokens that every rank has computed, or restored."""
         self.began_at = 0
         """The tokens that were restored."""
-        self.restoring: Restoring | None = None
-        """The wait for what the ranks can restore; nothing is sent before its end."""
+        self.joined = 0
+        """The tokens whose cells are those of pieces."""
+        self.restoring: Restoring | Joining | None = None
+        """The wait for what the ranks can restore or join; nothing is sent before its end."""
+        self._gaps: dict[int, int] = {}
         self._sent = 0
         self._flights: deque[Flight] = deque()
 
@@ -145,15 +152,29 @@ class Attempt:
         )
         return Outgoing(self._entry, wish, pack_tail(tokens, None))
 
-    def on_restored(self, sender: PeerId, message: Restored) -> bool:
+    def join(self, plan: JoinPlan, root: bytes, sources: Sequence[PeerId], now: float) -> Outgoing:
+        """Return the wish for the KV of pieces of the prompt, to follow on :meth:`open`."""
+        placement = self.route.placement
+        self.restoring = Joining(placement, plan, now)
+        return wish(self.route.session, placement, root, plan, self._prompt, sources)
+
+    def on_restored(self, sender: PeerId, message: Restored | Joined) -> bool:
         """Take a rank's word; returns whether it is time to begin.
 
         Raises :class:`CorruptData` (``bad_result``).
         """
         wait = self.restoring
-        if wait is None:
-            return False
-        if wait.take(sender, message):
+        if isinstance(wait, Joining) and isinstance(message, Joined):
+            if wait.take(sender, message):
+                self._gaps = wait.gaps()
+                self.joined = sum(stop - start for start, stop in self._gaps.items())
+                self.start(0)
+                return True
+        elif (
+            isinstance(wait, Restoring)
+            and isinstance(message, Restored)
+            and wait.take(sender, message)
+        ):
             self.start(wait.position(len(self._prompt), self._total))
             return True
         return False
@@ -183,7 +204,10 @@ class Attempt:
         start, n = self.position, len(self._prompt)
         flying = len(self._flights)
         if start < n:
-            return None if flying >= self._window else Chunk(start, chunk_end(start, n))
+            if flying >= self._window:
+                return None
+            gap = min((at for at in self._gaps if at > start), default=n)
+            return Chunk(start, min(gap, chunk_end(start, n)))
         stop = self._total - hold * (1 + self.carried)
         if start >= stop or flying >= MAX_STEPS_PER_SESSION:
             return None
@@ -289,7 +313,7 @@ class Attempt:
         )
         self._sent += 1
         self.carried = 0
-        self.position = flight.stop
+        self.position = self._gaps.get(flight.stop, flight.stop)
         self._flights.append(flight)
         return Outgoing(self._entry, step, pack_tail(tokens, rows))
 

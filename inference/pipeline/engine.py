@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import trio
 
-from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError
+from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, error_from_info
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.generation import (
@@ -22,10 +22,12 @@ from pyagent_node.inference.generation import (
 )
 from pyagent_node.inference.kv.port import KvShelf, NullShelf
 from pyagent_node.inference.pipeline.driver import Driver, Session, can_head, embedder
-from pyagent_node.inference.pipeline.frames import Restored, Result, StageError
+from pyagent_node.inference.pipeline.frames import Joined, Restored, Result, StageError
 from pyagent_node.inference.pipeline.head import HeadCore
+from pyagent_node.inference.pipeline.joining import missing
 from pyagent_node.inference.pipeline.journal import JournalSink, SessionJournal
 from pyagent_node.inference.pipeline.links import PipeLinks
+from pyagent_node.inference.pipeline.making import PieceMaker
 from pyagent_node.inference.pipeline.offers import Offers
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.proposals import release
@@ -91,6 +93,7 @@ class PipelineEngine:
         self._sessions: dict[SessionId, Session] = {}
         self._wires: dict[SessionId, Session] = {}
         """The sessions with an attempt, by its id on the wire."""
+        self.pieces = PieceMaker(peer_id, self.send, session_ids)
 
     # ---- models ----------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class PipelineEngine:
 
     def heads(self, wire: SessionId) -> bool:
         """Whether this node is the head of what is ``wire`` on the wire."""
-        return wire in self._wires
+        return wire in self._wires or self.pieces.makes(wire)
 
     def fail(self, session: SessionId, error: PyAgentError) -> bool:
         """End a session with ``error``, if this node heads it; its reader gets the error."""
@@ -182,6 +185,10 @@ class PipelineEngine:
         session = request.session or self._session_ids()
         request = self._speculators.resolve(request, model)
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
+        if plan.join is not None and can_head(model):
+            made = missing(plan.join_root, plan.join, prompt, model.placement, self._shelf)
+            await self.pieces.make(model, plan.join_root, made)
+            model = await self._offers.wait_for(request.model, trio.current_time() + READY_SECONDS)
         journal = new_journal(plan, prompt, request, created=self._wall())
         speculation = self._speculators.open(request, model)
         core = HeadCore(plan, prompt, model.vocabulary, started, speculation)
@@ -280,8 +287,11 @@ class PipelineEngine:
             session.reported = len(core.answer)
         session.wake.set()
 
-    def on_restored(self, sender: PeerId, message: Restored) -> None:
-        """Take a rank's word on the blocks it has."""
+    def on_restored(self, sender: PeerId, message: Restored | Joined) -> None:
+        """Take a rank's word on what it has of blocks."""
+        if isinstance(message, Restored) and self.pieces.makes(message.session):
+            self.pieces.on_restored(sender, message)
+            return
         session = self._wires.get(message.session)
         if session is None or self._strange(session, sender):
             return
@@ -291,6 +301,7 @@ class PipelineEngine:
 
     def on_error(self, sender: PeerId, message: StageError) -> None:
         """Take a rank's error."""
+        self.pieces.on_error(sender, message.session, error_from_info(message.error))
         session = self._wires.get(message.session)
         if session is not None and not self._strange(session, sender):
             self._settle(session, session.core.on_error(sender, message, trio.current_time()))
@@ -305,6 +316,7 @@ class PipelineEngine:
 
     def peer_down(self, peer: PeerId) -> None:
         """Interrupt the sessions with a rank on ``peer``."""
+        self.pieces.peer_down(peer, peer_lost(0, peer))
         for session in list(self._wires.values()):
             self._settle(session, session.core.peer_down(peer, trio.current_time()))
 
@@ -316,6 +328,7 @@ class PipelineEngine:
         """Interrupt the sessions whose steps to rank 0 on ``peer`` may be lost."""
         if control:
             return
+        self.pieces.peer_down(peer, peer_lost(0, peer))
         for session in list(self._wires.values()):
             attempt = session.core.attempt
             if attempt is not None and attempt.route.placement.ranks[0].peer_id == peer:

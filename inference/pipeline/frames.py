@@ -1,7 +1,8 @@
 """The messages of ``/pyagent/pipe/1`` and their raw tails.
 
 Ordering contract.  A node talks to another over two long-lived streams that it opened itself: the
-*data* lane carries :class:`OpenSession`, :class:`Restore` and :class:`Step`, the *control* lane
+*data* lane carries :class:`OpenSession`, :class:`Restore`, :class:`Join`, :class:`Keep` and
+:class:`Step`, the *control* lane
 everything else, so that a :class:`CloseSession` or :class:`CancelSteps` overtakes megabytes of
 prefill.  Each lane is first in, first out, and sessions travel from rank to rank over data lanes
 only; hence every rank sees the sessions of a pipeline in the order in which rank 0 saw them.
@@ -24,6 +25,14 @@ of some tokens.  Each rank imports what it can get and says how far it came, in 
 the first step then begins at any position up to the least of these, and every rank drops the
 cells from there on first.  A first step that comes before the answer ends the restoring.
 
+Pieces (see ``kv.chunks``).  A session *without* a root may take over the KV of pieces of its
+prompt: a :class:`Join` right behind its opening, in the same lane, asks every rank to get that of
+its own layers ready, and each says in :class:`Joined` what it has.  A step of the prompt then may
+begin where a piece ends, if the one before it ended behind the skipped tokens of that piece: the
+cells between are the piece's.  To compute the KV of a piece its head opens a session with the
+piece for a prompt, sends its steps, asks for no token, and says :class:`Keep`: every rank answers
+with :class:`Restored` when the shelf has been shown all blocks.
+
 The guesses of a step may form a tree, by ``parents`` (see ``trees``).  The last rank keeps the path
 that it would have sampled; the others keep the principal one, which is what a step with that one
 for its ``parent`` follows.  Where the path that came true leaves the principal one, only the last
@@ -41,6 +50,7 @@ from pyagent_node.base.errors import CorruptData, ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
+from pyagent_node.inference.kv.chunks import Piece
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
@@ -152,6 +162,42 @@ class Restored(msgspec.Struct, frozen=True, tag="restored", gc=False):
     rest: int = 0
 
 
+class Join(msgspec.Struct, frozen=True, tag="join", gc=False):
+    """Get the KV of ``pieces`` of the prompt ready, each but its first ``skip`` tokens.
+
+    The tail are the tokens of each as it was computed alone, in whole blocks (int32); ``root`` is
+    what the names of these blocks begin with.  Each rank passes it on.
+    """
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    root: bytes
+    skip: int
+    pieces: tuple[Piece, ...]
+    sources: tuple[PeerId, ...] = ()
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined", gc=False):
+    """From a rank to the head: it has the KV of these ``pieces``, by their numbers in order."""
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+    pieces: tuple[int, ...]
+
+
+class Keep(msgspec.Struct, frozen=True, tag="keep", gc=False):
+    """Answer with :class:`Restored` when the blocks of the steps so far are kept."""
+
+    session: SessionId
+    model: Digest
+    epoch: int
+    rank: int
+
+
 class CloseSession(msgspec.Struct, frozen=True, tag="close_session", gc=False):
     """From the head to every rank: drop the session, its queued steps and its slot.  Idempotent.
 
@@ -211,11 +257,32 @@ class StageError(msgspec.Struct, frozen=True, tag="stage_error"):
 
 
 PipeMessage = (
-    OpenSession | Step | CloseSession | CancelSteps | Result | StageError | Restore | Restored
+    OpenSession
+    | Step
+    | CloseSession
+    | CancelSteps
+    | Result
+    | StageError
+    | Restore
+    | Restored
+    | Join
+    | Joined
+    | Keep
 )
 
 PIPE_CODEC: Codec[PipeMessage] = Codec(
-    "pipe", OpenSession, Step, CloseSession, CancelSteps, Result, StageError, Restore, Restored
+    "pipe",
+    OpenSession,
+    Step,
+    CloseSession,
+    CancelSteps,
+    Result,
+    StageError,
+    Restore,
+    Restored,
+    Join,
+    Joined,
+    Keep,
 )
 
 Tail = bytes | bytearray | memoryview
@@ -257,7 +324,7 @@ def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | 
 
 
 def unpack_tokens(tail: Tail, n: int, rest: int = 0) -> Tokens:
-    """Return the ``n + rest`` tokens of a :class:`Restore`, as a view of its tail.
+    """Return the ``n + rest`` tokens of a :class:`Restore` or :class:`Join`, as a view of its tail.
 
     Raises :class:`CorruptData` (``malformed_restore``) for a tail of another size.
     """

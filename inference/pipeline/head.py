@@ -35,14 +35,23 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
+from pyagent_node.inference.kv.chunks import JoinPlan
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route
-from pyagent_node.inference.pipeline.frames import MAX_SOURCES, Held, Restored, Result, StageError
+from pyagent_node.inference.pipeline.frames import (
+    MAX_SOURCES,
+    Held,
+    Joined,
+    Restored,
+    Result,
+    StageError,
+)
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.recovery import Patience
 from pyagent_node.inference.pipeline.restoring import bad_result, holders, parted
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
+from pyagent_node.inference.pipeline.stage_errors import NOT_JOINED
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
@@ -63,6 +72,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
 
     ``session`` is the stable id.  ``budget`` is the greatest number of tokens to generate.
     ``root`` is what the names of its KV blocks begin with, empty where none are read or written.
+    ``join`` are the pieces of the prompt to be joined, ``join_root`` what their names begin with.
     """
 
     session: SessionId
@@ -73,6 +83,8 @@ class HeadPlan(msgspec.Struct, frozen=True):
     ignore_eos: bool
     sampling: SamplingParams
     root: bytes = b""
+    join: JoinPlan | None = None
+    join_root: bytes = b""
 
 
 class HeadCore:
@@ -114,6 +126,8 @@ class HeadCore:
         self._recomputed = 0
         self._reached = 0
         self._cached = 0
+        self._joined = 0
+        self._joins = plan.join is not None
         self._holders: tuple[PeerId, ...] = ()
         self._parted: tuple[Held, ...] = ()
         self._paused_from = now
@@ -164,13 +178,15 @@ class HeadCore:
         rest = 0
         if self._parted:  # all was computed but the last token, and is handed over
             blocks, rest = divmod(n + len(self.answer) - 1, BLOCK_TOKENS)
+        if self._joins and plan.join is not None:
+            return opening, self.attempt.join(plan.join, plan.join_root, self._holders, now)
         if not blocks and not rest:
             return (opening,)
         held = self._parted if rest else ()
         return opening, self.attempt.restore(blocks, self._holders, now, rest=rest, held=held)
 
-    def on_restored(self, sender: PeerId, message: Restored) -> bool:
-        """Take a rank's word on the blocks it has; returns whether the attempt can begin now."""
+    def on_restored(self, sender: PeerId, message: Restored | Joined) -> bool:
+        """Take a rank's word on what it has; returns whether the attempt can begin now."""
         attempt = self.attempt
         if attempt is None or self.over:
             return False
@@ -188,6 +204,8 @@ class HeadCore:
         attempt = self.attempt
         if attempt is None or self.over:
             return []
+        if error.code == NOT_JOINED:
+            self._joins = False
         got = attempt.computed > attempt.began_at
         self._begun = self._begun or got
         if not self.patience.forgives(
@@ -216,6 +234,8 @@ class HeadCore:
         again = min(attempt.computed, self._reached) - attempt.began_at
         if not self._reached:
             self._cached = attempt.began_at
+        self._joined = max(self._joined, attempt.joined)
+        again -= attempt.joined
         self._recomputed += max(0, again)
         self._reached = max(self._reached, attempt.computed)
 
@@ -459,6 +479,7 @@ class HeadCore:
                     stall_seconds=self._longest_pause,
                     speculation=self.guesses,
                     cached_tokens=self._cached,
+                    joined_tokens=self._joined,
                 ),
                 placement=placement,
             )

@@ -24,6 +24,8 @@ from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     PIPE_PROTOCOL,
     CloseSession,
+    Join,
+    Keep,
     OpenSession,
     PipeMessage,
     Restore,
@@ -92,7 +94,7 @@ class PipeLinks:
         if peer == self._mesh.peer_id:
             self._deliver(peer, message, tail)
             return
-        control = not isinstance(message, Step | OpenSession | Restore)
+        control = not isinstance(message, Step | OpenSession | Restore | Join | Keep)
         lane = self._lanes.get((peer, control))
         if lane is None:
             if self._nursery is None:

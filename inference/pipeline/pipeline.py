@@ -15,7 +15,14 @@ from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.drafting.service import DraftService
 from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.engine import PipelineEngine, new_session_id
-from pyagent_node.inference.pipeline.frames import PipeMessage, Restored, Result, StageError, Tail
+from pyagent_node.inference.pipeline.frames import (
+    Joined,
+    PipeMessage,
+    Restored,
+    Result,
+    StageError,
+    Tail,
+)
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.speculators import Speculators
@@ -54,7 +61,7 @@ async def open_pipeline(
     def deliver(sender: PeerId, message: PipeMessage, tail: Tail) -> None:
         if isinstance(message, Result):
             engine.on_result(sender, message)
-        elif isinstance(message, Restored):
+        elif isinstance(message, Restored | Joined):
             engine.on_restored(sender, message)
         elif isinstance(message, StageError) and engine.heads(message.session):
             engine.on_error(sender, message)

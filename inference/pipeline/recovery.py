@@ -23,6 +23,7 @@ _PASSING: Final = frozenset(
         "head_not_ready",
         "peer_lost",
         "peer_unreachable",
+        "pieces_refused",
         "session_unknown",
         "stage_not_ready",
         "stale_epoch",

@@ -18,6 +18,7 @@ from pyagent_node.inference.generation import (
     NO_SPECULATION,
     GenerationRequest,
 )
+from pyagent_node.inference.kv.chunks import check_pieces, chunk_root
 from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.ports import HeadModel, Tokenizer
@@ -50,7 +51,7 @@ async def prompt_tokens(tokenizer: Tokenizer, request: GenerationRequest) -> Tok
 def check_request(request: GenerationRequest, n_vocab: int) -> None:
     """Check everything about a request that needs no model run.
 
-    Raises :class:`InvalidRequest` (``bad_parameter``) naming the parameter.
+    Raises :class:`InvalidRequest` (``bad_parameter``, ``bad_join``) naming the parameter.
     """
 
     def wrong(parameter: str, message: str) -> PyAgentError:
@@ -82,6 +83,10 @@ def check_request(request: GenerationRequest, n_vocab: int) -> None:
         if not 0 <= token < n_vocab:
             raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
     request.sampling.check(n_vocab)
+    if request.join is not None:
+        if request.tokens is None:
+            raise wrong("join", "Pieces are named in a prompt of tokens.")
+        check_pieces(request.join.pieces, request.join.skip, len(request.tokens))
 
 
 def plan_request(
@@ -110,7 +115,13 @@ def plan_request(
         stop=request.stop,
         ignore_eos=request.ignore_eos,
         sampling=request.sampling,
-        root=cache_root(model.placement.model, request.cache_salt) if request.prompt_cache else b"",
+        root=cache_root(model.placement.model, request.cache_salt)
+        if request.prompt_cache and request.join is None
+        else b"",
+        join=request.join,
+        join_root=b""
+        if request.join is None
+        else chunk_root(model.placement.model, request.cache_salt),
     )
 
 

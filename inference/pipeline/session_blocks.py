@@ -22,7 +22,17 @@ class SessionBlocks:
     ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.
     """
 
-    __slots__ = ("_chain", "_seconds", "_tokens", "cut", "prompt_tokens", "root", "seen", "settled")
+    __slots__ = (
+        "_chain",
+        "_seconds",
+        "_tokens",
+        "cut",
+        "prompt_tokens",
+        "root",
+        "seen",
+        "settled",
+        "shown",
+    )
 
     def __init__(self, root: bytes, prompt_tokens: int, cut: int) -> None:
         self.root = root
@@ -32,6 +42,8 @@ class SessionBlocks:
         """Where the tokens that may be guesses begin."""
         self.seen = 0
         """The leading blocks that were shown to the shelf."""
+        self.shown = 0
+        """The leading blocks that the shelf was shown, and given if it wants them."""
         self._tokens = array("i")
         self._chain: tuple[bytes, ...] = ()
         self._seconds: dict[int, float] = {}

@@ -38,6 +38,8 @@ from pyagent_node.inference.backend import PREFILL_CHUNK, SequenceOp, StepOutput
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
+    Join,
+    Keep,
     OpenSession,
     PipeMessage,
     Restore,
@@ -55,6 +57,7 @@ from pyagent_node.inference.pipeline.stage_errors import (
     stage_error,
     stale_epoch,
 )
+from pyagent_node.inference.pipeline.stage_joins import StageJoins
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
     ServedSession,
@@ -93,6 +96,7 @@ class StageCore:
         """
         self.spec = spec
         self.blocks = StageBlocks(spec, cells, cut, kv_shape)
+        self.joins = StageJoins(spec, cells, kv_shape)
         self._limits = limits or StageLimits()
         self._sessions: dict[SessionId, ServedSession] = {}
         self._queue = StageQueue(
@@ -122,7 +126,7 @@ class StageCore:
             return self._step(sender, message, tail, now)
         if isinstance(message, OpenSession):
             return self._open(sender, message, now)
-        if isinstance(message, Restore):
+        if isinstance(message, Restore | Join | Keep):
             return self._restore(sender, message, tail)
         if isinstance(message, CloseSession):
             self._close(sender, message, now)
@@ -170,13 +174,14 @@ class StageCore:
         self._sessions[session.id] = session
         self._queue.admit(session)
         cut = self.blocks.opened(session, message.root, message.cut, message.prompt_tokens)
+        session.cut = cut
         if spec.downstream is None:
             return []
         onward = msgspec.structs.replace(message, rank=spec.rank + 1, cut=cut)
         return [Outgoing(spec.downstream, onward)]
 
     def _known(
-        self, sender: PeerId, message: Step | Restore
+        self, sender: PeerId, message: Step | Restore | Join | Keep
     ) -> tuple[ServedSession | None, list[Outgoing]]:
         """Return the session of a frame from the rank before, or what to answer instead."""
         session = self._sessions.get(message.session)
@@ -192,11 +197,17 @@ class StageCore:
             return None, [Outgoing(sender, stage_error(self.spec, message.session, refused))]
         return session, []
 
-    def _restore(self, sender: PeerId, message: Restore, tail: Tail) -> list[Outgoing]:
+    def _restore(
+        self, sender: PeerId, message: Restore | Join | Keep, tail: Tail
+    ) -> list[Outgoing]:
         session, answer = self._known(sender, message)
         if session is None:
             return answer
         try:
+            if isinstance(message, Join):
+                return self.joins.join(session, message, tail)
+            if isinstance(message, Keep):
+                return self.blocks.keep(session, message)
             return self.blocks.restore(session, message, tail)
         except PyAgentError as error:
             self._refused += 1
@@ -216,6 +227,7 @@ class StageCore:
             return self._give_up(session, error)
         session.last_seen = now
         self.blocks.stepped(session)
+        self.joins.stepped(session)
         session.came(message, keeps=not spec.is_tail)
         self._queue.push(session, queued)
         return []
@@ -424,7 +436,7 @@ class StageCore:
             busy_seconds=self._busy,
             refused=self._refused,
             dropped=self._queue.dropped,
-            restored=self.blocks.restored,
+            restored=self.blocks.restored + self.joins.joined,
             unfit=self.blocks.refused,
         )
 
@@ -453,6 +465,7 @@ class StageCore:
         self._bury(session.id, session.head)
         self._queue.remove(session)
         self.blocks.freed(session)
+        self.joins.freed(session)
 
     def _unpark(self, session: ServedSession) -> None:
         del self._parked[session]

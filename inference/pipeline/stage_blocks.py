@@ -21,6 +21,7 @@ from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.pipeline.frames import (
     MAX_HELD,
     MAX_SOURCES,
+    Keep,
     Restore,
     Restored,
     Tail,
@@ -342,6 +343,36 @@ class StageBlocks:
             blocks.computed(message, queued.tokens, seconds)
             if blocks.due > 0:
                 self._due[session.id] = session
+
+    def keep(self, session: ServedSession, message: Keep) -> list[Outgoing]:
+        """Take a head's wish to know when its blocks are kept; returns what to send now."""
+        session.keeps = True
+        out: list[Outgoing] = []
+        if self._spec.downstream is not None:
+            onward = msgspec.structs.replace(message, rank=self._spec.rank + 1)
+            out.append(Outgoing(self._spec.downstream, onward))
+        return out + self.kept(session)
+
+    def exported(self, harvest: Harvest) -> list[Outgoing]:
+        """Note that the shelf has been shown a harvest; returns what to send for that."""
+        blocks = harvest.session.blocks
+        if blocks is not None:
+            blocks.shown = max(blocks.shown, harvest.blocks[-1].index + 1)
+        return self.kept(harvest.session)
+
+    def kept(self, session: ServedSession) -> list[Outgoing]:
+        """Return the answer to a :class:`Keep` if it is time for it."""
+        spec, blocks = self._spec, session.blocks
+        shown = 0 if blocks is None else blocks.shown
+        waits = session.queue or session.in_flight or session.end < session.prompt_tokens
+        if not session.keeps or session.closed or (self._cells and blocks is not None and waits):
+            return []
+        if self._cells and blocks is not None and shown < blocks.settled // BLOCK_TOKENS:
+            return []
+        session.keeps = False
+        cut = self._cut if blocks is None else blocks.cut
+        answer = Restored(session.id, spec.model, spec.epoch, spec.rank, shown, cut)
+        return [Outgoing(session.head, answer)]
 
     @property
     def has_harvest(self) -> bool:

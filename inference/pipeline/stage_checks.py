@@ -130,11 +130,16 @@ def _check_end(message: Step, end: int, session: ServedSession) -> None:
 def _in_order(message: Step, session: ServedSession) -> bool:
     """Whether a step will find the cells before it, however the guesses before it turn out.
 
-    The prompt comes without a gap, after what was restored of it.  A step with a parent follows on
+    The prompt comes without a gap, after what was restored of it, but for cells of pieces that are
+    there to fill it.  A step with a parent follows on
     it; any other may go back, but not beyond what is sure to be there.
     """
     if session.restores and message.step == session.next_step == 0 and message.parent is None:
         return 0 <= message.position <= session.sure
+    if session.gaps and message.parent is None and message.step == session.next_step:
+        taken = session.gaps.get(session.next_position)
+        if taken is not None and message.position == taken[0].stop:
+            return True
     if message.parent is not None:
         follows = message.step == session.next_step and message.parent == message.step - 1
         return follows and session.prompt_tokens <= message.position == session.next_position

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed
+from typing import Final
+
+from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed, Unavailable
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.pipeline.frames import StageError
 from pyagent_node.inference.pipeline.stage_types import StageSpec
+
+NOT_JOINED: Final = "pieces_refused"
+"""The code of an error after which a session computes all of its prompt."""
 
 
 def stage_error(
@@ -44,3 +49,8 @@ def runner_protocol(what: str) -> RunnerFailed:
     return RunnerFailed(
         f"The runner answered a step with {what}.", code="runner_protocol", reason=what
     )
+
+
+def not_joined(error: PyAgentError) -> Unavailable:
+    """Return the error for cells of a piece that the runner refused: the head goes on without."""
+    return Unavailable(f"Cells of a piece were refused: {error}", code=NOT_JOINED)

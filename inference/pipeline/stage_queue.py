@@ -29,6 +29,7 @@ from pyagent_node.inference.backend import (
     MAX_DECODE_ROWS,
     Activations,
     FreeSequence,
+    KvRange,
     OpenSequence,
     SequenceOp,
     StepInput,
@@ -61,21 +62,27 @@ class ServedSession:
     if one of its guesses was wrong; ``void`` the last step that was dropped; ``cancelled`` the
     steps from which to which the head cancelled.  ``served`` counts its rows on the queue's scale,
     ``due`` is what that came to when its next step became ready.  ``blocks`` is ``None`` where no
-    KV is kept or reused; ``restores`` says whether its head has asked for blocks.
+    KV is kept or reused; ``restores`` says whether its head has asked for blocks, or pieces.
+    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one, ``gaps`` has the cells
+    that can be taken over, by where they begin, and their tokens; ``keeps`` says that the head is
+    to be told when its blocks are kept.
     """
 
     __slots__ = (
         "blocks",
         "cancelled",
         "closed",
+        "cut",
         "due",
         "end",
         "epoch",
         "first_sample",
+        "gaps",
         "generated",
         "head",
         "id",
         "in_flight",
+        "keeps",
         "last_seen",
         "next_position",
         "next_step",
@@ -120,6 +127,9 @@ class ServedSession:
         self.last_seen = now
         self.blocks: SessionBlocks | None = None
         self.restores = False
+        self.cut = message.cut
+        self.gaps: dict[int, tuple[KvRange, Tokens]] = {}
+        self.keeps = False
 
     def came(self, step: Step, *, keeps: bool) -> None:
         """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""
@@ -154,12 +164,31 @@ class ServedSession:
         return tail and self.verdict != (parent, first)
 
 
+class Taken(NamedTuple):
+    """Cells of a piece that go into slot ``seq`` before a step."""
+
+    seq: int
+    kv: KvRange
+    tokens: Tokens
+
+
 class Batch(NamedTuple):
-    """Work for the runner: sequence operations first, then one decode of ``inputs``."""
+    """Work for the runner: sequence operations, then ``cells``, then one decode of ``inputs``."""
 
     ops: tuple[SequenceOp, ...]
     inputs: tuple[StepInput, ...]
     work: tuple[tuple[ServedSession, QueuedStep], ...]
+    cells: tuple[Taken, ...] = ()
+
+    def only(self, seq: int) -> Batch:
+        """Return the step of one slot alone, without operations and cells."""
+        both = [pair for pair in zip(self.inputs, self.work, strict=True) if pair[0].seq == seq]
+        return Batch((), tuple(step for step, _ in both), tuple(work for _, work in both))
+
+    def without(self, seq: int) -> Batch:
+        """Return the steps of the other slots, without operations and cells."""
+        both = [pair for pair in zip(self.inputs, self.work, strict=True) if pair[0].seq != seq]
+        return Batch((), tuple(step for step, _ in both), tuple(work for _, work in both))
 
     def apart(self) -> list[Batch]:
         """Return its steps one by one, without the operations."""
@@ -283,6 +312,7 @@ class StageQueue:
         """Take the work that is due now."""
         work: list[tuple[ServedSession, QueuedStep]] = []
         trims: list[SequenceOp] = []
+        cells: list[Taken] = []
         if self._chunks and (self._chunk_turn or not self._tokens):
             self._chunk_turn = False
             chosen = [self._chunks.popleft()]
@@ -299,7 +329,11 @@ class StageQueue:
                     if position == 0
                     else [TrimSequence(_slot(session), position)]
                 )
+            if position > session.end:  # it was checked that this is a piece
+                cells.append(Taken(_slot(session), *session.gaps.pop(session.end)))
             session.end = step.message.stop
+            for start in [at for at in session.gaps if at < session.end]:
+                del session.gaps[start]  # another rank lacks it, so it is computed
             work.append((session, step))
         if not work and not self._ops:
             return None
@@ -317,7 +351,7 @@ class StageQueue:
             )
             for s, q in work
         )
-        return Batch(ops, inputs, tuple(work))
+        return Batch(ops, inputs, tuple(work), tuple(cells))
 
     def _company(self) -> list[ServedSession]:
         """Take the session that is due first and those that are computed with it."""

@@ -26,6 +26,7 @@ from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_blocks import Parting
+from pyagent_node.inference.pipeline.stage_errors import not_joined
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import (
@@ -305,6 +306,8 @@ class StageService:
                 began = trio.current_time()
                 if batch is not None and batch.ops:
                     await runner.apply(batch.ops)
+                if batch is not None and batch.cells and not core.stopped:
+                    batch = await self._fill(core, runner, batch)
                 if batch is not None and batch.inputs and not core.stopped:
                     await self._compute(core, runner, batch)
                     stage.look()
@@ -316,6 +319,20 @@ class StageService:
         except PyAgentError as error:
             logger.error("rank %d: the runner refused an operation: %s", core.spec.rank, error)
             fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code))
+
+    async def _fill(self, core: StageCore, runner: StageRunner, batch: Batch) -> Batch:
+        """Put cells of pieces into their slots; returns what is left of the batch after that."""
+        for seq, kv, tokens in batch.cells:
+            try:
+                await runner.import_kv(seq, kv, tokens)
+            except RunnerFailed:
+                raise
+            except PyAgentError as error:
+                logger.warning("rank %d: cells of a piece were refused: %s", core.spec.rank, error)
+                gone = batch.only(seq)
+                batch = batch.without(seq)
+                self._send(core.abandoned(gone, not_joined(error)))
+        return batch
 
     async def _compute(self, core: StageCore, runner: StageRunner, batch: Batch) -> None:
         start = trio.current_time()

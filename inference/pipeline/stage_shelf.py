@@ -15,12 +15,14 @@ from typing import Final
 import trio
 
 from pyagent_node.base.errors import PyAgentError, RunnerFailed
-from pyagent_node.inference.backend import KvRange
+from pyagent_node.inference.backend import KvRange, LayerKv
+from pyagent_node.inference.kv.chunks import moved_to
 from pyagent_node.inference.kv.port import KvShelf, SettledBlock
 from pyagent_node.inference.kv.ranges import part_of
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_blocks import Harvest, Import, Load, Parting
+from pyagent_node.inference.pipeline.stage_joins import JoinLoad
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
@@ -30,6 +32,8 @@ LOAD_SECONDS: Final = 15.0
 """How long the blocks of one session may be loaded before it begins without them."""
 REST_SECONDS: Final = 1.0
 """How long a rank waits for what the ranks of before hand over."""
+PIECES_AT_ONCE: Final = 4
+"""Pieces of one session that are loaded at the same time."""
 TURN_BLOCKS: Final = 8
 """Blocks that are exported between two batches at most."""
 TURN_SHARE: Final = 0.1
@@ -84,9 +88,14 @@ class ShelfWork:
         blocks = self._core.blocks
         for session in blocks.take_ended():
             self._shelf.ended(session)
-        if blocks.restoring and self._nursery is not None:
+        if self._nursery is None:
+            return
+        if blocks.restoring:
             for load in blocks.take_loads():
                 self._nursery.start_soon(self._load, load)
+        if self._core.joins.waiting:
+            for join in self._core.joins.take_loads():
+                self._nursery.start_soon(self._join, join)
 
     @property
     def due(self) -> bool:
@@ -196,9 +205,53 @@ class ShelfWork:
                 return
             self._shelf.hand_over(rest, kv)
 
+    # ---- join ------------------------------------------------------------------------------
+
+    async def _join(self, load: JoinLoad) -> None:
+        limiter = trio.CapacityLimiter(PIECES_AT_ONCE)
+        with trio.move_on_after(LOAD_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for index in range(len(load.tokens)):
+                    nursery.start_soon(self._piece, load, index, limiter)
+        self._send(self._core.joins.loaded(load))
+
+    async def _piece(self, load: JoinLoad, index: int, limiter: trio.CapacityLimiter) -> None:
+        joins = self._core.joins
+        async with limiter:
+            try:
+                kv = joins.taken(load, index, await self._blocks(load, index))
+                if kv is None or joins.shape is None:
+                    return
+                layers: list[LayerKv] = []
+                for layer in moved_to(kv, load.gap(index).start, joins.shape):
+                    layers.append(layer)
+                    await trio.lowlevel.checkpoint()
+                joins.moved(load, index, tuple(layers))
+            except Exception:  # a shelf's fault costs the piece, nothing else
+                joins.refused += 1
+                logger.exception("the blocks of a piece were not loaded")
+
+    async def _blocks(self, load: JoinLoad, index: int) -> list[KvRange]:
+        """Return the leading blocks of a piece that can be had."""
+        joins, pace = self._core.joins, self._core.blocks.prefill_seconds
+        found: list[KvRange] = []
+        while load.active:
+            wanted = joins.wanted(load, index, len(found), pace)
+            if len(found) >= len(wanted.chain):
+                break
+            more = await self._shelf.load(wanted)
+            if not more:
+                break
+            found += more
+        return found
+
     # ---- harvest ---------------------------------------------------------------------------
 
     async def _export(self, harvest: Harvest) -> None:
+        await self._show(harvest)
+        self._send(self._core.blocks.exported(harvest))
+
+    async def _show(self, harvest: Harvest) -> None:
         wanted = [self._shelf.wants(block) for block in harvest.blocks]
         entries = zip(harvest.blocks, harvest.seconds, wanted, strict=True)
         run: list[tuple[SettledBlock, float]] = []

@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::held::HeldTensor;
     #[pymodule_export]
-    use super::kv::{kv_decode, kv_encode};
+    use super::kv::{kv_decode, kv_encode, kv_moved};
     #[pymodule_export]
     use super::philox::gumbel;
     #[pymodule_export]

@@ -3,6 +3,7 @@
 mod fast;
 mod half;
 mod header;
+mod moved;
 mod numbers;
 mod python;
 mod quantised;
@@ -15,6 +16,7 @@ use header::{open, seal, Header, HEADER};
 use quantised::Steps;
 use shape::{Problem, Shape, MAX_TOKENS};
 
+pub use moved::kv_moved;
 pub use python::{kv_decode, kv_encode};
 
 /// The level that keeps every bit.

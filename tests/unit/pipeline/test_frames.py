@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from pyagent_node.base.errors import CorruptData, ErrorInfo, Unsupported
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK
+from pyagent_node.inference.kv.chunks import Piece
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     CloseSession,
+    Join,
+    Joined,
+    Keep,
     OpenSession,
     PipeMessage,
     Restore,
@@ -37,6 +41,9 @@ MESSAGES: list[PipeMessage] = [
     CloseSession(S, M, 3, 0),
     Restore(S, M, 3, 1, 128, (PeerId("a"), PeerId("b"))),
     Restored(S, M, 3, 1, 2, 64),
+    Join(S, M, 3, 1, bytes(32), 16, (Piece(3, 60), Piece(60, 99)), (PeerId("a"),)),
+    Joined(S, M, 3, 1, (0, 1)),
+    Keep(S, M, 3, 1),
     Result(S, M, 3, 2, 5, 0.5, (Sampled(7, -0.5, ((7, -0.5), (9, -2.0))), Sampled(3))),
     Result(S, M, 3, 2, 4, 0.5),
     StageError(S, M, 3, 1, PeerId("x"), ErrorInfo("conflict", "stale_epoch", "old")),

@@ -1,0 +1,159 @@
+"""KV of pieces joined into prompts, on the real model: whole or cut, with sound blocks or not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyagent_node.base.types import Digest, Slice
+from pyagent_node.inference.backend import OpenSequence, ShiftSequence, StepInput, Tokens
+from pyagent_node.inference.generation import Finished, Generated, GenerationRequest, Usage
+from pyagent_node.inference.kv.chunks import JoinPlan, Piece, moved_to
+from pyagent_node.inference.llama.backend import LlamaBackend
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.stored_model import About
+from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.simulations.shelf import ShelfFaults, ToyShelves
+
+from .real_pipeline import NAME, RealPipeline, open_real_pipeline
+from .whole_model import WholeModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
+
+N_CTX = 512
+GREEDY = SamplingParams(temperature=0.0)
+SEEDED = SamplingParams(temperature=0.8, seed=7)
+PARTS = (
+    "You answer from the sources.\n\n",
+    "log.txt, lines 1-9\nThe ship left Harwich on the third of May with forty barrels of salted"
+    " fish, two sails and a cook who had never been to sea before. She leaked from the first day"
+    " on, and the pump broke on the second.\n\n",
+    "cook.txt, lines 4-7\nThe cook was called Amelia Strand. She baked bread every other morning,"
+    " as long as there was flour, and sang in a language that nobody on board had heard."
+    " She left the ship in Bergen and opened an inn beside the fish market.\n\n",
+    "Question: what was the name of the cook?\nAnswer:",
+)
+
+
+@pytest.fixture(scope="module")
+def parts(bundled_model: Path) -> list[tuple[int, ...]]:
+    """Return the tokens of a prompt in four parts; the two in the middle are pieces."""
+    whole = WholeModel(str(bundled_model), N_CTX)
+    tokens = [tuple(whole.tokenize(text)) for text in PARTS]
+    whole.close()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def stored(
+    bundled_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelStore, Digest]:
+    """Return a store with the model in it."""
+    store = ModelStore(tmp_path_factory.mktemp("models"))
+    return store, store.add_file(bundled_model, about=About(NAME)).digest
+
+
+def ask(
+    parts: Sequence[tuple[int, ...]], order: Sequence[int], *, join: bool, sampling: SamplingParams
+) -> GenerationRequest:
+    """Return a request whose pieces come in an order."""
+    tokens: list[int] = []
+    pieces: list[Piece] = []
+    for number in (0, *order, 3):
+        if number in order:
+            pieces.append(Piece(len(tokens), len(tokens) + len(parts[number])))
+        tokens += parts[number]
+    return GenerationRequest(
+        NAME,
+        tokens=tuple(tokens),
+        max_tokens=8,
+        ignore_eos=True,
+        sampling=sampling,
+        join=JoinPlan(tuple(pieces), skip=8) if join else None,
+        prompt_cache=False,
+    )
+
+
+async def answer(at: RealPipeline, request: GenerationRequest) -> tuple[list[int], Usage]:
+    """Return the tokens of an answer and what it took."""
+    tokens: list[int] = []
+    async with at.head.engine.generate(request) as events:
+        async for event in events:
+            if isinstance(event, Generated):
+                tokens.append(event.token)
+            elif isinstance(event, Finished):
+                usage = event.usage
+    return tokens, usage
+
+
+@asynccontextmanager
+async def pipeline(
+    stored: tuple[ModelStore, Digest], boundaries: Sequence[int], faults: ShelfFaults | None = None
+) -> AsyncIterator[tuple[RealPipeline, ToyShelves]]:
+    """Run the model cut at ``boundaries``."""
+    shelves = ToyShelves(random.Random(0), faults)
+    async with open_real_pipeline(
+        *stored, boundaries, n_ctx=N_CTX, n_seq=4, shelves=shelves
+    ) as made:
+        yield made, shelves
+
+
+async def test_joined_answers_do_not_depend_on_the_cut_or_on_who_made_the_pieces(
+    stored: tuple[ModelStore, Digest], parts: list[tuple[int, ...]]
+) -> None:
+    found: list[list[list[int]]] = []
+    for boundaries in ((), (7, 19)):
+        async with pipeline(stored, boundaries) as (at, shelves):
+            answers: list[list[int]] = []
+            for order in ((1, 2), (2, 1), (1, 2)):
+                for sampling in (GREEDY, SEEDED):
+                    request = ask(parts, order, join=True, sampling=sampling)
+                    tokens, usage = await answer(at, request)
+                    assert usage.joined_tokens == len(parts[1]) + len(parts[2]) - 16
+                    assert usage.cached_tokens == usage.recomputed_tokens == 0
+                    answers.append(tokens)
+            assert answers[:2] == answers[4:]
+            pieces = at.head.engine.pieces
+            assert (pieces.made, pieces.failed) == (2, 0)  # once each, for six requests
+            assert all(not shelf.sessions for shelf in shelves.shelves.values())
+            found.append(answers)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("faults", [ShelfFaults(broken=1.0), ShelfFaults(foreign=1.0)])
+async def test_without_sound_blocks_the_prompt_is_computed(
+    stored: tuple[ModelStore, Digest], parts: list[tuple[int, ...]], faults: ShelfFaults
+) -> None:
+    async with pipeline(stored, (11,), faults) as (at, _):
+        plain, _ = await answer(at, ask(parts, (1, 2), join=False, sampling=GREEDY))
+        tokens, usage = await answer(at, ask(parts, (1, 2), join=True, sampling=GREEDY))
+        assert usage.joined_tokens == 0
+        assert tokens == plain
+
+
+def test_keys_are_moved_as_llama_moves_them(
+    bundled_model: Path, parts: list[tuple[int, ...]]
+) -> None:
+    backend = LlamaBackend(bundled_model, Slice(0, 30, head=True), n_ctx=N_CTX, n_seq=1, threads=1)
+    try:
+        tokens: Tokens = np.array(parts[1], np.int32)
+        backend.apply(OpenSequence(0, GREEDY))
+        backend.decode([StepInput(0, 0, tokens, None, sample=False)])
+        before = backend.export_kv(0, 0, len(tokens))
+        shape = backend.info.kv_shape
+        assert shape is not None
+        ours = list(moved_to(before, 100, shape))
+        backend.apply(ShiftSequence(0, 0, len(tokens), 100))
+        backend.decode([StepInput(0, 100 + len(tokens), tokens[:1], None, sample=False)])
+        theirs = backend.export_kv(0, 100, 100 + len(tokens))
+    finally:
+        backend.close()
+    for our, their in zip(ours, theirs.layers, strict=True):
+        assert our.values == their.values
+        keys, wanted = (np.frombuffer(x.keys, np.float16).astype(float) for x in (our, their))
+        assert np.abs(keys - wanted).max() <= 2e-3 * np.abs(wanted).max()
