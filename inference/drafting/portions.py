@@ -95,6 +95,9 @@ class Portions:
 
         They carry the guesses that are left, in the portions that are worth most.  The step
         itself has ``more`` tokens than guesses.
+
+        A portion with all that may follow it adds no more than the tokens that are left, so the
+        search among portions ends where the cheapest that are left cost too much for that.
         """
         count = len(odds)
         worth = [0.0] * (count + 1)
@@ -103,18 +106,28 @@ class Portions:
         together = [holds]
         for chance in odds:
             together.append(together[-1] * chance)
-        prices = [
-            (rate * pace, rate * wrong) for pace, wrong in map(self.child_seconds, range(1, count))
-        ]
-        later = self.later_seconds(2, 1) * rate
+        prices: list[tuple[float, float, float, float]] = []
+        least_pace = least_wrong = math.inf
+        for width in range(count - 1, 0, -1):
+            pace, wrong = (rate * seconds for seconds in self.child_seconds(width))
+            least_pace, least_wrong = min(least_pace, pace), min(least_wrong, wrong)
+            prices.append((pace, wrong, least_pace, least_wrong))
+        prices.reverse()
+        later = max(0.0, self.later_seconds(2, 1) * rate)
+        left = 0.0
         for start in range(count - 1, 0, -1):
-            right, tokens, best = together[start + 1], 0.0, 0.0
-            before = start + more
-            for width, (pace, wrong) in enumerate(prices[: count - start], 1):
+            right = together[start + 1]
+            left += right
+            in_vain, before = 1.0 - right, start + more
+            tokens, best = 0.0, 0.0
+            for width in range(1, count - start + 1):
+                pace, wrong, least_pace, least_wrong = prices[width - 1]
+                if left - right * least_pace - in_vain * least_wrong <= best:
+                    break
                 tokens += together[start + width]
-                wider = later * max(0, width - before)
-                value = tokens - right * (pace + wider) - (1.0 - right) * wrong
-                value += worth[start + width]
+                value = tokens - right * pace - in_vain * wrong + worth[start + width]
+                if width > before:
+                    value -= right * later * (width - before)
                 best = max(best, value)
             worth[start] = best
         return worth
