@@ -3,7 +3,8 @@
 # Both set up everything they need in .venv; PYTHON=/path/to/python3.12 picks the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help python-found setup setup-dev demo test lint format bench lock clean distclean
+.PHONY: help python-found setup setup-dev setup-torch demo test test-torch lint format bench lock \
+  clean distclean
 MAKEFLAGS += --no-print-directory
 # The tests start hundreds of processes: each would compile all it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,7 +26,7 @@ step = @printf '\n--- %s\n' "$(1)"
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "Also: setup, lint, format, bench, lock, clean, distclean."
+	@echo "Also: setup, setup-torch, test-torch, lint, format, bench, lock, clean, distclean."
 
 python-found:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -40,6 +41,10 @@ setup: python-found
 
 setup-dev: python-found
 	@"$(PYTHON)" tools/bootstrap.py --dev
+
+# torch in an environment of its own, .venv-torch: about 5 GB.
+setup-torch: python-found
+	@"$(PYTHON)" tools/bootstrap.py --dev --torch
 
 demo: setup
 	@$(BIN)/pyagent-node demo --nodes 3 --prompt "Name three rivers." --max-tokens 48 \
@@ -67,6 +72,11 @@ test: lint
 	$(call step,pytest: tests that must be alone)
 	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
 
+# The tests that need torch; the others of the same files run in `make test`.
+test-torch: setup-torch
+	$(call step,pytest: the torch backend)
+	@.venv-torch/bin/python -m pytest -m torch $(PYTEST_FLAGS) $(none_ok)
+
 format: setup-dev
 	@$(BIN)/ruff check --fix $(CHECKED)
 	@$(BIN)/ruff format $(CHECKED)
@@ -83,6 +93,8 @@ lock: setup-dev
 	@$(COMPILE) --generate-hashes pyproject.toml -o requirements/lock.txt
 	@$(COMPILE) --generate-hashes pyproject.toml --extra context --extra mlx --group dev -c requirements/lock.txt \
 	  -o requirements/lock-dev.txt
+	@$(COMPILE) --generate-hashes requirements/torch.in -c requirements/lock-dev.txt \
+	  -o requirements/lock-torch.txt
 	@$(COMPILE) --generate-hashes --allow-unsafe requirements/build.in -o requirements/build.txt
 	@$(COMPILE) --allow-unsafe requirements/build-constraints.in \
 	  -o requirements/build-constraints.txt
@@ -92,4 +104,4 @@ clean:
 	rm -f native/_native*.so
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-torch

@@ -2,7 +2,7 @@
 
 Run by ``make`` with any Python 3.11 or newer; needs nothing but the standard library.  Each step
 leaves a stamp (a digest of what it was made from), so that a second run only compares stamps.
-``--dev`` adds the tools that ``make test`` needs.
+``--dev`` adds the tools that ``make test`` needs, ``--torch`` an environment with torch beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from system_needs import SetupError, brew_prefixes, check_system
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMPS = VENV / ".pyagent-stamps.json"
+TORCH_VENV = ROOT / ".venv-torch"
 REQUIREMENTS = ROOT / "requirements"
 PACKAGES = (
     "base",
@@ -261,10 +262,44 @@ def install(dev: bool) -> None:
     link_typing()
 
 
+def install_torch() -> None:
+    """Make ``.venv-torch``: torch (about 5 GB), and everything of ``.venv`` behind it.
+
+    It is uv that installs: it links files from its cache, which takes seconds when they are there.
+    pip does where uv cannot, as behind settings that only pip knows.
+    """
+    lock = REQUIREMENTS / "lock-torch.txt"
+    stamp = TORCH_VENV / "pyagent-stamp"
+    wanted = digest_of([lock], sys.version, str(ROOT))
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    python = TORCH_VENV / venv_python().relative_to(VENV)
+    uv = venv_python().parent / "uv"
+    with Progress("torch (.venv-torch, about 5 GB)") as progress:
+        venv.EnvBuilder(with_pip=True, clear=True).create(TORCH_VENV)
+        pinned = ("--require-hashes", "-r", str(lock))
+        environment = build_environment()
+        try:
+            run(progress, [str(uv), "pip", "install", "--python", str(python), *pinned], environment)
+        except (SetupError, OSError):
+            run(
+                progress,
+                [str(python), "-m", "pip", "install", "--no-input", "-v", *pinned],
+                environment,
+            )
+        folder = "Lib/site-packages" if os.name == "nt" else "lib/python3*/site-packages"
+        (behind,), (own,) = VENV.glob(folder), TORCH_VENV.glob(folder)
+        # the name sorts last: what is in .venv-torch itself comes first
+        link = f"import site; site.addsitedir({str(behind)!r})\n"
+        (own / "zz-pyagent.pth").write_text(link)
+        stamp.write_text(wanted)
+
+
 def main() -> int:
     """Run the set-up; return the exit status."""
     parser = argparse.ArgumentParser(description="Set up this clone of pyagent-node.")
     parser.add_argument("--dev", action="store_true", help="also install what the tests need")
+    parser.add_argument("--torch", action="store_true", help="also make .venv-torch")
     parser.add_argument("--check", action="store_true", help="only check the system's packages")
     arguments = parser.parse_args()
     try:
@@ -274,6 +309,8 @@ def main() -> int:
             if make_venv():
                 STAMPS.unlink(missing_ok=True)
             install(arguments.dev)
+            if arguments.torch:
+                install_torch()
     except SetupError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

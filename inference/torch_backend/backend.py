@@ -49,11 +49,12 @@ class TorchBackend(SliceBackend):
         threads: int,
         device: str | None = None,
         dtype: str | None = None,
-        available: Callable[[Device], int] = free_memory,
+        available: Callable[[], int] | None = None,
     ) -> None:
         """Load the slice ``part`` from ``path``: a GGUF file that holds it, or safetensors.
 
-        ``device`` and ``dtype`` as for ``devices.choose_device``.  Raises :class:`InvalidRequest`
+        ``device`` and ``dtype`` as for ``devices.choose_device``; ``available`` returns the bytes
+        that may be taken.  Raises :class:`InvalidRequest`
         (``bad_parameter``, ``wrong_slice``), :class:`CorruptData`, :class:`Unsupported`
         (``unsupported_architecture``, ``tensor_type``) and :class:`LimitExceeded`
         (``not_enough_memory``).
@@ -65,7 +66,7 @@ class TorchBackend(SliceBackend):
             place = choose_device(device, dtype)
             torch.set_num_threads(threads)
             need = memory_need(config, part, place, n_ctx=n_ctx, n_seq=n_seq)
-            check_memory(need, available(place))
+            check_memory(need, free_memory(place) if available is None else available())
             with torch_errors("for the weights"):
                 layers = load_layers(weights, part, place)
         context = TorchContext(config, layers, place, n_ctx=n_ctx, n_seq=n_seq)
