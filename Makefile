@@ -73,9 +73,10 @@ test: lint
 	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
 
 # The tests that need torch; the others of the same files run in `make test`.
+TORCH_TESTS = tests/conformance/backends tests/integration/test_mixed_backends.py
 test-torch: setup-torch
 	$(call step,pytest: the torch backend)
-	@.venv-torch/bin/python -m pytest -m torch $(PYTEST_FLAGS) $(none_ok)
+	@.venv-torch/bin/python -m pytest -m torch $(TORCH_TESTS) $(PYTEST_FLAGS) $(none_ok)
 
 format: setup-dev
 	@$(BIN)/ruff check --fix $(CHECKED)

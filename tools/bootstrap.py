@@ -280,7 +280,8 @@ def install_torch() -> None:
         pinned = ("--require-hashes", "-r", str(lock))
         environment = build_environment()
         try:
-            run(progress, [str(uv), "pip", "install", "--python", str(python), *pinned], environment)
+            target = ("--python", str(python))
+            run(progress, [str(uv), "pip", "install", *target, *pinned], environment)
         except (SetupError, OSError):
             run(
                 progress,

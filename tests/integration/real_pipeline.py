@@ -53,8 +53,12 @@ async def open_real_pipeline(
     speculators: Speculators | None = None,
     shelves: ToyShelves | None = None,
     journal: JournalSink | None = None,
+    backends: Sequence[str] = (),
 ) -> AsyncIterator[RealPipeline]:
-    """Run the model cut at ``boundaries``, each rank on a node of its own."""
+    """Run the model cut at ``boundaries``, each rank on a node of its own.
+
+    ``backends`` has one name for each rank; all are llama.cpp where it is empty.
+    """
     file = store.model_file(digest)
     shape = model_shape(file.header)
     cuts = (0, *boundaries, shape.n_layers)
@@ -79,9 +83,9 @@ async def open_real_pipeline(
         ]
         await network.connect_all()
         runners = []
-        for rank in ranks:
+        for rank, backend in zip(ranks, backends or ["llama.cpp"] * count, strict=True):
             path = await trio.to_thread.run_sync(store.make_slice, digest, rank.slice)
-            spec = RunnerSpec("slice", str(path), rank.slice, n_ctx, n_seq)
+            spec = RunnerSpec("slice", str(path), rank.slice, n_ctx, n_seq, backend=backend)
             runners.append(await stack.enter_async_context(open_slice_runner(spec)))
         tokenizer = await stack.enter_async_context(open_tokenizer_runner(str(file.path)))
         table = stack.enter_context(EmbeddingTable(file))

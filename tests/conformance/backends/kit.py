@@ -71,14 +71,15 @@ INSTALLED = {state.name: state.installed for state in backends.survey()}
 
 def params(*names: str) -> list[object]:
     """Return the backends as test parameters; those that are missing are skipped, by name."""
-    return [
-        pytest.param(
-            name,
-            marks=() if INSTALLED[name] else pytest.mark.skip(f"{name} is not installed"),
-            id=name,
-        )
-        for name in names or LOADERS
-    ]
+    return [pytest.param(name, marks=_marks(name), id=name) for name in names or LOADERS]
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    """Torch has an environment of its own, whose tests are found by their mark."""
+    found = [pytest.mark.torch] if name == "torch" else []
+    if not INSTALLED[name]:
+        found.append(pytest.mark.skip(f"{name} is not installed"))
+    return found
 
 
 @contextmanager

@@ -107,11 +107,14 @@ def test_it_says_what_it_is(backend: Loaded) -> None:
 
 
 def test_the_next_token_is_distributed_as_in_llama_cpp(backend: Loaded, reference: Loaded) -> None:
-    text = prompt(60)
-    ours, theirs = kit.logits(backend, text), kit.logits(reference, text)
-    assert kit.divergence(theirs, ours) < KL_BOUND
-    ratio = kit.perplexity(ours, text) / kit.perplexity(theirs, text)
-    assert abs(ratio - 1) < PERPLEXITY_BOUND
+    """Over four texts: on 60 tokens of a random model rounding alone moves perplexity by 0.1%."""
+    ratios: list[float] = []
+    for seed in range(4):
+        text = prompt(60, seed=seed)
+        ours, theirs = kit.logits(backend, text), kit.logits(reference, text)
+        assert kit.divergence(theirs, ours) < KL_BOUND
+        ratios.append(kit.perplexity(ours, text) / kit.perplexity(theirs, text))
+    assert abs(np.exp(np.mean(np.log(ratios))) - 1) < PERPLEXITY_BOUND
 
 
 # ---- sequence operations -----------------------------------------------------------------------
