@@ -47,6 +47,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("placement", "placement", "Show and change which nodes hold which layers."),
             ("kv", "kv", "Show and clear the KV blocks that this node keeps."),
             ("session", "session", "List, follow, move, export and import answers in progress."),
+            ("context", "context", "Keep documents and find what a question needs in them."),
             ("generate", "generate", "Answer one prompt."),
             ("chat", "chat", "Talk to a model."),
         ),

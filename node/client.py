@@ -58,6 +58,7 @@ from pyagent_node.node.client_transport import (
     failure_of,
     not_running,
 )
+from pyagent_node.node.context_api import ContextApiClient
 from pyagent_node.node.kv_api import KvApiClient
 from pyagent_node.node.mesh_client import MeshClient
 from pyagent_node.node.session_client import SessionClient
@@ -198,6 +199,7 @@ class Client:
         self.mesh = MeshClient(self._api)
         self.sessions = SessionClient(self._api)
         self.kv = KvApiClient(self._api)
+        self.contexts = ContextApiClient(self._api)
 
     @classmethod
     def from_home(cls, home: Home) -> Client:

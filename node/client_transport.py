@@ -96,8 +96,13 @@ class Transport:
 
     def follow(self, path: str, body: object, kind: type[Line[T]], report: Report | None) -> T:
         """Report the progress of a long admin request and return its result."""
-        content = msgspec.json.encode(body)
-        for text in self.stream("POST", ADMIN_PREFIX + path, content):
+        return self.lines("POST", ADMIN_PREFIX + path, msgspec.json.encode(body), kind, report)
+
+    def lines(
+        self, method: str, path: str, content: bytes, kind: type[Line[T]], report: Report | None
+    ) -> T:
+        """Report the progress of a long request and return its result."""
+        for text in self.stream(method, path, content):
             line = decode(text, kind)
             if line.error is not None:
                 raise error_from_info(line.error)

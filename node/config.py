@@ -66,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_disk_bytes: int
     kv_stream_bytes_per_second: int
     kv_level: str
+    context_disk_bytes: int
+    context_bytes_per_second: int
     model_dir: str
     n_ctx: int
     n_seq: int

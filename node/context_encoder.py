@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Final, Protocol
 
@@ -10,12 +9,11 @@ import trio
 
 from pyagent_node.inference.models.encoders import minilm_files
 from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.context_readers import missing_extra
 from pyagent_node.sharding.context import minilm
 from pyagent_node.sharding.context.embedder import Embedder
-
-Report = Callable[[Progress], None]
 
 LIBRARIES: Final = ("datasketch", "onnxruntime", "tokenizers")
 

@@ -19,7 +19,7 @@ import trio
 
 from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound
-from pyagent_node.base.types import PeerId
+from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.node.api.context_schema import (
     AddReply,
@@ -34,8 +34,9 @@ from pyagent_node.node.api.context_schema import (
     QueryRequest,
     RemoveReply,
 )
+from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.schema import Progress
-from pyagent_node.node.context_encoder import EncoderSource, Report
+from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
 from pyagent_node.sharding.context.catalog import Known
 from pyagent_node.sharding.context.defaults import default_model
@@ -44,6 +45,7 @@ from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
 from pyagent_node.sharding.context.records import (
     DIGEST_BYTES,
+    ChunkId,
     DocumentRecord,
     check_source,
 )
@@ -68,7 +70,7 @@ class Contexts:
         mesh: ContextMesh,
         encoder: EncoderSource,
         *,
-        held: Callable[[], Mapping[bytes, bytes]],
+        held: Callable[[], Mapping[ChunkId, ContextId]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.mesh = mesh

@@ -97,6 +97,10 @@ class Home:
         """The replicated log of one mesh."""
         return self.mesh_dir(mesh_id) / "log"
 
+    def contexts_dir(self, mesh_id: Digest) -> Path:
+        """What this node keeps of the contexts of one mesh."""
+        return self.mesh_dir(mesh_id) / "contexts"
+
     @property
     def active_path(self) -> Path:
         """Holds the id of the mesh last created or joined."""

@@ -267,6 +267,21 @@ OPTIONS: tuple[Option, ...] = (
         "How KV blocks are kept and sent: f16 is exact, the others are smaller.",
         choices=LEVELS,
     ),
+    Option(
+        "context_disk_bytes",
+        "size",
+        8 * KIB * MIB,
+        "Disk for texts and vectors of contexts, in the home; 0: keep none here.",
+        high=MIB * MIB * KIB,
+    ),
+    Option(
+        "context_bytes_per_second",
+        "size",
+        16 * MIB,
+        "Bandwidth for parts of contexts that move between nodes in the background.",
+        low=KIB,
+        high=MIB * MIB,
+    ),
     Option("model_dir", "text", "", "Where models are kept; empty: in the home."),
     Option(
         "n_ctx",

@@ -28,6 +28,8 @@ from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
+from pyagent_node.node.context_encoder import MiniLmSource
+from pyagent_node.node.context_parts import NodeContexts, open_node_contexts
 from pyagent_node.node.draft_model import DraftModel, keep_drafting
 from pyagent_node.node.engines import open_consensus
 from pyagent_node.node.governance import Governance
@@ -80,6 +82,7 @@ class Node:
     transfers: TransferStats
     journals: JournalKeeper
     kv: KvService
+    contexts: NodeContexts
     recovery: SessionRecovery
     live: LiveSessions
     moved: MovedSessions
@@ -141,6 +144,12 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             stream_bytes_per_second=settings.kv_stream_bytes_per_second,
             level=level_named(settings.kv_level),
         ) as kv,
+        open_node_contexts(
+            mesh,
+            home.contexts_dir(profile.mesh_id),
+            MiniLmSource(store, threads=settings.threads),
+            limit_bytes=settings.context_disk_bytes,
+        ) as contexts,
         open_pipeline(
             mesh,
             journal=journals,
@@ -196,6 +205,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             transfers=transfers,
             journals=journals,
             kv=kv,
+            contexts=contexts,
             recovery=sessions.recovery,
             live=sessions.live,
             moved=sessions.moved,

@@ -16,6 +16,7 @@ from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
 from pyagent_node.node import journal_messages, kv_messages, kv_views, rpc, session_moves
+from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
     ConnectReply,
@@ -32,8 +33,8 @@ from pyagent_node.node.api.schema import (
     Readiness,
     StatusView,
 )
-from pyagent_node.node.api.services import Report
 from pyagent_node.node.certificates import read_certificate
+from pyagent_node.node.contexts import Contexts
 from pyagent_node.node.genesis import ROLES, Role
 from pyagent_node.node.governance import Governance
 from pyagent_node.node.kv_service import KvService
@@ -100,6 +101,11 @@ class NodeServices:
     def kv(self) -> KvService:
         """See :class:`ApiServices`."""
         return self._node.kv
+
+    @property
+    def contexts(self) -> Contexts:
+        """See :class:`ApiServices`."""
+        return self._node.contexts.service
 
     def shutdown(self) -> None:
         """See :class:`ApiServices`."""

@@ -12,10 +12,12 @@ from contextlib import asynccontextmanager
 import httpx
 import trio
 
-from pyagent_node.base.errors import NotFound
+from pyagent_node.base.errors import NotFound, Unavailable
 from pyagent_node.base.types import Digest, SessionId
 from pyagent_node.node.api.app import ApiOptions, create_app
+from pyagent_node.node.api.context_routes import ContextServices
 from pyagent_node.node.api.exchange import Drain
+from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.guard import GuardOptions
 from pyagent_node.node.api.openai import GenerationOptions
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
@@ -36,7 +38,6 @@ from pyagent_node.node.api.schema import (
     StatusView,
 )
 from pyagent_node.node.api.server import ApiServer, ServerOptions, open_api
-from pyagent_node.node.api.services import Report
 from pyagent_node.node.api.session_schema import (
     ImportReply,
     MoveReply,
@@ -116,7 +117,8 @@ class SimulatedServices:
 
     live: LiveSessions
 
-    def __init__(self) -> None:
+    def __init__(self, contexts: ContextServices | None = None) -> None:
+        self._contexts = contexts
         self.engine = WordEngine()
         self.mesh = SimulatedMeshServices()
         self.sessions = SimulatedSessionServices()
@@ -126,6 +128,13 @@ class SimulatedServices:
         self.stopped = False
         self.load_error: Exception | None = None
         self.calls: list[object] = []
+
+    @property
+    def contexts(self) -> ContextServices:
+        """The given ones."""
+        if self._contexts is None:
+            raise Unavailable("This node has no contexts.")
+        return self._contexts
 
     def session_ttl(self) -> int:
         """Return ten minutes."""
@@ -244,9 +253,10 @@ async def simulated_api(
     guard_options: GuardOptions | None = None,
     generation: GenerationOptions | None = None,
     server: ServerOptions | None = None,
+    contexts: ContextServices | None = None,
 ) -> AsyncIterator[SimulatedApi]:
     """Serve a simulated node on 127.0.0.1 at a free port; the random source gives 42."""
-    services = SimulatedServices()
+    services = SimulatedServices(contexts)
     drain = Drain()
     options = ApiOptions(
         guard=guard_options or GuardOptions(token=TOKEN),

@@ -15,6 +15,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Digest
 from pyagent_node.node.api.errors import decode_body
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, ndjson_error
+from pyagent_node.node.api.following import NDJSON, Report, follow_work, send_line
 from pyagent_node.node.api.kv_routes import kv_router
 from pyagent_node.node.api.mesh_routes import mesh_router
 from pyagent_node.node.api.placement_schema import DrainRequest, PlacementsReply
@@ -24,17 +25,14 @@ from pyagent_node.node.api.schema import (
     Done,
     EventLine,
     InviteRequest,
-    Line,
     LoadRequest,
     PeersReply,
-    Progress,
     PullRequest,
     UnloadRequest,
 )
-from pyagent_node.node.api.services import ApiServices, Report
+from pyagent_node.node.api.services import ApiServices
 from pyagent_node.node.api.session_routes import session_router
 
-NDJSON: Final = "application/x-ndjson"
 MIN_INTERVAL: Final = 0.1
 MAX_INTERVAL: Final = 60.0
 ADMIN_SECONDS: Final = 60.0
@@ -50,39 +48,6 @@ _UNLOAD = msgspec.json.Decoder(UnloadRequest)
 T = TypeVar("T")
 
 
-class _Latest:
-    """Keeps the newest report of each step until the reader has time for it.
-
-    A fast operation so never waits for a slow terminal, and memory stays bounded by the number of
-    distinct steps.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, Progress] = {}
-        self._changed = trio.Event()
-        self._ended = False
-
-    def put(self, progress: Progress) -> None:
-        self._waiting[progress.step] = progress
-        self._changed.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._changed.set()
-
-    def take(self) -> list[Progress]:
-        taken = list(self._waiting.values())
-        self._waiting.clear()
-        self._changed = trio.Event()
-        return taken
-
-    async def wait(self) -> bool:
-        """Wait for reports; ``False`` when all were taken and no more will come."""
-        if not self._ended:
-            await self._changed.wait()
-        return bool(self._waiting) or not self._ended
-
-
 def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
     """Return the routes of the admin API."""
     router = APIRouter(prefix=ADMIN_PREFIX)
@@ -94,7 +59,7 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
         return Reply(answer, drain=drain, seconds=ADMIN_SECONDS)
 
     def follow(work: Callable[[Report], Awaitable[T]]) -> Reply:
-        return Reply(partial(_follow, work), drain=drain, stream_error=ndjson_error)
+        return Reply(partial(follow_work, work), drain=drain, stream_error=ndjson_error)
 
     router.include_router(mesh_router(services.mesh, reply))
     router.include_router(session_router(services.sessions, reply))
@@ -196,35 +161,12 @@ def admin_router(services: ApiServices, drain: Drain) -> APIRouter:
     return router
 
 
-async def _follow(work: Callable[[Report], Awaitable[T]], sender: Sender) -> None:
-    """Run ``work`` and send what it reports, then its result."""
-    latest = _Latest()
-    results: list[T] = []
-
-    async def run() -> None:
-        results.append(await work(latest.put))
-        latest.end()
-
-    await sender.start(NDJSON)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run)
-        while await latest.wait():
-            for progress in latest.take():
-                await _line(sender, Line[object](progress=progress))
-    await _line(sender, Line[object](done=results[0]))
-    await sender.end()
-
-
 async def _events(services: ApiServices, interval: float, sender: Sender) -> None:
     """Send the node's status at every interval until the client leaves."""
     await sender.start(NDJSON)
     while True:
-        await _line(sender, EventLine(status=await services.status()))
+        await send_line(sender, EventLine(status=await services.status()))
         await trio.sleep(interval)
-
-
-async def _line(sender: Sender, line: object) -> None:
-    await sender.write(msgspec.json.encode(line) + b"\n")
 
 
 def _interval(text: str) -> float:

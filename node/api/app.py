@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Scope
 
 from pyagent_node.base.errors import InvalidRequest, NotFound, PyAgentError, Unavailable
 from pyagent_node.node.api.admin import admin_router
+from pyagent_node.node.api.context_routes import context_router
 from pyagent_node.node.api.errors import as_pyagent_error, encode_error, error_headers, status_of
 from pyagent_node.node.api.exchange import Drain
 from pyagent_node.node.api.guard import Guard, GuardOptions
@@ -39,6 +40,7 @@ def create_app(services: ApiServices, options: ApiOptions, drain: Drain | None =
     drain = drain or Drain()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(openai_router(services, drain, options.generation))
+    app.include_router(context_router(lambda: services.contexts, drain))
     app.include_router(admin_router(services, drain))
     _add_health(app, services, drain)
     app.add_exception_handler(PyAgentError, _on_error)

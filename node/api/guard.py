@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -23,6 +24,7 @@ import trio
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pyagent_node.base.contexts import MAX_DOCUMENT
 from pyagent_node.base.errors import DeadlineExceeded, InvalidRequest, PyAgentError, Refused
 from pyagent_node.base.limits import MIB
 from pyagent_node.node.api.errors import (
@@ -39,6 +41,7 @@ from pyagent_node.node.api.schema import ADMIN_PREFIX
 OPEN_PATHS: Final = frozenset({"/healthz"})
 """Paths that never need a token; they tell nothing but that the process lives."""
 
+_DOCUMENTS: Final = re.compile(r"/v1/contexts/[^/]+/documents")
 _LINGER_SECONDS: Final = 2.0
 _LINGER_BYTES: Final = 64 * MIB
 
@@ -48,7 +51,8 @@ class GuardOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     ``hosts`` are names accepted in ``Host`` besides loopback ones; ``origins`` are web origins
     (``https://chat.example``) whose pages may call the API.  ``body_bytes`` bounds a request
-    body, ``body_seconds`` the wait for all of it, ``concurrent`` the requests in progress.
+    body, ``document_bytes`` that of a document for a context, ``body_seconds`` the wait for all of
+    it, ``concurrent`` the requests in progress.
     """
 
     token: str
@@ -56,6 +60,7 @@ class GuardOptions(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     body_bytes: int = 32 * MIB
+    document_bytes: int = MAX_DOCUMENT
     body_seconds: float = 120.0
     concurrent: int = 256
 
@@ -140,9 +145,12 @@ def check_token(authorization: str | None, token: str) -> None:
 class _Body:
     """Counts a request body as the application receives it, within bytes and seconds."""
 
-    def __init__(self, receive: Receive, options: GuardOptions, declared: int | None) -> None:
+    def __init__(
+        self, receive: Receive, options: GuardOptions, declared: int | None, limit: int
+    ) -> None:
         self._receive = receive
         self._options = options
+        self._limit = limit
         self._seen = 0
         self.ended = declared == 0
         self.gone = False
@@ -159,8 +167,8 @@ class _Body:
                 f"The request body did not arrive within {self._options.body_seconds:g} seconds.",
                 code="request_timeout",
             )
-        if self._seen > self._options.body_bytes:
-            raise too_large(self._options.body_bytes)
+        if self._seen > self._limit:
+            raise too_large(self._limit)
         return message
 
     def _note(self, message: Message) -> Message:
@@ -226,7 +234,10 @@ class Guard:
         began = self._clock()
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         declared = _declared_length(headers)
-        body = _Body(receive, self._options, declared)
+        limit = self._options.body_bytes
+        if _DOCUMENTS.fullmatch(scope["path"]):
+            limit = self._options.document_bytes
+        body = _Body(receive, self._options, declared, limit)
         status = 0
         origin: str | None = None
 
@@ -248,7 +259,7 @@ class Guard:
 
         self._running += 1
         try:
-            origin = self._check(scope, headers, declared)
+            origin = self._check(scope, headers, declared, limit)
             if origin is not None and scope["method"] == "OPTIONS":
                 await _preflight(headers, respond)
             else:
@@ -264,7 +275,9 @@ class Guard:
             gone = scope.get("state", {}).get("client_gone", False)
             self._observe(scope, CLIENT_GONE if gone else status, self._clock() - began)
 
-    def _check(self, scope: Scope, headers: Mapping[str, str], declared: int | None) -> str | None:
+    def _check(
+        self, scope: Scope, headers: Mapping[str, str], declared: int | None, limit: int
+    ) -> str | None:
         path = scope["path"]
         origin = check_origin(headers, self._options.origins)
         preflight = origin is not None and scope["method"] == "OPTIONS"
@@ -277,8 +290,8 @@ class Guard:
                 raise shutting_down()
             if self._running > self._options.concurrent:
                 raise too_busy(self._options.concurrent)
-        if declared is not None and declared > self._options.body_bytes:
-            raise too_large(self._options.body_bytes)
+        if declared is not None and declared > limit:
+            raise too_large(limit)
         return origin
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.generation import Engine
+from pyagent_node.node.api.context_routes import ContextServices
+from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.kv_routes import KvServices
 from pyagent_node.node.api.mesh_routes import MeshServices
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
@@ -19,7 +20,6 @@ from pyagent_node.node.api.schema import (
     ModelsReply,
     ModelView,
     PlacementView,
-    Progress,
     PullRequest,
     Readiness,
     StatusView,
@@ -27,9 +27,6 @@ from pyagent_node.node.api.schema import (
 from pyagent_node.node.api.session_routes import SessionServices
 from pyagent_node.node.live_sessions import LiveSessions
 from pyagent_node.node.telemetry import Telemetry
-
-Report = Callable[[Progress], None]
-"""Takes a progress report; never blocks."""
 
 
 class ApiServices(Protocol):
@@ -67,6 +64,11 @@ class ApiServices(Protocol):
     @property
     def kv(self) -> KvServices:
         """What operators ask of the KV blocks that are kept here."""
+        ...
+
+    @property
+    def contexts(self) -> ContextServices:
+        """The contexts of the mesh."""
         ...
 
     def readiness(self) -> Readiness:
