@@ -50,8 +50,9 @@ class Drafting(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the sessions of a placed model guess ahead.
 
     ``speculation``, with ``length`` and ``depth`` where they are fixed, holds for requests that do
-    not say (``None``: the head's own setting).  ``drafter`` is a whole model that guesses for them
-    on the node ``peer_id``, the *drafter rank*; both are given, or neither.
+    not say (``None``: the head's own setting); with ``tree`` guesses of a fixed length form one.
+    ``drafter`` is a whole model that guesses for them on the node ``peer_id``, the *drafter rank*;
+    both are given, or neither.
     """
 
     speculation: str | None = None
@@ -59,6 +60,7 @@ class Drafting(msgspec.Struct, frozen=True, omit_defaults=True):
     depth: int | None = None
     drafter: Digest | None = None
     peer_id: PeerId | None = None
+    tree: bool | None = None
 
 
 class Placement(msgspec.Struct, frozen=True, omit_defaults=True):

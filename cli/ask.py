@@ -86,6 +86,11 @@ def sampling_options(command: F) -> F:
             click.option("--draft-length", type=int, help="Guesses a step, instead of as it pays."),
             click.option("--draft-depth", type=int, help="Steps in flight; see --draft-length."),
             click.option(
+                "--draft-tree/--draft-chain",
+                default=None,
+                help="Whether the guesses of --draft-length form a tree.",
+            ),
+            click.option(
                 "--prompt-cache/--no-prompt-cache",
                 default=None,
                 help="Whether what is computed of the prompt is kept for the next request.",

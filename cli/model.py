@@ -199,6 +199,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
         speculation: str | None,
         draft_length: int | None,
         draft_depth: int | None,
+        draft_tree: bool | None,
         drafter: str | None,
     ) -> None:
         from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
@@ -215,6 +216,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             speculation=speculation,
             draft_length=draft_length,
             draft_depth=draft_depth,
+            draft_tree=draft_tree,
             drafter=drafter,
         )
         command(app, request)
@@ -223,6 +225,11 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
     reserves = click.IntRange(min=0, max=MAX_RESERVES)
     found: Callable[..., None] = wrapped
     for decorate in (
+        click.option(
+            "--draft-tree/--draft-chain",
+            default=None,
+            help="Whether guesses of a fixed length form a tree.",
+        ),
         click.option("--draft-depth", type=positive, help="Steps in flight, always so many."),
         click.option("--draft-length", type=amount, help="Guesses a step, always so many."),
         click.option(

@@ -157,6 +157,8 @@ def _placed_guessing(placement: PlacementView) -> Text:
     ):
         if value is not None:
             text.append(f"{', ' if text else ''}{value} {what}")
+    if placement.draft_tree:
+        text.append(f"{', ' if text else ''}in a tree")
     drafter = placement.drafter
     if drafter is None:
         return text

@@ -35,7 +35,13 @@ class Wish(NamedTuple):
 
 def says(request: LoadRequest) -> bool:
     """Whether a request says anything about guessing."""
-    said = (request.speculation, request.draft_length, request.draft_depth, request.drafter)
+    said = (
+        request.speculation,
+        request.draft_length,
+        request.draft_depth,
+        request.draft_tree,
+        request.drafter,
+    )
     return any(value is not None for value in said)
 
 
@@ -103,13 +109,15 @@ def merged(
             speculation=None if said == NODE_SETTING else said,
             length=request.draft_length,
             depth=request.draft_depth,
+            tree=request.draft_tree,
         )
     else:
-        length, depth = request.draft_length, request.draft_depth
+        length, depth, tree = request.draft_length, request.draft_depth, request.draft_tree
         drafting = msgspec.structs.replace(
             drafting,
             length=drafting.length if length is None else length,
             depth=drafting.depth if depth is None else depth,
+            tree=drafting.tree if tree is None else tree,
         )
     if request.drafter == NO_DRAFTER:
         drafting = msgspec.structs.replace(drafting, drafter=None, peer_id=None)
@@ -212,7 +220,7 @@ def describe(
     drafting = drafting or Drafting()
     words = drafting.speculation or "as each node is set"
     if drafting.length is not None:
-        words += f", {drafting.length} guesses a step"
+        words += f", {drafting.length} guesses a step{' in a tree' if drafting.tree else ''}"
     if drafting.depth is not None:
         words += f", {drafting.depth} steps in flight"
     if drafting.drafter is not None and drafting.peer_id is not None:

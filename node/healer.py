@@ -197,6 +197,8 @@ class Healer:
         named = {prepared.by for prepared in state.prepared.values()}
         for placement in state.placements.values():
             named |= holders(placement.ranks)
+            if placement.drafting is not None and placement.drafting.peer_id is not None:
+                named.add(placement.drafting.peer_id)
         for prepared in state.prepared.values():
             named |= holders(prepared.ranks)
         named.discard(self._mesh.peer_id)
@@ -256,9 +258,13 @@ class Healer:
     async def _keep_facts(self) -> None:
         """Know what the nodes could take."""
         while True:
-            for digest in list(self._consensus.state.placements):
+            for digest, placement in list(self._consensus.state.placements.items()):
+                drafting = placement.drafting
+                drafter = drafting.drafter if drafting is not None else None
                 try:
                     self._sight.shapes[digest] = await self._shapes_of(digest)
+                    if drafter is not None:
+                        self._sight.shapes[drafter] = await self._shapes_of(drafter)
                     self._sight.facts[digest] = await self._facts_of(digest)
                 except PyAgentError as error:
                     logger.debug("what nodes could take of %s is unknown: %s", digest[:12], error)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pyagent_node.base.mesh import PeerInfo
-from pyagent_node.base.types import Digest, PeerId, Placement
+from pyagent_node.base.types import Digest, Drafting, PeerId, Placement
 from pyagent_node.consensus.port import ClusterState
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.node.detector import PAUSE_SECONDS, Detector
@@ -115,6 +115,9 @@ def outlook_of(
     named = {
         peer for rank in placement.ranks for peer in (rank.peer_id, *rank.standbys, *rank.spares)
     }
+    drafting = placement.drafting
+    if drafting is not None and drafting.peer_id is not None:
+        named.add(drafting.peer_id)
     present = {peer.peer_id for peer in peers if peer.role != "client"} | {sight.me}
     members = state.members.values()
     expelled = frozenset(
@@ -146,8 +149,15 @@ def outlook_of(
         spares=state.settings.get("spares", 0),
         facts=sight.facts.get(placement.model),
         shape=sight.shapes.get(placement.model),
+        drafter=_drafter_shape(drafting, sight),
         settled=placement.model not in state.prepared and sight.settled(placement, now),
     )
+
+
+def _drafter_shape(drafting: Drafting | None, sight: Sight) -> ModelShape | None:
+    if drafting is None or drafting.drafter is None:
+        return None
+    return sight.shapes.get(drafting.drafter)
 
 
 def _out_of_my_reach(

@@ -151,6 +151,7 @@ class PlacementBoard:
             speculation=drafting.speculation,
             draft_length=drafting.length,
             draft_depth=drafting.depth,
+            draft_tree=drafting.tree,
             drafter=drafter_view(placement, _drafter_of(placement, reports), model, name),
             prepared=prepared_view(state.prepared.get(placement.model), reports, name),
             fixed=placement.fixed,

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pyagent_node.base.errors import Unavailable
 from pyagent_node.base.types import PeerId, Placement, Rank
 from pyagent_node.consensus.commands import (
     DropPrepared,
@@ -27,6 +28,7 @@ from pyagent_node.consensus.commands import (
 from pyagent_node.inference.pipeline.plan_types import MEMORY_SHARE, ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.detector import Health
+from pyagent_node.node.guessing import choose_drafter_node
 from pyagent_node.node.placement_messages import RankReport, ReserveReport
 
 MAX_STREAK: Final = 3
@@ -52,7 +54,8 @@ class Outlook(msgspec.Struct, frozen=True):
     the placement's parts: by rank, and by (node, rank).  ``not_ready`` says for how many seconds a
     rank has not been ready, ``dead_for`` for how long a node was silent, and ``cut`` since how
     many seconds a node cannot reach another one.  ``facts`` and ``shape`` are ``None`` as long as
-    they are not known; then only what is there already is used.  ``settled`` says that nothing
+    they are not known; then only what is there already is used.  ``drafter`` is the shape of the
+    model that drafts.  ``settled`` says that nothing
     changed for :data:`SETTLE_SECONDS`.
     """
 
@@ -69,6 +72,7 @@ class Outlook(msgspec.Struct, frozen=True):
     spares: int = 0
     facts: Mapping[PeerId, NodeFacts] | None = None
     shape: ModelShape | None = None
+    drafter: ModelShape | None = None
     settled: bool = True
 
 
@@ -110,23 +114,62 @@ def heal(placement: Placement, outlook: Outlook) -> Healing:
             return Healing(command, tuple(reasons), tuple(problems))
     if any(not trouble.patient for trouble in troubles.values()):
         return Healing(None, (), tuple(problems))
-    return _undraft(placement, outlook, problems) or _reserve(
+    return _redraft(placement, outlook, problems) or _reserve(
         placement, outlook, frozenset(troubles), problems
     )
 
 
-def _undraft(placement: Placement, outlook: Outlook, problems: list[str]) -> Healing | None:
-    """Take the drafter rank from a node that shall have nothing; answers do without.
+def _redraft(placement: Placement, outlook: Outlook, problems: list[str]) -> Healing | None:
+    """Give the drafter rank of a node that is gone, or shall have nothing, to another one.
 
-    One whose node is only away stays: it goes on when that is back.
+    Where no other has room, answers do without; a node that is only away keeps the rank then, and
+    goes on when it is back.
     """
     drafting = placement.drafting
-    if drafting is None or drafting.peer_id not in outlook.expelled | outlook.draining:
+    peer = drafting.peer_id if drafting is not None else None
+    if drafting is None or peer is None:
         return None
-    rest = msgspec.structs.replace(drafting, drafter=None, peer_id=None)
-    command = SetDrafting(placement.model, rest, placement.epoch)
-    reason = f"{drafting.peer_id} drafts no more: it leaves, or was asked to give its work away"
+    leaves = peer in outlook.expelled | outlook.draining
+    lost = outlook.health.get(peer) == "dead"
+    lost = lost and outlook.dead_for.get(peer, 0.0) >= RESERVE_LOST_SECONDS
+    chosen = _drafter_node(placement, peer, outlook) if leaves or lost else None
+    if chosen is not None:
+        moved = msgspec.structs.replace(drafting, peer_id=chosen)
+        reason = (
+            f"the drafter moves to {chosen}: {'its node leaves' if leaves else 'its node is gone'}"
+        )
+    elif leaves:
+        moved = msgspec.structs.replace(drafting, drafter=None, peer_id=None)
+        reason = f"{peer} drafts no more: it leaves, or was asked to give its work away"
+    else:
+        return None
+    command = SetDrafting(placement.model, moved, placement.epoch)
     return Healing(command, (reason,), tuple(problems))
+
+
+def _drafter_node(placement: Placement, before: PeerId, outlook: Outlook) -> PeerId | None:
+    """Return the node that guesses soonest for the first rank's, of those that have room."""
+    shape, facts = outlook.drafter, outlook.facts
+    if shape is None or facts is None or not outlook.settled:
+        return None
+    able = [
+        node
+        for peer, node in sorted(facts.items())
+        if peer != before and peer in outlook.good and outlook.health.get(peer) == "alive"
+    ]
+    taken = _pending(placement, outlook, outlook.shape) if outlook.shape is not None else {}
+    try:
+        return choose_drafter_node(
+            shape,
+            able,
+            {},
+            head=placement.ranks[0].peer_id,
+            n_ctx=placement.n_ctx,
+            n_seq=placement.n_seq,
+            taken=taken,
+        ).peer_id
+    except Unavailable:
+        return None
 
 
 # ---- what is wrong -------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def by_placement(
 ) -> GenerationRequest:
     """Return a request that does not say who guesses as its model's loading says, or the node.
 
-    ``names`` are the drafters that there are; length and depth of the loading hold where the
-    request has none.
+    ``names`` are the drafters that there are; length, depth and tree of the loading hold where
+    the request has none.
     """
     said = drafting.speculation if drafting is not None else None
     if drafting is None or said is None:
@@ -48,6 +48,7 @@ def by_placement(
         speculation=said if there else AUTO_SPECULATION,
         draft_length=drafting.length if length is None else length,
         draft_depth=drafting.depth if depth is None else depth,
+        draft_tree=drafting.tree if request.draft_tree is None else request.draft_tree,
     )
 
 

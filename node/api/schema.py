@@ -122,9 +122,9 @@ class PreparedView(msgspec.Struct, frozen=True, kw_only=True):
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     """A placed model; ``ready`` when every rank is.
 
-    ``speculation``, ``draft_length`` and ``draft_depth`` hold for requests that do not say; where
-    they are ``None``, the setting of the node that is asked.  ``prepared`` is what is to follow
-    while a change is under way.  ``fixed``: a person chose the cut or the nodes.
+    ``speculation``, ``draft_length``, ``draft_depth`` and ``draft_tree`` hold for requests that do
+    not say; where they are ``None``, the setting of the node that is asked.  ``prepared`` is what
+    is to follow while a change is under way.  ``fixed``: a person chose the cut or the nodes.
     """
 
     model: Digest
@@ -137,6 +137,7 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
     drafter: DrafterView | None = None
     prepared: PreparedView | None = None
     fixed: bool = False
@@ -235,9 +236,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     mesh's settings say it otherwise.
 
     ``speculation`` (``auto``, ``none``, a drafter's name, or ``default``: each node's own setting),
-    ``draft_length`` and ``draft_depth`` hold for requests that do not say.  ``drafter`` is a model
-    of the same vocabulary that guesses on a node of its own, as ``NAME`` or ``NAME@NODE``; ``none``
-    takes it away.
+    ``draft_length``, ``draft_depth`` and ``draft_tree`` hold for requests that do not say.
+    ``drafter`` is a model of the same vocabulary that guesses on a node of its own, as ``NAME`` or
+    ``NAME@NODE``; ``none`` takes it away.
     """
 
     model: str
@@ -251,6 +252,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     speculation: str | None = None
     draft_length: int | None = None
     draft_depth: int | None = None
+    draft_tree: bool | None = None
     drafter: str | None = None
 
 

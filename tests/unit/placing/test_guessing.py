@@ -107,6 +107,9 @@ def test_what_there_is_passes() -> None:
         ),
         ({"drafter": "none"}, Drafting("auto", None, None, *RANK), None, Drafting("auto")),
         ({"drafter": "none"}, Drafting(None, None, None, *RANK), None, None),
+        ({"draft_tree": True}, Drafting("auto", 3), None, Drafting("auto", 3, tree=True)),
+        ({"draft_length": 5}, Drafting("x", 3, tree=True), None, Drafting("x", 5, tree=True)),
+        ({"speculation": "x"}, Drafting("auto", 3, tree=True), None, Drafting("x")),
     ],
 )
 def test_what_is_not_said_stays(

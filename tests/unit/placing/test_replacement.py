@@ -261,6 +261,30 @@ def test_own_numbers_of_a_placement_count_more_than_the_meshs() -> None:
     assert [len(p) for p in command.spares] == [2, 2, 2]
 
 
+def test_a_drafter_moves_from_a_node_that_is_gone_or_leaves() -> None:
+    drafting = Drafting("auto", 4, None, MODEL, D)
+    placed = msgspec.structs.replace(placement(A, B, C), drafting=drafting)
+    quiet = {"standbys": 0, "spares": 0, "drafter": SHAPE}
+    assert heal(placed, outlook(placed, **quiet)).command is None
+    away = outlook(placed, "D", dead_for={D: RESERVE_LOST_SECONDS - 1}, **quiet)
+    assert heal(placed, away).command is None
+    gone = outlook(placed, "D", dead_for={D: RESERVE_LOST_SECONDS}, **quiet)
+    leaves = outlook(placed, draining=frozenset({D}), good=frozenset({A, B, C, F}), **quiet)
+    whole = SHAPE.needs(Slice(0, 10, head=True), n_ctx=8, n_seq=1)
+    known = facts(A, B, C, E, memory=whole) | facts(F, memory=2 * whole)
+    for seen in (gone, leaves):
+        command = heal(placed, msgspec.structs.replace(seen, facts=known)).command
+        assert command == SetDrafting(
+            MODEL, Drafting("auto", 4, None, MODEL, F), placed.epoch
+        )  # the only one with room
+        check_command(command)
+    full = msgspec.structs.replace(gone, facts=facts(A, B, C, E, F, memory=whole))
+    assert heal(placed, full).command is None  # it goes on when its node is back
+    full = msgspec.structs.replace(leaves, facts=facts(A, B, C, F, memory=whole))
+    command = heal(placed, full).command
+    assert command == SetDrafting(MODEL, Drafting("auto", 4), placed.epoch)
+
+
 def test_a_drafter_leaves_only_a_node_that_shall_have_nothing() -> None:
     drafting = Drafting("auto", 4, None, MODEL, D)
     placed = msgspec.structs.replace(placement(A, B, C), drafting=drafting)
