@@ -29,6 +29,10 @@ log = logging.getLogger("pyagent_node.context")
 
 TELL_SECONDS: Final = 5.0
 """Longest time for a peer to take a new record; it finds out by itself if it did not."""
+AT_ONCE: Final = 8
+"""Peers that are looked at each time; the others come next."""
+IDLE_SECONDS: Final = 1.0
+"""How often a node looks whether there are contexts at all."""
 MAX_ROUNDS: Final = 10_000
 """Replies with records that one look at a peer may take."""
 
@@ -63,6 +67,7 @@ class RecordSync:
         self._reach = reach
         self._seconds = seconds
         self._looking: set[PeerId] = set()
+        self._idle = True
         self._uses: dict[ContextId, dict[str, int]] = {}
 
     async def run(self) -> None:
@@ -70,15 +75,26 @@ class RecordSync:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow, nursery)
             nursery.start_soon(self._share_uses)
+            after = self._reach.here
             while True:
-                await trio.sleep(self._seconds)
-                for peer in sorted(self._reach.present() - {self._reach.here}):
+                if not self._consensus.state.contexts:
+                    self._idle = True
+                    await trio.sleep(IDLE_SECONDS)
+                    continue
+                others = sorted(self._reach.present() - {self._reach.here})
+                if not self._idle:  # those whose turn it is
+                    others = [p for p in others if p > after] + [p for p in others if p <= after]
+                    others = others[:AT_ONCE]
+                self._idle = False
+                for peer in others:
                     nursery.start_soon(self.look, peer)
+                after = others[-1] if others else self._reach.here
+                await trio.sleep(self._seconds)
 
     async def _follow(self, nursery: trio.Nursery) -> None:
         async with self._mesh.events() as events:
             async for event in events:
-                if event.change == "up":
+                if event.change == "up" and self._consensus.state.contexts:
                     nursery.start_soon(self.look, event.peer_id)
                     nursery.start_soon(self._tell_all_uses, event.peer_id)
 

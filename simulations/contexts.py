@@ -29,7 +29,6 @@ from pyagent_node.sharding.context.records import (
     DocumentRecord,
     Version,
     decode_record,
-    record_digest,
 )
 from pyagent_node.sharding.context.sketches import SketchModel
 from pyagent_node.simulations.kv import at_once
@@ -65,9 +64,9 @@ class MemoryContextStore:
 
     async def merge(self, records: Sequence[bytes]) -> int:
         """See ``ContextStore``."""
-        decoded = [(decode_record(data), record_digest(data)) for data in records]
+        decoded = [(decode_record(data), bytes(data)) for data in records]
         await trio.lowlevel.checkpoint()
-        return sum(self.catalog(record.context).merge(record, at) for record, at in decoded)
+        return sum(self.catalog(record.context).merge(record, data) for record, data in decoded)
 
     async def put_bodies(self, bodies: Sequence[ChunkBody]) -> None:
         """See ``ContextStore``."""

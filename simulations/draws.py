@@ -205,6 +205,9 @@ _CLOCKS: Final = (_clock_jump, _clock_drift)
 _DISKS: Final = (_crash, _slow_disk, _full_disk)
 _OPERATORS: Final = (_move_leader, _replace, _reshard, _draft, _drain, _join, _depart)
 
+CONTEXTS: Final = "contexts"
+"""In this mix documents are added to a context, and asked for, besides everything else."""
+
 MIXES: Final[Mapping[str, tuple[Draw, ...]]] = {
     "none": (),
     "network": _NETWORK,
@@ -214,6 +217,10 @@ MIXES: Final[Mapping[str, tuple[Draw, ...]]] = {
     "operators": _OPERATORS,
     "churn": (_join, _depart, _depart, _churn_leaders, _hit_leader, _drain, _crash),
     "evil": (_evil,),
+    CONTEXTS: (
+        *(_crash, _crash, _crash, _blackout, _pause, _hit_leader),
+        *(_partition, _one_way, _flap, _join, _drain, _evil),
+    ),
     "standard": (
         *_NETWORK,
         *_NODES,

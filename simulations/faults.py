@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.simulations.draws import BETWEEN_TWO, MIXES, N_LAYERS
+from pyagent_node.simulations.draws import BETWEEN_TWO, CONTEXTS, MIXES, N_LAYERS
 from pyagent_node.simulations.fault_kinds import Fault, Leave, Replace, Reshard, Revoke
 
 MAX_FAULTS: Final = 4096
@@ -33,6 +33,8 @@ class Schedule(msgspec.Struct, frozen=True):
     nodes: int
     duration: float
     faults: tuple[Fault, ...]
+    contexts: bool = False
+    """Whether somebody adds documents to a context meanwhile, and asks for them."""
 
     @property
     def end(self) -> float:
@@ -63,7 +65,8 @@ def draw_schedule(seed: int, *, nodes: int, duration: float, mix: str = "standar
         if round(at, 3) >= duration:
             break
         faults.append(rng.choice(kinds)(rng, round(at, 3), nodes))
-    return check_schedule(Schedule(nodes, duration, tuple(_bearable(faults, nodes))))
+    bearable = tuple(_bearable(faults, nodes))
+    return check_schedule(Schedule(nodes, duration, bearable, mix == CONTEXTS))
 
 
 def most_departures(nodes: int) -> int:

@@ -19,6 +19,7 @@ from pyagent_node.simulations.faults import Schedule
 from pyagent_node.simulations.injector import Injector
 from pyagent_node.simulations.invariants import Invariant, all_invariants
 from pyagent_node.simulations.invariants.secrets import NoSecrets
+from pyagent_node.simulations.librarian import Librarian
 from pyagent_node.simulations.observer import Observer
 from pyagent_node.simulations.swarm import HEAL_SECONDS, Swarm, open_swarm
 from pyagent_node.simulations.trace import Event, Trace
@@ -170,6 +171,8 @@ class Run:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(injector.keep_running)
             nursery.start_soon(self._ask, swarm)
+            if swarm.librarian is not None:
+                nursery.start_soon(swarm.librarian.run)
             await injector.run(self.schedule)
             nursery.cancel_scope.cancel()
         swarm.trace.add(None, "phase", "everything is mended")
@@ -181,6 +184,10 @@ class Run:
         await swarm.form(self.schedule.nodes)
         clerk = Clerk(swarm, random.Random(swarm.rng.random()))  # noqa: S311 - must repeat itself
         swarm.nursery.start_soon(clerk.run)
+        if self.schedule.contexts:
+            books = random.Random(f"librarian {self.seed}")  # noqa: S311 - must repeat itself
+            swarm.librarian = Librarian(swarm, books)
+            await swarm.librarian.open()
 
     async def _ask(self, swarm: Swarm) -> None:
         while True:
@@ -193,6 +200,8 @@ class Run:
             while list(_wrong(self._invariants, swarm)):  # noqa: ASYNC110 - of many nodes
                 await trio.sleep(1.0)
             await ask_last(swarm)
+            if swarm.librarian is not None:
+                await swarm.librarian.ask_last()
             await trio.sleep(CALM_SECONDS)
         for name, detail in list(_wrong(self._invariants, swarm)):
             swarm.violation(name, detail)

@@ -28,6 +28,7 @@ from pyagent_node.consensus.state import is_member
 from pyagent_node.node.nurseries import background
 from pyagent_node.simulations.draws import N_LAYERS
 from pyagent_node.simulations.guessers import DRAFT_RECORD
+from pyagent_node.simulations.librarian import Librarian
 from pyagent_node.simulations.machine import Machine
 from pyagent_node.simulations.members import certificate_of
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
@@ -67,6 +68,7 @@ class Swarm:
         self.trace = trace
         self.machines: list[Machine] = []
         self.people: list[Person] = []
+        self.librarian: Librarian | None = None
         self.violations: list[Violation] = []
         self._dialling: set[tuple[int, int]] = set()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyagent_node.simulations.invariants.bounded import Bounded
 from pyagent_node.simulations.invariants.committed import CommittedNeverChanges
+from pyagent_node.simulations.invariants.contexts import ContextsStay
 from pyagent_node.simulations.invariants.durable import AppliedStays
 from pyagent_node.simulations.invariants.epochs import (
     OnePlacementAnEpoch,
@@ -48,5 +49,6 @@ def all_invariants() -> list[Invariant]:
         GuessersAreTold(),
         RunnersAreAsked(),
         NoSecrets(),
+        ContextsStay(),
         Restored(),
     ]

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from . import guess_bugs, kv_bugs, log_bugs, placement_bugs, reshard_bugs, session_bugs
+from . import (
+    context_bugs,
+    guess_bugs,
+    kv_bugs,
+    log_bugs,
+    placement_bugs,
+    reshard_bugs,
+    session_bugs,
+)
 
 BUGS = (
     *log_bugs.BUGS,
@@ -11,4 +19,5 @@ BUGS = (
     *session_bugs.BUGS,
     *guess_bugs.BUGS,
     *kv_bugs.BUGS,
+    *context_bugs.BUGS,
 )
