@@ -242,6 +242,7 @@ class ContextService:
         """See ``ContextMesh``."""
         uses = dict.fromkeys(sources, now)
         if self.store.catalog(context).use(uses):
+            await self.store.use(context, uses)
             self.sync.used(context, uses)
 
     # ---- parts -------------------------------------------------------------------------------

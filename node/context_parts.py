@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from pyagent_node.base.mesh import Mesh
+from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_encoder import EncoderSource
-from pyagent_node.node.context_local import LocalContexts
+from pyagent_node.node.context_mesh import ContextService, Pace, open_contexts
 from pyagent_node.node.context_store import SqliteContextStore, open_context_store
 from pyagent_node.node.contexts import Contexts
+from pyagent_node.sharding.context.defaults import default_model
+from pyagent_node.sharding.context.sketches import SketchModel
 
 
 class NodeContexts(NamedTuple):
     """The contexts of a node: what the API asks, and what lies behind it."""
 
     service: Contexts
-    mesh: LocalContexts
+    mesh: ContextService
     store: SqliteContextStore
 
 
 @asynccontextmanager
 async def open_node_contexts(
-    mesh: Mesh, folder: Path, encoder: EncoderSource, *, limit_bytes: int
+    mesh: Mesh,
+    consensus: Consensus,
+    folder: Path,
+    encoder: EncoderSource,
+    *,
+    limit_bytes: int,
+    bytes_per_second: int,
 ) -> AsyncIterator[NodeContexts]:
-    """Run the contexts of a node while the context lasts."""
-    async with open_context_store(folder, limit_bytes=limit_bytes) as store:
-        local = LocalContexts(mesh.peer_id, store, clock=time.time)
-        yield NodeContexts(Contexts(local, encoder, held=store.held), local, store)
+    """Run the contexts of a node, kept in ``folder``, while the block lasts.
+
+    At most ``limit_bytes`` of bodies are kept here, and at most ``bytes_per_second`` of them move
+    in the background.  Raises what opening the store does.
+    """
+    pace = Pace(bytes_per_second=bytes_per_second)
+    async with (
+        open_context_store(folder, limit_bytes=limit_bytes) as store,
+        open_contexts(mesh, consensus, store, models=_model, pace=pace) as together,
+    ):
+        service = Contexts(together, encoder, held=store.held)
+        yield NodeContexts(service, together, store)
+
+
+def _model(identity: str, dimensions: int) -> SketchModel:
+    return default_model(identity, dimensions).model

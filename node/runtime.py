@@ -146,9 +146,11 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
         ) as kv,
         open_node_contexts(
             mesh,
+            consensus,
             home.contexts_dir(profile.mesh_id),
             MiniLmSource(store, threads=settings.threads),
             limit_bytes=settings.context_disk_bytes,
+            bytes_per_second=settings.context_bytes_per_second,
         ) as contexts,
         open_pipeline(
             mesh,
