@@ -50,6 +50,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("context", "context", "Keep documents and find what a question needs in them."),
             ("generate", "generate", "Answer one prompt."),
             ("chat", "chat", "Talk to a model."),
+            ("ask", "ask_context", "Answer a question from a context, with its sources."),
         ),
     ),
     (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 import msgspec
 
 from pyagent_node.base.types import Digest, Placement, SessionId
-from pyagent_node.inference.kv.chunks import JoinPlan
+from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.sampling import SamplingParams
 
 MAX_STOP_STRINGS = 16
@@ -226,5 +226,9 @@ class Engine(Protocol):
         ...
 
     async def tokenize(self, model: str, text: str) -> list[int]:
-        """Return the tokens of ``text`` without any added ones."""
+        """Return the tokens of ``text`` without any added ones; none is read as a control token."""
+        ...
+
+    async def chat(self, model: str, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the tokens of a conversation in the model's template, ready for the answer."""
         ...

@@ -23,6 +23,7 @@ import msgspec
 from pyagent_node.base.errors import error_from_info
 from pyagent_node.base.types import Placement
 from pyagent_node.inference.generation import ChatMessage, SpeculationUsage
+from pyagent_node.node.api.citations import Citation
 from pyagent_node.node.api.placement_schema import (
     DrainReply,
     DrainRequest,
@@ -67,6 +68,14 @@ if TYPE_CHECKING:
     from pyagent_node.node.home import DaemonState, Home
 
 
+class ContextChoice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """From which context to answer, by how many chunks; ``exact``: nothing of them is joined."""
+
+    name: str
+    count: int | None = None
+    exact: bool | None = None
+
+
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One generation.  Exactly one of ``messages`` and ``prompt``; ``None`` is the API's default.
 
@@ -94,6 +103,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draft_tree: bool | None = None
     cache_salt: str | None = None
     prompt_cache: bool | None = None
+    context: ContextChoice | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -115,7 +125,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     the first over the time after the first, measured in the daemon.  ``failovers`` counts how often
     the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
     ``stall_seconds`` is the longest pause between two tokens.  ``speculation`` says what guessing
-    came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed.
+    came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed,
+    the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists.
     """
 
     text: str
@@ -133,6 +144,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     stall_seconds: float = 0.0
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
+    joined_tokens: int = 0
+    citations: tuple[Citation, ...] = ()
 
 
 class LoadedCard(msgspec.Struct, frozen=True):
@@ -176,6 +189,7 @@ class _Details(msgspec.Struct, frozen=True):
 
 class _PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
+    joined_tokens: int = 0
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -189,6 +203,7 @@ class _Chunk(msgspec.Struct, frozen=True):
     usage: _Usage | None = None
     pyagent: _Details | None = None
     error: ApiFailure | None = None
+    citations: tuple[Citation, ...] = ()
 
 
 class Client:
@@ -349,6 +364,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
     reason = ""
     details: _Details | None = None
     usage: _Usage | None = None
+    citations: tuple[Citation, ...] = ()
     done = False
     for line in lines:
         data = line.removeprefix("data: ")
@@ -365,6 +381,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
             tokens += choice.token_ids
             if text or choice.token_ids:
                 yield Piece(text, choice.token_ids, choice.step_seconds, choice.compute_seconds)
+        citations = chunk.citations or citations
         usage = chunk.usage or usage
         details = chunk.pyagent or details
     if details is None or usage is None:
@@ -387,6 +404,8 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
         stall_seconds=details.stall_seconds,
         speculation=details.speculation,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
+        joined_tokens=usage.prompt_tokens_details.joined_tokens,
+        citations=citations,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -12,6 +12,7 @@ from pyagent_node.base.errors import InvalidRequest, LimitExceeded, NotFound, Py
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.generation import (
     NO_SPECULATION,
+    ChatMessage,
     Finished,
     Generated,
     GenerationEvent,
@@ -91,6 +92,13 @@ class WordEngine:
     async def tokenize(self, model: str, text: str) -> list[int]:
         """Return one number a word."""
         return [len(word) for word in text.split()]
+
+    async def chat(self, model: str, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return a number for each role, those of the words, and one at the end."""
+        tokens: list[int] = []
+        for message in messages:
+            tokens += [90 + len(message.role), *await self.tokenize(model, message.content)]
+        return [*tokens, 99]
 
     def prompt_length(self, request: GenerationRequest) -> int:
         """Return the words (or tokens) of the prompt."""

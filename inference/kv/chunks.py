@@ -18,49 +18,22 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Final, cast
 
-import msgspec
 import numpy as np
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import Digest
 from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
+from pyagent_node.inference.kv.pieces import MAX_PIECE, MAX_PIECES, MAX_SKIP, Piece
 from pyagent_node.native import blake3
 from pyagent_node.sharding.kv_codec import KvShape, moved
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, cache_root
 
-MAX_PIECES: Final = 64
-"""The most pieces of one prompt."""
-MAX_PIECE: Final = 4096
-"""The most tokens of a piece."""
-SKIP_TOKENS: Final = 16
-"""Tokens at the beginning of a piece that a session computes itself by default."""
-MAX_SKIP: Final = 512
-
 _DOMAIN: Final = b"pyagent-node chunk root 1\0"
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The tokens ``[start, stop)`` of a prompt."""
-
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> int:
-        """How many it has."""
-        return self.stop - self.start
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks its KV has, with the padding."""
-        return -(-self.tokens // BLOCK_TOKENS)
-
-
-class JoinPlan(msgspec.Struct, frozen=True):
-    """The ``pieces`` of a prompt, in order; see the module for ``skip``."""
-
-    pieces: tuple[Piece, ...]
-    skip: int = SKIP_TOKENS
+def blocks_of(piece: Piece) -> int:
+    """Return how many blocks the KV of a piece has, with the padding."""
+    return -(-piece.tokens // BLOCK_TOKENS)
 
 
 def check_pieces(pieces: tuple[Piece, ...], skip: int, prompt_tokens: int) -> None:
@@ -93,7 +66,7 @@ def alone(prompt: Tokens, piece: Piece) -> Tokens:
     The padding comes last, so what is computed of the piece knows nothing of it.
     """
     own = prompt[piece.start : piece.stop]
-    rest = np.full(piece.blocks * BLOCK_TOKENS - len(own), own[-1], np.int32)
+    rest = np.full(blocks_of(piece) * BLOCK_TOKENS - len(own), own[-1], np.int32)
     return cast("Tokens", np.concatenate([own, rest]))
 
 
@@ -102,7 +75,7 @@ def split_alone(tokens: Tokens, pieces: tuple[Piece, ...]) -> Iterator[Tokens]:
 
     Raises :class:`CorruptData` (``malformed_join``) where there are more or fewer.
     """
-    sizes = [piece.blocks * BLOCK_TOKENS for piece in pieces]
+    sizes = [blocks_of(piece) * BLOCK_TOKENS for piece in pieces]
     if sum(sizes) != len(tokens):
         raise CorruptData(
             f"{len(tokens)} tokens came for pieces of {sum(sizes)}.", code="malformed_join"

@@ -26,7 +26,7 @@ import numpy as np
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
-from pyagent_node.inference.kv.chunks import JoinPlan
+from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route, came_true
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -15,6 +15,7 @@ from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, erro
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.generation import (
+    ChatMessage,
     GenerationEvent,
     GenerationRequest,
     LoadedModel,
@@ -169,6 +170,10 @@ class PipelineEngine:
         return await self._offers.find(model).tokenizer.tokenize(
             text, add_special=False, parse_special=False
         )
+
+    async def chat(self, model: str, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the tokens of a conversation in the model's template."""
+        return await self._offers.find(model).tokenizer.chat(messages)
 
     @asynccontextmanager
     async def generate(

@@ -50,7 +50,7 @@ from pyagent_node.base.errors import CorruptData, ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
-from pyagent_node.inference.kv.chunks import Piece
+from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS

@@ -35,7 +35,7 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.kv.chunks import JoinPlan
+from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route

@@ -13,7 +13,8 @@ import numpy as np
 
 from pyagent_node.base.types import PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
-from pyagent_node.inference.kv.chunks import JoinPlan, alone
+from pyagent_node.inference.kv.chunks import alone
+from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.frames import Join, Joined, pack_tail
 from pyagent_node.inference.pipeline.restoring import bad_result

@@ -15,7 +15,8 @@ import msgspec
 from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.base.types import SessionId
 from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
-from pyagent_node.inference.kv.chunks import Piece, check_pieces, movable, split_alone
+from pyagent_node.inference.kv.chunks import blocks_of, check_pieces, movable, split_alone
+from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.inference.kv.port import Wanted
 from pyagent_node.inference.kv.ranges import joined, part_of
 from pyagent_node.inference.pipeline.frames import (
@@ -159,7 +160,7 @@ class StageJoins:
             if kv.codec != self._cells or (kv.start, kv.stop) != span or layers != names:
                 self.refused += 1
                 return None
-        if len(blocks) < piece.blocks:
+        if len(blocks) < blocks_of(piece):
             return None
         return part_of(joined(blocks), load.message.skip, piece.tokens)
 

@@ -24,6 +24,8 @@ from pyagent_node.inference.generation import (
     LoadedModel,
 )
 from pyagent_node.node.api.choices import run_choices
+from pyagent_node.node.api.citations import Citation
+from pyagent_node.node.api.context_chat import ground
 from pyagent_node.node.api.errors import as_pyagent_error, too_busy
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, Work
 from pyagent_node.node.api.labels import make_labels, read_label
@@ -196,12 +198,21 @@ class _Generations:
         identity, created = options.random_bits(128), int(options.now())
         labels = make_labels(shape, fingerprint(model), identity, created)
         sessions = [self._services.live.new_id() for _ in labels]
-        requests = [
+        requests: Sequence[GenerationRequest] = [
             msgspec.structs.replace(request, session=session, label=label)
             for request, session, label in zip(plan.requests, sessions, labels, strict=True)
         ]
         with self._counting(model.name, plan):
-            writer = Writer(shape, fingerprint(model), identity, created)
+            citations: tuple[Citation, ...] | None = None
+            if plan.context is not None:
+                requests, citations = await ground(
+                    requests,
+                    plan.context,
+                    engine=engine,
+                    model=model,
+                    contexts=self._services.contexts,
+                )
+            writer = Writer(shape, fingerprint(model), identity, created, citations)
             answer = _Answer(sender, writer, sessions)
             await self._generate(plan, requests, answer, model.name)
 
@@ -244,7 +255,7 @@ class _Generations:
             raise
 
     async def _generate(
-        self, plan: Plan, requests: list[GenerationRequest], answer: _Answer, model: str
+        self, plan: Plan, requests: Sequence[GenerationRequest], answer: _Answer, model: str
     ) -> None:
         metrics = self._services.telemetry.generation
         start = partial(self._services.live.generate, resume_seconds=plan.resume_seconds)

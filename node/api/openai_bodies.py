@@ -63,6 +63,14 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache: bool | None = None
 
 
+class ContextBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From which context to answer: ours."""
+
+    name: str
+    count: int | None = None
+    exact: bool | None = None
+
+
 class ChatBody(CommonBody, frozen=True, kw_only=True):
     """The body of ``POST /v1/chat/completions``."""
 
@@ -78,6 +86,7 @@ class ChatBody(CommonBody, frozen=True, kw_only=True):
     audio: object = None
     prediction: object = None
     web_search_options: object = None
+    context: ContextBody | None = None
 
 
 class CompletionBody(CommonBody, frozen=True, kw_only=True):

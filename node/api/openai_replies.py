@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from pyagent_node.inference.generation import Finished, Generated, LoadedModel, TopLogprob
+from pyagent_node.node.api.citations import Citation
 from pyagent_node.node.api.openai_requests import Shape
 
 Json = dict[str, object]
@@ -162,12 +163,21 @@ class Writer:
     """Builds the replies to one request.
 
     ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time,
-    ``fingerprint`` what :func:`fingerprint` gives.  Chunks
+    ``fingerprint`` what :func:`fingerprint` gives, ``citations`` the chunks of a context that the
+    answer is drawn from: they stand in the whole answer, and in the first chunk of a stream.  Chunks
     say in ``token_count`` how many tokens of their choice there were so far, themselves included:
     from there a client asks for the rest if it loses the stream.
     """
 
-    def __init__(self, shape: Shape, fingerprint: str, identity: int, created: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        fingerprint: str,
+        identity: int,
+        created: int,
+        citations: Sequence[Citation] | None = None,
+    ) -> None:
+        self._citations = citations
         self._shape = shape
         self._style: Style = ChatStyle() if shape.kind == "chat" else CompletionStyle()
         self._choices = [Choice() for _ in range(shape.choices)]
@@ -182,8 +192,11 @@ class Writer:
         if fields is None:
             return []
         return [
-            self._chunk([{"index": i, **fields, "logprobs": None, "finish_reason": None}])
-            for i in (range(len(self._choices)) if only is None else (only,))
+            self._chunk(
+                [{"index": i, **fields, "logprobs": None, "finish_reason": None}],
+                citations=self._citations if not number else None,
+            )
+            for number, i in enumerate(range(len(self._choices)) if only is None else (only,))
         ]
 
     def skip(self, index: int, event: Generated | Finished) -> None:
@@ -251,6 +264,8 @@ class Writer:
             choices.append(body)
         reply = self._envelope(self._style.whole_object, choices)
         reply["usage"] = self._usage()
+        if self._citations is not None:
+            reply["citations"] = self._citations
         if self._shape.token_ids:
             assert self._choices[0].finished is not None
             reply["pyagent"] = self._details(self._choices[0].finished)
@@ -269,6 +284,11 @@ class Writer:
                 "cached_tokens": sum(usage.cached_tokens for usage in ended[::each])
             },
         }
+        if self._citations is not None:
+            body["prompt_tokens_details"] = {
+                "cached_tokens": sum(usage.cached_tokens for usage in ended[::each]),
+                "joined_tokens": sum(usage.joined_tokens for usage in ended[::each]),
+            }
         guesses = [usage.speculation for usage in ended if usage.speculation is not None]
         if guesses:
             accepted = sum(each.accepted for each in guesses)
@@ -279,11 +299,17 @@ class Writer:
         return body
 
     def _chunk(
-        self, choices: list[Json], usage: Json | None = None, finished: Finished | None = None
+        self,
+        choices: list[Json],
+        usage: Json | None = None,
+        finished: Finished | None = None,
+        citations: Sequence[Citation] | None = None,
     ) -> bytes:
         reply = self._envelope(self._style.chunk_object, choices)
         if self._shape.include_usage:
             reply["usage"] = usage
+        if citations is not None:
+            reply["citations"] = citations
         if finished is not None and self._shape.token_ids:
             reply["pyagent"] = self._details(finished)
         return b"data: " + msgspec.json.encode(reply) + b"\n\n"

@@ -9,8 +9,9 @@ Besides OpenAI's own fields these are understood: ``top_k``, ``min_p``, ``repeti
 ``pyagent`` object with the placement and the times of the first choice to the end of the answer),
 ``resume_seconds`` (how long the answer goes on without its client, who may come back for it),
 ``speculation`` with ``draft_length``, ``draft_depth`` and ``draft_tree`` (who guesses tokens ahead,
-how many and in what shape; see ``GenerationRequest``), and ``prompt_cache`` with ``cache_salt``
-(whether KV of the prompt is kept and reused, and among whom).
+how many and in what shape; see ``GenerationRequest``), ``prompt_cache`` with ``cache_salt``
+(whether KV of the prompt is kept and reused, and among whom), and, in chats, ``context`` (from
+which context to answer: its ``name``, the ``count`` of chunks, and ``exact``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from pyagent_node.base.contexts import check_context_name
 from pyagent_node.base.errors import InvalidRequest, Unsupported
 from pyagent_node.inference.generation import (
     MAX_STOP_LENGTH,
@@ -29,8 +31,15 @@ from pyagent_node.inference.generation import (
     GenerationRequest,
 )
 from pyagent_node.inference.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from pyagent_node.node.api.context_chat import DEFAULT_CHUNKS, MAX_CHUNKS, ContextAsk
 from pyagent_node.node.api.errors import decode_body
-from pyagent_node.node.api.openai_bodies import ChatBody, CommonBody, CompletionBody, Message
+from pyagent_node.node.api.openai_bodies import (
+    ChatBody,
+    CommonBody,
+    CompletionBody,
+    ContextBody,
+    Message,
+)
 from pyagent_node.sharding.kv_keys import MAX_SALT
 
 MAX_CHOICES: Final = 8
@@ -62,12 +71,14 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(Shape, frozen=True, kw_only=True):
     """A checked request: ``requests[i]`` answers choice ``i``.
 
-    ``resume_seconds`` is how long the answer goes on without its client.
+    ``resume_seconds`` is how long the answer goes on without its client, ``context`` what the
+    answer is to be drawn from.
     """
 
     stream: bool
     resume_seconds: float
     requests: tuple[GenerationRequest, ...]
+    context: ContextAsk | None = None
 
     def shape(self) -> Shape:
         """Return how the answer is shown."""
@@ -125,7 +136,8 @@ def plan_chat(body: bytes, fresh_seed: int) -> Plan:
         ignore_eos=bool(chat.ignore_eos),
         sampling=_sampling(chat, fresh_seed, bool(chat.logprobs), chat.top_logprobs or 0),
     )
-    return _plan("chat", chat, [request])
+    plan = _plan("chat", chat, [request])
+    return msgspec.structs.replace(plan, context=_context(chat.context))
 
 
 def plan_completion(body: bytes, fresh_seed: int) -> Plan:
@@ -158,6 +170,15 @@ def plan_completion(body: bytes, fresh_seed: int) -> Plan:
             for prompt in _prompts(completion.prompt)
         ],
     )
+
+
+def _context(body: ContextBody | None) -> ContextAsk | None:
+    if body is None:
+        return None
+    count = DEFAULT_CHUNKS if body.count is None else body.count
+    if not 1 <= count <= MAX_CHUNKS:
+        raise _bad("context.count", f"is {count}; it must lie between 1 and {MAX_CHUNKS}")
+    return ContextAsk(name=check_context_name(body.name), count=count, exact=body.exact is True)
 
 
 def _plan(

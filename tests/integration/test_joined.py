@@ -13,7 +13,8 @@ import pytest
 from pyagent_node.base.types import Digest, Slice
 from pyagent_node.inference.backend import OpenSequence, ShiftSequence, StepInput, Tokens
 from pyagent_node.inference.generation import Finished, Generated, GenerationRequest, Usage
-from pyagent_node.inference.kv.chunks import JoinPlan, Piece, moved_to
+from pyagent_node.inference.kv.chunks import moved_to
+from pyagent_node.inference.kv.pieces import JoinPlan, Piece
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import About

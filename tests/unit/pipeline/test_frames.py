@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyagent_node.base.errors import CorruptData, ErrorInfo, Unsupported
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK
-from pyagent_node.inference.kv.chunks import Piece
+from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     CloseSession,

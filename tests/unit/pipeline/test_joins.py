@@ -10,14 +10,14 @@ from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
 from pyagent_node.inference.kv.chunks import (
-    JoinPlan,
-    Piece,
     alone,
+    blocks_of,
     check_pieces,
     chunk_root,
     moved_to,
     split_alone,
 )
+from pyagent_node.inference.kv.pieces import JoinPlan, Piece
 from pyagent_node.inference.pipeline.frames import Join, Joined, Keep, Restored, Step, pack_tail
 from pyagent_node.inference.pipeline.head import HeadCore, HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.joining import Joining
@@ -72,7 +72,7 @@ def load_all(at: Driver) -> list[Outgoing]:
         tokens = alone(PROMPT, piece)
         assert wanted.chain == block_chain(ROOT, tokens, len(tokens))
         assert wanted.layers == range(10, 20)
-        kv = joins.taken(load, index, [block(i) for i in range(piece.blocks)])
+        kv = joins.taken(load, index, [block(i) for i in range(blocks_of(piece))])
         assert kv is not None
         assert (kv.start, kv.stop) == (4, piece.tokens)
         joins.moved(load, index, tuple(moved_to(kv, load.gap(index).start, SHAPE)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,6 +11,7 @@ import trio
 from pyagent_node.base.errors import Conflict, PyAgentError, RunnerFailed
 from pyagent_node.base.types import Digest, Placement, SessionId
 from pyagent_node.inference.generation import (
+    ChatMessage,
     Finished,
     Generated,
     GenerationEvent,
@@ -54,6 +55,9 @@ class Engine:
         return []
 
     async def tokenize(self, model: str, text: str) -> list[int]:
+        return []
+
+    async def chat(self, model: str, messages: Sequence[ChatMessage]) -> list[int]:
         return []
 
     def fail(self, session: SessionId, error: PyAgentError) -> bool:

@@ -1,0 +1,34 @@
+"""The pieces of a prompt whose KV may be taken over from elsewhere; see ``chunks``.  Plain values."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+MAX_PIECES: Final = 64
+"""The most pieces of one prompt."""
+MAX_PIECE: Final = 4096
+"""The most tokens of a piece."""
+SKIP_TOKENS: Final = 16
+"""Tokens at the beginning of a piece that a session computes itself by default."""
+MAX_SKIP: Final = 512
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The tokens ``[start, stop)`` of a prompt."""
+
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return self.stop - self.start
+
+
+class JoinPlan(msgspec.Struct, frozen=True):
+    """The ``pieces`` of a prompt, in order, of which the session computes ``skip`` tokens itself."""
+
+    pieces: tuple[Piece, ...]
+    skip: int = SKIP_TOKENS
