@@ -32,9 +32,6 @@ def ask_command(
     /,
     context: str,
     question: str,
-    count: int | None,
-    exact: bool,
-    stats: bool,
     **given: object,
 ) -> None:
     """Answer QUESTION from what the context CONTEXT holds, with a list of the sources."""
@@ -46,7 +43,10 @@ def ask_command(
     ask = msgspec.structs.replace(
         ask,
         messages=(*system, ChatMessage("user", question)),
-        context=ContextChoice(name=context, count=count, exact=exact or None),
+        context=msgspec.convert(
+            {"name": context, "count": given["count"], "exact": given["exact"] or None},
+            ContextChoice,
+        ),
     )
     with contextlib.closing(client.generate(ask)) as pieces:
         answer = show_answer(app, pieces)
@@ -60,7 +60,7 @@ def ask_command(
         source = "".join(char if char.isprintable() else "?" for char in each.source)
         lines = f"lines {each.first_line}-{each.last_line}"
         app.out.text(f"  [{each.number}] {source}, {lines} (score {each.score:.3f})")
-    if stats:
+    if given["stats"]:
         app.out.note(
             f"first token after {answer.ttft_seconds:.2f} s; KV of {answer.joined_tokens} of"
             f" {answer.prompt_tokens} tokens of the prompt was that of chunks"

@@ -1,4 +1,4 @@
-"""The pieces of a prompt whose KV may be taken over from elsewhere; see ``chunks``.  Plain values."""
+"""Pieces of a prompt whose KV may be that of the piece alone; see ``chunks``.  Plain values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class JoinPlan(msgspec.Struct, frozen=True):
-    """The ``pieces`` of a prompt, in order, of which the session computes ``skip`` tokens itself."""
+    """The ``pieces`` of a prompt, in order; of each the session computes ``skip`` tokens itself."""
 
     pieces: tuple[Piece, ...]
     skip: int = SKIP_TOKENS

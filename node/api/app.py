@@ -20,6 +20,7 @@ from pyagent_node.node.api.exchange import Drain
 from pyagent_node.node.api.guard import Guard, GuardOptions
 from pyagent_node.node.api.openai import GenerationOptions, openai_router
 from pyagent_node.node.api.services import ApiServices
+from pyagent_node.node.api.vector_stores import vector_store_router
 from pyagent_node.node.telemetry import CONTENT_TYPE, Telemetry
 
 access = logging.getLogger("pyagent_node.api.access")
@@ -41,6 +42,7 @@ def create_app(services: ApiServices, options: ApiOptions, drain: Drain | None =
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(openai_router(services, drain, options.generation))
     app.include_router(context_router(lambda: services.contexts, drain))
+    app.include_router(vector_store_router(lambda: services.contexts, drain))
     app.include_router(admin_router(services, drain))
     _add_health(app, services, drain)
     app.add_exception_handler(PyAgentError, _on_error)

@@ -164,7 +164,7 @@ class Writer:
 
     ``identity`` is a random 128-bit number for the reply's id, ``created`` the Unix time,
     ``fingerprint`` what :func:`fingerprint` gives, ``citations`` the chunks of a context that the
-    answer is drawn from: they stand in the whole answer, and in the first chunk of a stream.  Chunks
+    answer is drawn from: they stand in the whole answer, and in a stream's first chunk.  Chunks
     say in ``token_count`` how many tokens of their choice there were so far, themselves included:
     from there a client asks for the rest if it loses the stream.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -66,6 +66,12 @@ class SearchPage(msgspec.Struct, frozen=True, kw_only=True):
     next_page: str | None = None
 
 
+class _Wish(NamedTuple):
+    queries: tuple[str, ...]
+    most: int
+    threshold: float
+
+
 _BODY: Final = msgspec.json.Decoder(SearchBody)
 
 
@@ -76,8 +82,8 @@ def vector_store_router(contexts: Callable[[], Queries], drain: Drain) -> APIRou
     @router.post("/{name}/search")
     async def search(name: str, request: Request) -> Response:
         body = decode_body(await request.body(), _BODY)
-        queries, count = _check(body)
-        work = partial(_search, contexts, name, queries, count, _threshold(body))
+        wish = _check(body)
+        work = partial(_search, contexts, name, wish)
         return Reply(work, drain=drain, seconds=SEARCH_SECONDS)
 
     return router
@@ -86,11 +92,10 @@ def vector_store_router(contexts: Callable[[], Queries], drain: Drain) -> APIRou
 async def _search(
     contexts: Callable[[], Queries],
     name: str,
-    queries: tuple[str, ...],
-    count: int,
-    threshold: float,
+    wish: _Wish,
     sender: Sender,
 ) -> None:
+    queries, count, threshold = wish
     best: dict[tuple[str, int, int], HitView] = {}
     for query in queries:
         found = await contexts().query(name, QueryRequest(question=query, count=count))
@@ -103,7 +108,7 @@ async def _search(
     await sender.json(SearchPage(search_query=queries, data=data))
 
 
-def _check(body: SearchBody) -> tuple[tuple[str, ...], int]:
+def _check(body: SearchBody) -> _Wish:
     if body.filters is not None:
         raise Unsupported(
             "filters are not supported.", code="unsupported_parameter", parameter="filters"
@@ -114,7 +119,7 @@ def _check(body: SearchBody) -> tuple[tuple[str, ...], int]:
     count = DEFAULT_RESULTS if body.max_num_results is None else body.max_num_results
     if not 1 <= count <= MAX_RESULTS:
         raise _bad("max_num_results", f"is {count}; it must lie between 1 and {MAX_RESULTS}")
-    return queries, count
+    return _Wish(queries, count, _threshold(body))
 
 
 def _threshold(body: SearchBody) -> float:
