@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import pytest
@@ -78,6 +79,7 @@ class World:
         nursery: trio.Nursery,
         tokenizer: TokenizerRunner,
         parts: tuple[Vocabulary, EmbeddingTable],
+        backends: Mapping[int, str],
     ) -> None:
         self.pipelines = pipelines
         self.runners: dict[tuple[int, Slice], SliceRunner] = {}
@@ -86,6 +88,7 @@ class World:
         self._nursery = nursery
         self._tokenizer = tokenizer
         self._parts = parts
+        self._backends = backends
 
     async def place(self, cuts: Sequence[int], nodes: Sequence[int]) -> None:
         """Serve the model under the next epoch, and offer it on every node."""
@@ -127,7 +130,8 @@ class World:
         loaded = trio.Event()
 
         async def hold() -> None:
-            spec = RunnerSpec("slice", str(path), part, N_CTX, N_SEQ)
+            backend = self._backends.get(node, "llama.cpp")
+            spec = RunnerSpec("slice", str(path), part, N_CTX, N_SEQ, backend=backend)
             async with open_slice_runner(spec) as runner:
                 self.runners[node, part] = runner
                 loaded.set()
@@ -153,9 +157,12 @@ class World:
 
 @asynccontextmanager
 async def open_world(
-    store: ModelStore, digest: Digest, journal: LastJournal
+    store: ModelStore,
+    digest: Digest,
+    journal: LastJournal,
+    backends: Mapping[int, str] = MappingProxyType({}),
 ) -> AsyncIterator[World]:
-    """Run the nodes without a placement."""
+    """Run the nodes without a placement; ``backends`` of nodes that do not use llama.cpp."""
     file = store.model_file(digest)
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(open_network())
@@ -171,7 +178,7 @@ async def open_world(
         )
         nursery = await stack.enter_async_context(background())
         parts = (vocabulary, table)
-        yield World(store, digest, pipelines, nursery, tokenizer, parts)
+        yield World(store, digest, pipelines, nursery, tokenizer, parts, backends)
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,26 @@ import pytest
 from pyagent_node.base.types import Digest
 from pyagent_node.inference import backends
 from pyagent_node.inference.formats.convert import convert
-from pyagent_node.inference.generation import Generated, GenerationRequest
+from pyagent_node.inference.generation import Finished, Generated, GenerationRequest
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import About
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 from .real_pipeline import NAME, open_real_pipeline
+from .test_failover_runners import LastJournal, open_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
 INSTALLED = backends.names(backends.survey())
-PROMPT = "<|im_start|>user\nName three rivers.<|im_end|>\n<|im_start|>assistant\n"
-TOKENS = 20
+TOKENS = 24
+REQUEST = GenerationRequest(
+    NAME,
+    prompt="<|im_start|>user\nName three rivers.<|im_end|>\n<|im_start|>assistant\n",
+    max_tokens=TOKENS,
+    ignore_eos=True,
+    sampling=SamplingParams(temperature=0.0, logprobs=True, top_logprobs=2),
+)
+_REFERENCES: dict[Digest, list[Sampled]] = {}
 CLOSE = 0.05
 """Nats between the two likeliest tokens where another rounding may choose the other one."""
 
@@ -44,16 +52,16 @@ async def _answer(stored: tuple[ModelStore, Digest], names: Sequence[str]) -> li
     ) as pipeline:
         assert [runner.info.backend for runner in pipeline.runners] == list(names)
         assert len({runner.pid for runner in pipeline.runners}) == 3
-        request = GenerationRequest(
-            NAME,
-            prompt=PROMPT,
-            max_tokens=TOKENS,
-            ignore_eos=True,
-            sampling=SamplingParams(temperature=0.0, logprobs=True, top_logprobs=2),
-        )
-        async with pipeline.head.engine.generate(request) as events:
+        async with pipeline.head.engine.generate(REQUEST) as events:
             found = [event async for event in events if isinstance(event, Generated)]
     return [Sampled(event.token, event.logprob, tuple(event.top)) for event in found]
+
+
+async def _reference(stored: tuple[ModelStore, Digest]) -> list[Sampled]:
+    """Return what three ranks in llama.cpp answer; they are asked once."""
+    if stored[1] not in _REFERENCES:
+        _REFERENCES[stored[1]] = await _answer(stored, ("llama.cpp",) * 3)
+    return _REFERENCES[stored[1]]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +80,11 @@ async def test_three_ranks_on_several_backends_answer(
     for name in names:
         if name not in INSTALLED:
             pytest.skip(f"{name} is not installed")
-    expected = await _answer(stored, ("llama.cpp",) * 3)
-    found = await _answer(stored, names)
+    expected = await _reference(stored)
+    _check_same(await _answer(stored, names), expected)
+
+
+def _check_same(found: Sequence[Sampled], expected: Sequence[Sampled]) -> None:
     assert len(found) == len(expected) == TOKENS
     for one, other in zip(found, expected, strict=True):
         if one.token != other.token:
@@ -81,3 +92,32 @@ async def test_three_ranks_on_several_backends_answer(
             assert gap < CLOSE, f"{one} came instead of {other}"
             break
         assert one.logprob == pytest.approx(other.logprob, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dies", "takes_over"),
+    [
+        pytest.param("torch", "llama.cpp", marks=pytest.mark.torch),
+        pytest.param("llama.cpp", "torch", marks=pytest.mark.torch),
+    ],
+)
+async def test_a_rank_that_dies_goes_on_in_another_backend(
+    stored: tuple[ModelStore, Digest], dies: str, takes_over: str
+) -> None:
+    for name in (dies, takes_over):
+        if name not in INSTALLED:
+            pytest.skip(f"{name} is not installed")
+    expected = await _reference(stored)
+    found: list[Sampled] = []
+    async with open_world(*stored, LastJournal(), {1: dies, 3: takes_over}) as world:
+        await world.place((10, 20), (0, 1, 2))
+        async with world.pipelines[3].engine.generate(REQUEST) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    assert event.usage.failovers == 1
+                    continue
+                found.append(Sampled(event.token, event.logprob, tuple(event.top)))
+                if len(found) == 4:
+                    await world.kill(1)
+                    await world.place((10, 20), (0, 3, 2))
+    _check_same(found, expected)
