@@ -20,8 +20,9 @@ CHECKED := $(SOURCES) tests tools
 CARGO = PYO3_PYTHON="$$PWD/$(BIN)/python" \
   LD_LIBRARY_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR") or "")'):$$LD_LIBRARY_PATH" \
   cargo
-# With PYTEST_FLAGS="-k something" one of the two runs may have no test (5).
+# With PYTEST_FLAGS="-k something" some of the runs may have no test (5).
 none_ok = $(if $(PYTEST_FLAGS),|| [ $$? -eq 5 ])
+together = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 step = @printf '\n--- %s\n' "$(1)"
 
 help:
@@ -50,27 +51,48 @@ demo: setup
 	@$(BIN)/pyagent-node demo --nodes 3 --prompt "Name three rivers." --max-tokens 48 \
 	  --seed 7 --temperature 0.8
 
+# Each on a core of its own; where make can (4.0), what each says is shown in one piece.
+CHECKS = check-rust check-pyright check-mypy check-style check-imports
+.PHONY: $(CHECKS) test-rust
 lint: setup-dev
+	@$(MAKE) -j 2 $(together) $(CHECKS)
+
+test: setup-dev
+	@$(MAKE) -j 2 $(together) test-rust $(CHECKS)
+	$(call step,pytest: as many tests at once as there are cores)
+	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not alone and not daemons" \
+	  $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: tests with daemons)
+	@$(BIN)/pytest -n logical --maxprocesses 2 --dist loadfile -m "daemons and not alone" \
+	  $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: tests that must be alone)
+	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
+
+check-style:
 	$(call step,ruff)
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/ruff format --check $(CHECKED)
+
+check-mypy:
 	$(call step,mypy)
 	@$(BIN)/mypy -p pyagent_node
+
+check-pyright:
 	$(call step,pyright)
 	@$(BIN)/pyright
+
+check-imports:
 	$(call step,import contracts)
 	@$(BIN)/lint-imports
+
+check-rust:
 	$(call step,rustfmt and clippy)
 	@cargo fmt --check
 	@$(CARGO) clippy --quiet --locked --all-targets -- -D warnings
 
-test: lint
+test-rust: check-rust
 	$(call step,cargo test)
 	@$(CARGO) test --quiet --locked
-	$(call step,pytest: as many tests at once as there are cores)
-	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not alone" $(PYTEST_FLAGS) $(none_ok)
-	$(call step,pytest: tests that must be alone)
-	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
 
 # The tests that need torch; the others of the same files run in `make test`.
 TORCH_TESTS = tests/conformance/backends tests/integration/test_mixed_backends.py

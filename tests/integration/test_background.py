@@ -16,7 +16,7 @@ import pytest
 
 from pyagent_node.node.home import Home
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow]
 
 Do = Callable[..., "subprocess.CompletedProcess[str]"]
 QUIET = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")

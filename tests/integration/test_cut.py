@@ -14,7 +14,7 @@ import pytest
 from tests.integration.namespaces import Halves, Host, two_halves, why_not
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.daemons,
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.model,

@@ -21,7 +21,7 @@ from pyagent_node.node.client import running_daemon
 from pyagent_node.node.home import DaemonState, Home
 from tests.integration.daemons import Daemon, running
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow]
 
 MIB = 1024 * 1024
 

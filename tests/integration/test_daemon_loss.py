@@ -16,7 +16,7 @@ from pyagent_node.node.client import Answer, Ask
 from .daemons import Daemon
 from .waiting import until
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
 
 def test_a_node_that_dies_is_replaced_and_welcomed_back(bundled_model: Path) -> None:

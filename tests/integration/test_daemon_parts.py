@@ -17,7 +17,7 @@ from pyagent_node.node.config import Settings, load_settings
 from pyagent_node.node.home import Home
 from pyagent_node.node.profiles import create_mesh
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 QUIET = {"listen": ["/ip4/127.0.0.1/tcp/0"], "api_port": 0, "mdns": False}
 

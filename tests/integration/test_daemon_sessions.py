@@ -14,7 +14,7 @@ from pyagent_node.node.api.schema import LoadRequest, PullRequest
 
 from .waiting import until, votes_settled
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
 
 class Stream:

@@ -15,7 +15,7 @@ import pytest
 
 from pyagent_node.benchmarks.single import Job, SingleProcess
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
 PROMPT = "Name three rivers."
 

@@ -15,7 +15,7 @@ from pyagent_node.node.client import Answer, Ask
 
 from .waiting import until, votes_settled
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
 ASK = Ask(
     model="",

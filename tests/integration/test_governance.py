@@ -24,7 +24,7 @@ from pyagent_node.node.profiles import mesh_ids
 from .daemons import Daemon
 from .waiting import until
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow]
 
 
 def spares(client: Client) -> int:

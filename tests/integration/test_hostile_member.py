@@ -73,7 +73,7 @@ from tests.unit.consensus.raft_lies import candidacies, orders
 
 from .waiting import eventually
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow]
 
 QUIET = {"listen": ["/ip4/127.0.0.1/tcp/0"], "api_port": 0, "mdns": False}
 INCARNATION = b"m" * 16

@@ -32,7 +32,7 @@ from pyagent_node.node.profiles import (
 from pyagent_node.node.registrar import Registrar
 from pyagent_node.node.tickets import Ticket, make_ticket
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 NOW = 1_800_000_000
 

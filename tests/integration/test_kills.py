@@ -21,7 +21,7 @@ from tests.conftest import leaving_no_process
 
 from .waiting import until, votes_settled
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(600)]
 
 
 class Swarm:

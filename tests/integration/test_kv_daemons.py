@@ -16,7 +16,7 @@ from pyagent_node.node.client import Answer, Ask
 from .waiting import until
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.daemons,
     pytest.mark.slow,
     pytest.mark.model,
     pytest.mark.timeout(300),

@@ -24,7 +24,7 @@ from pyagent_node.node.identity import NodeKey
 from .mesh_kit import Guard, Nodes, down, echo, next_event, nodes_of, up
 from .waiting import eventually
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 JOIN = "/pyagent/join/1"
 

@@ -18,7 +18,7 @@ from pyagent_node.node.mesh.settings import MeshLimits
 from .mesh_kit import LOOPBACK, Nodes, down, echo, nodes_of, tcp, up
 from .waiting import eventually
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 QUICK = MeshLimits(backoff_first=0.02, backoff_most=0.1, ping_seconds=0.05)
 

@@ -36,7 +36,7 @@ from .mesh_kit import (
 )
 from .waiting import eventually
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 
 @pytest.fixture

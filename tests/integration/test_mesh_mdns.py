@@ -11,7 +11,7 @@ import pytest
 from .namespaces import why_not
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.daemons,
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),

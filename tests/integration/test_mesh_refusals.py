@@ -45,7 +45,7 @@ from .mesh_kit import (
 )
 from .waiting import eventually
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 QUICK = MeshLimits(handshake_seconds=0.3, join_seconds=0.6, dial_seconds=5.0)
 

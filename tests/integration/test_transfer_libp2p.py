@@ -34,7 +34,7 @@ from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig
 from tests.integration.mesh_kit import LOOPBACK, Guard
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.model]
 
 PART = Slice(10, 20, False)
 

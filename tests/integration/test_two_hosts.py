@@ -10,7 +10,7 @@ import pytest
 from tests.integration.namespaces import Host, two_hosts, why_not
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.daemons,
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.model,

@@ -35,7 +35,7 @@ from pyagent_node.node.mesh.service import Libp2pMesh, open_mesh
 from pyagent_node.node.mesh.settings import MeshConfig
 from pyagent_node.node.swarm_key import format_swarm_key, new_psk
 
-pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.daemons, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SOURCE = Path(__file__).with_name("go_libp2p")
 BEFORE_AUTHORISATION = "/pyagent/join/1"

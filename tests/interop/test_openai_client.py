@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionChunk
 from pyagent_node.base.errors import RunnerFailed
 from pyagent_node.simulations.api import SimulatedApi, simulated_api
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from pyagent_node.node.identity import NodeKey
 from pyagent_node.node.mesh import MeshConfig, open_mesh
 from pyagent_node.node.mesh.authoriser import PeerAdmission
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 JOIN = "/pyagent/join/1"
 SIZES = (0, 1, 2304, 16_000)
