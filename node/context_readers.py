@@ -31,6 +31,8 @@ EXTRACT_SECONDS: Final = 120.0
 """Longest time for making text of one PDF or HTML file."""
 BAD_SHARE: Final = 0.1
 """A text with more than this share of bytes that are none is no text."""
+FOREIGN_SHARE: Final = 0.3
+"""A text in Windows-1252 with more than this share of letters beyond ASCII is no text."""
 
 _BOMS: Final = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -119,9 +121,10 @@ def decode_text(data: bytes, source: str) -> ReadText:
         pass
     text = data.decode("utf-8", "replace")
     wrong = text.count("\ufffd")
-    if wrong > BAD_SHARE * len(text) or _controls(text) > BAD_SHARE * len(text):
+    some = any(c > "\x7f" and c != "\ufffd" for c in text)
+    if wrong > (BAD_SHARE if some else FOREIGN_SHARE) * len(text):
         raise _binary(source)
-    if any(c > "\x7f" and c != "\ufffd" for c in text):
+    if some:
         return ReadText(_clean(text, source), _replaced(wrong, "utf-8"))
     text = data.decode("cp1252", "replace")
     return ReadText(_clean(text, source), "not UTF-8: read as Windows-1252")
