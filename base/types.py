@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Final, NewType
 
 import msgspec
 
@@ -16,6 +16,12 @@ Digest = NewType("Digest", str)
 
 SessionId = NewType("SessionId", str)
 """One generation in progress: 32 lowercase hexadecimal digits."""
+
+AUTO_BACKEND: Final = "auto"
+"""Leaves the choice of a backend to the node that loads a slice."""
+
+Backends = tuple[tuple[PeerId, str], ...]
+"""Which backend nodes shall use for a model, by name; the others choose."""
 
 
 ContextId = NewType("ContextId", bytes)
@@ -70,7 +76,8 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     every rank reserves for each of ``n_seq`` concurrent sessions.  ``want_standbys`` and
     ``want_spares`` are how many each rank shall have, ``None`` what the mesh's settings say.
     ``drafting`` says how its sessions guess, ``None`` that nothing was said.  ``fixed``: a person
-    chose the cut or the nodes, so they are not changed for more speed.
+    chose the cut or the nodes, so they are not changed for more speed.  ``backends`` names those
+    that a person chose.
     """
 
     model: Digest
@@ -82,6 +89,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     want_spares: int | None = None
     drafting: Drafting | None = None
     fixed: bool = False
+    backends: Backends = ()
 
     @property
     def tail(self) -> Rank:
@@ -96,7 +104,7 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
         _check_cover(self.ranks, n_layers)
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class Prepared(msgspec.Struct, frozen=True, omit_defaults=True):
     """The next ranks of a placed model: loaded beside those in force, which go on serving.
 
     ``after_epoch`` is the epoch in force; with another one there is nothing prepared any more.
@@ -111,6 +119,7 @@ class Prepared(msgspec.Struct, frozen=True):
     n_ctx: int
     n_seq: int
     by: PeerId
+    backends: Backends = ()
 
     def check(self, n_layers: int) -> None:
         """Check the ranks as :meth:`Placement.check` does."""
@@ -144,3 +153,8 @@ def _check_cover(ranks: tuple[Rank, ...], n_layers: int) -> None:
         at = part.last
     if at != n_layers:
         raise InvalidRequest(f"The ranks cover {at} of {n_layers} layers.", code="bad_placement")
+
+
+def backend_of(backends: Backends, peer: PeerId) -> str:
+    """Return the backend that a node shall use, :data:`AUTO_BACKEND` where nobody chose."""
+    return dict(backends).get(peer, AUTO_BACKEND)

@@ -201,6 +201,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
         draft_depth: int | None,
         draft_tree: bool | None,
         drafter: str | None,
+        backend: str | None,
     ) -> None:
         from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
@@ -218,6 +219,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             draft_depth=draft_depth,
             draft_tree=draft_tree,
             drafter=drafter,
+            backend=backend,
         )
         command(app, request)
 
@@ -241,6 +243,11 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             "--drafter",
             metavar="NAME[@NODE]",
             help="A smaller model of the same vocabulary that guesses on a node; none: no more.",
+        ),
+        click.option(
+            "--backend",
+            metavar="NAME | NODE=NAME,..",
+            help="What computes: llama.cpp, torch, mlx, or auto (each node's best).",
         ),
         click.option("--spares", type=reserves, help="Nodes a rank that keep it on disk."),
         click.option("--standbys", type=reserves, help="Nodes a rank that keep it loaded."),

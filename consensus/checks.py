@@ -16,7 +16,7 @@ from pyagent_node.base.contexts import (
 )
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.limits import KIB, MAX_SESSIONS
-from pyagent_node.base.types import Drafting, Rank
+from pyagent_node.base.types import Backends, Drafting, Rank
 from pyagent_node.consensus.commands import (
     COMMANDS,
     AdmitMember,
@@ -51,6 +51,7 @@ MAX_COMMAND = 48 * KIB
 """Bytes of an encoded command; it must fit the header of a frame with room to spare."""
 MAX_RANKS = 256
 MAX_STANDBYS = 8
+MAX_BACKENDS = 256
 """Standbys of one rank, and likewise spares."""
 MAX_BUCKETS = 1024
 MAX_OWNERS = 8
@@ -72,6 +73,7 @@ MAX_CONTEXT = 1 << 24
 MAX_DRAFT_LENGTH = 256
 """Far above what any head sends."""
 
+_BACKEND = re.compile(r"[a-z][a-z0-9._-]{0,31}")
 _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TICKET = re.compile(r"[0-9a-f]{32}")
@@ -175,6 +177,7 @@ def _check_models(command: Command) -> None:
             for field in ("want_standbys", "want_spares"):
                 _number(field, getattr(command, field) or 0, 0, MAX_STANDBYS)
             _number("prepared", command.prepared, 0)
+            _backends(command.backends)
         case PreparePlacement():
             _digest("model", command.model)
             _number("n_ctx", command.n_ctx, 1, MAX_CONTEXT)
@@ -184,6 +187,7 @@ def _check_models(command: Command) -> None:
             for rank in command.ranks:
                 check_rank(rank)
             _peer(command.by)
+            _backends(command.backends)
         case DropPrepared():
             _digest("model", command.model)
             _number("number", command.number, 1)
@@ -307,6 +311,12 @@ def _peers(field: str, peers: tuple[str, ...], most: int) -> None:
     for peer in peers:
         _peer(peer)
     _ensure(len(set(peers)) == len(peers), field, "a node twice")
+
+
+def _backends(backends: Backends) -> None:
+    _peers("backends", tuple(peer for peer, _ in backends), MAX_BACKENDS)
+    for _, name in backends:
+        _ensure(_BACKEND.fullmatch(name) is not None, "backends", name)
 
 
 def _session(value: str) -> None:

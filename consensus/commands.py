@@ -12,6 +12,7 @@ import msgspec
 
 from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.types import (
+    Backends,
     ContextId,
     Digest,
     Drafting,
@@ -92,7 +93,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     rank shall have from now on, ``None`` what the mesh's settings say.  ``prepared`` is the number
     of the preparation that this commits: if that is not what is prepared now, it is a
     :class:`Conflict` (``not_prepared``).  With 0 whatever was prepared for the model is dropped.
-    ``fixed``: a person chose the cut or the nodes.
+    ``fixed``: a person chose the cut or the nodes.  ``backends``: those that a person chose.
     """
 
     model: Digest
@@ -104,6 +105,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     want_spares: int | None = None
     prepared: int = 0
     fixed: bool = False
+    backends: Backends = ()
 
 
 class PreparePlacement(msgspec.Struct, frozen=True, tag="prepare_placement"):
@@ -120,6 +122,7 @@ class PreparePlacement(msgspec.Struct, frozen=True, tag="prepare_placement"):
     n_seq: int
     after_epoch: int
     by: PeerId
+    backends: Backends = ()
 
 
 class DropPrepared(msgspec.Struct, frozen=True, tag="drop_prepared"):

@@ -85,6 +85,7 @@ def place(state: State, command: SetPlacement) -> State:
         command.want_spares,
         old.drafting if old is not None else None,
         command.fixed,
+        command.backends,
     )
     _check_peers(state, old, placement)
     placement.check(model.n_layers)
@@ -118,6 +119,7 @@ def prepare(state: State, command: PreparePlacement) -> State:
         command.n_ctx,
         command.n_seq,
         command.by,
+        command.backends,
     )
     refuse_outsiders(state, [command.by])
     _check_ranks(state, old.ranks, new.ranks)

@@ -1,37 +1,34 @@
-"""Which backends there are: what each needs, whether it is installed here, and which is chosen.
+"""Which backends are installed here, and loading a slice with one of them.
 
 A backend's library is loaded in the runner process alone, and only when its slice is; here it is
-looked for without importing it.  ``auto`` takes the first of :data:`PREFERENCE` that is installed
-and computes on something better than the processor, else llama.cpp, which is always there and the
-fastest on processors.
+looked for without importing it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, cast, get_args
+from typing import Final, NamedTuple
 
-import msgspec
-
-from pyagent_node.base.errors import InvalidRequest, Unsupported
+from pyagent_node.base.errors import Unsupported
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import Backend
+from pyagent_node.inference.backend_names import (
+    AUTO,
+    BACKENDS,
+    DEFAULT,
+    BackendName,
+    BackendState,
+    choose,
+    missing,
+)
 
-BackendName = Literal["llama.cpp", "torch", "mlx"]
-BACKENDS: Final[tuple[BackendName, ...]] = get_args(BackendName)
-"""Every backend, the one that every node has first."""
-AUTO: Final = "auto"
-"""Asks for the best backend of each node."""
-CHOICES: Final = (AUTO, *BACKENDS)
-"""What the load option ``backend`` takes."""
-DEFAULT: Final[BackendName] = "llama.cpp"
-PREFERENCE: Final[tuple[BackendName, ...]] = ("mlx", "torch")
-"""Backends that are better than llama.cpp where they have an accelerator."""
+logger = logging.getLogger("pyagent_node.backends")
 
 
 class _Library(NamedTuple):
@@ -39,53 +36,13 @@ class _Library(NamedTuple):
 
     module: str
     package: str
-    extra: str | None
 
 
 _LIBRARIES: Final[dict[BackendName, _Library]] = {
-    "llama.cpp": _Library("llama_cpp", "llama-cpp-python", None),
-    "torch": _Library("torch", "torch", "torch"),
-    "mlx": _Library("mlx.core", "mlx", "mlx"),
+    "llama.cpp": _Library("llama_cpp", "llama-cpp-python"),
+    "torch": _Library("torch", "torch"),
+    "mlx": _Library("mlx.core", "mlx"),
 }
-
-
-class BackendState(msgspec.Struct, frozen=True):
-    """A backend on this machine; ``version`` is empty where it is not installed.
-
-    ``device`` is what it would compute on: ``cpu``, ``cuda``, ``mps`` or ``metal``.
-    """
-
-    name: str
-    version: str
-    device: str
-
-    @property
-    def installed(self) -> bool:
-        """Whether it can be used."""
-        return bool(self.version)
-
-    @property
-    def accelerated(self) -> bool:
-        """Whether it computes on something better than the processor."""
-        return self.installed and self.device != "cpu"
-
-
-class Choice(NamedTuple):
-    """The backend that was chosen, and why, in a few words."""
-
-    name: BackendName
-    why: str
-
-
-def check_choice(name: str) -> str:
-    """Return ``name`` if it may be asked for; raises :class:`InvalidRequest` (``bad_backend``)."""
-    if name not in CHOICES:
-        raise InvalidRequest(
-            f"There is no backend {name[:40]!r}.",
-            code="bad_backend",
-            remedy=f"Choose one of {', '.join(CHOICES)}.",
-        )
-    return name
 
 
 def survey(device: Callable[[BackendName], str] | None = None) -> tuple[BackendState, ...]:
@@ -97,40 +54,22 @@ def survey(device: Callable[[BackendName], str] | None = None) -> tuple[BackendS
     )
 
 
-def choose(wanted: str, states: Iterable[BackendState]) -> Choice:
-    """Return the backend for ``wanted``, a name or :data:`AUTO`.
+def open_chosen(
+    wanted: str, path: Path, part: Slice, *, n_ctx: int, n_seq: int, threads: int
+) -> Backend:
+    """Load a slice with the backend of :func:`choose`; errors of both.
 
-    Raises :class:`InvalidRequest` (``bad_backend``) and :class:`Unsupported`
-    (``backend_missing``), which says what to install.
+    Where the choice is free and the backend does not know the model, llama.cpp takes it.
     """
-    check_choice(wanted)
-    known = {state.name: state for state in states}
-    if wanted != AUTO:
-        name = cast(BackendName, wanted)
-        if name not in known or not known[name].installed:
-            raise missing(name)
-        return Choice(name, "as asked for")
-    for name in PREFERENCE:
-        if name in known and known[name].accelerated:
-            return Choice(name, f"it computes on {known[name].device}")
-    return Choice(DEFAULT, "the fastest on a processor")
-
-
-def missing(name: BackendName) -> Unsupported:
-    """Return the error for a backend whose library is not installed."""
-    return Unsupported(
-        f"The backend {name} is not installed on this machine.",
-        code="backend_missing",
-        remedy=install_hint(name),
-        backend=name,
-    )
-
-
-def install_hint(name: BackendName) -> str:
-    """Return the command that installs a backend."""
-    extra = _LIBRARIES[name].extra
-    what = "pyagent-node" if extra is None else f"'pyagent-node[{extra}]'"
-    return f"Install it: pip install {what}"
+    name, why = choose(wanted, survey())
+    logger.info("layers %s: %s (%s)", part, name, why)
+    try:
+        return open_backend(name, path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)
+    except Unsupported as error:
+        if wanted != AUTO or name == DEFAULT:
+            raise
+        logger.warning("%s cannot take layers %s: %s", name, part, error.message)
+    return open_backend(DEFAULT, path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)
 
 
 def open_backend(
@@ -153,11 +92,6 @@ def open_backend(
     from pyagent_node.inference.llama.backend import LlamaBackend  # noqa: PLC0415 - heavy
 
     return LlamaBackend(path, part, n_ctx=n_ctx, n_seq=n_seq, threads=threads)
-
-
-def names(states: Sequence[BackendState]) -> tuple[str, ...]:
-    """Return the names of those that are installed."""
-    return tuple(state.name for state in states if state.installed)
 
 
 def _version(name: BackendName) -> str:

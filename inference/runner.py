@@ -35,7 +35,7 @@ from pyagent_node.inference.backend import (
     StepOutput,
     Tokens,
 )
-from pyagent_node.inference.backends import DEFAULT
+from pyagent_node.inference.backend_names import DEFAULT
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.runner_health import Pace

@@ -88,14 +88,10 @@ class Service(Protocol):
 
 class _SliceService:
     def __init__(self, request: LoadSlice) -> None:
-        from pyagent_node.inference.backends import (  # noqa: PLC0415 - by kind
-            choose,
-            open_backend,
-            survey,
-        )
+        from pyagent_node.inference.backends import open_chosen  # noqa: PLC0415 - by kind
 
-        self.backend = open_backend(
-            choose(request.backend, survey()).name,
+        self.backend = open_chosen(
+            request.backend,
             Path(request.path),
             request.slice,
             n_ctx=request.n_ctx,

@@ -81,6 +81,7 @@ class LocalAssets:
             n_ctx=key.n_ctx,
             n_seq=key.n_seq,
             threads=self._threads,
+            backend=key.backend,
         )
         async with open_slice_runner(spec) as runner:
             yield runner

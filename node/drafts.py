@@ -9,7 +9,7 @@ import msgspec
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
 from pyagent_node.base.limits import MIB
-from pyagent_node.base.types import Digest, Drafting, PeerId, Placement, Rank
+from pyagent_node.base.types import Backends, Digest, Drafting, PeerId, Placement, Rank, backend_of
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.inference.pipeline.plan_types import (
     MEMORY_SHARE,
@@ -60,6 +60,7 @@ class Draft(msgspec.Struct, frozen=True):
     """The share of a token's time that it saves, whichever node asks; ``None`` if unknown."""
     fixed: bool
     """Whether a person chose the cut or the nodes."""
+    backends: Backends
 
 
 def with_reserves(
@@ -226,7 +227,8 @@ def slowed(swarm: Swarm, slowness: Mapping[PeerId, float]) -> Swarm:
 def chooses(request: LoadRequest) -> bool:
     """Whether the request says how the model is to be placed."""
     chosen = (request.ranks, request.layers, request.nodes, request.n_ctx, request.n_seq)
-    return any(value is not None for value in (*chosen, request.standbys, request.spares))
+    more = (request.standbys, request.spares, request.backend)
+    return any(value is not None for value in (*chosen, *more))
 
 
 def as_it_is(request: LoadRequest, current: Placement | None) -> LoadRequest:
@@ -239,7 +241,13 @@ def as_it_is(request: LoadRequest, current: Placement | None) -> LoadRequest:
         n_seq=current.n_seq if request.n_seq is None else request.n_seq,
         standbys=current.want_standbys if request.standbys is None else request.standbys,
         spares=current.want_spares if request.spares is None else request.spares,
+        backend=_said(current.backends) if request.backend is None else request.backend,
     )
+
+
+def _said(backends: Backends) -> str | None:
+    """Return what a request has to say so that a placement's backends stay."""
+    return ",".join(f"{peer}={name}" for peer, name in backends) or None
 
 
 def check_reserves(request: LoadRequest) -> None:
@@ -260,6 +268,8 @@ def same(draft: Draft) -> bool:
         return False
     wanted = (before.want_standbys, before.want_spares)
     peers = [rank.peer_id for rank in before.ranks]
+    if any(backend_of(before.backends, p) != backend_of(draft.backends, p) for p in peers):
+        return False
     return wanted == (draft.want_standbys, draft.want_spares) and peers == [
         rank.peer_id for rank in draft.ranks
     ]
@@ -323,6 +333,9 @@ def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
             lines.append(
                 f"layers {rank.slice} move from {name(was.peer_id)} to {name(rank.peer_id)}"
             )
+        now_with = backend_of(draft.backends, rank.peer_id)
+        if backend_of(before.backends, was.peer_id) != now_with:
+            lines.append(f"layers {rank.slice} are computed with: {now_with}")
         for what, now, then in (
             ("standbys", rank.standbys, was.standbys),
             ("spares", rank.spares, was.spares),

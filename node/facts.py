@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.inference import backends
+from pyagent_node.inference.backend_names import BackendState
 from pyagent_node.inference.llama.memory import available_memory
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
 from pyagent_node.inference.runner import default_threads
@@ -110,6 +112,7 @@ class FactsProvider:
         self._measure = measure
         self._memory = memory
         self._speed: Speed | None = None
+        self._backends: tuple[BackendState, ...] = ()
         self._measuring = trio.Lock()
 
     async def facts(self, model: Digest) -> NodeFacts:
@@ -117,6 +120,7 @@ class FactsProvider:
         async with self._measuring:
             if self._speed is None:
                 self._speed = await self._measure(self._threads)
+                self._backends = await trio.to_thread.run_sync(backends.survey)
         return NodeFacts(
             peer_id=self._peer_id,
             name=self._name,
@@ -125,4 +129,5 @@ class FactsProvider:
             bandwidth=self._speed.bandwidth,
             compute=self._speed.compute,
             held=await trio.to_thread.run_sync(self._held, model),
+            backends=self._backends,
         )

@@ -10,16 +10,29 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from pyagent_node.base.types import Digest, PeerId, Placement, Prepared, Rank, Slice
+from pyagent_node.base.types import (
+    AUTO_BACKEND,
+    Digest,
+    PeerId,
+    Placement,
+    Prepared,
+    Rank,
+    Slice,
+    backend_of,
+)
 
 
 class RunnerKey(NamedTuple):
-    """A loaded slice with room for ``n_seq`` sessions of ``n_ctx`` tokens."""
+    """A loaded slice with room for ``n_seq`` sessions of ``n_ctx`` tokens.
+
+    ``backend`` is one that a person chose, or :data:`AUTO_BACKEND`.
+    """
 
     model: Digest
     slice: Slice
     n_ctx: int
     n_seq: int
+    backend: str = AUTO_BACKEND
 
     def __str__(self) -> str:
         return f"the runner of layers {self.slice}"
@@ -69,9 +82,15 @@ class Wanted(NamedTuple):
 NOTHING = Wanted(frozenset(), frozenset(), frozenset(), {})
 
 
-def runner_key(placement: Placement | Prepared, rank: Rank) -> RunnerKey:
-    """Return the runner that serves ``rank``, or stands by for it."""
-    return RunnerKey(placement.model, rank.slice, placement.n_ctx, placement.n_seq)
+def runner_key(placement: Placement | Prepared, rank: Rank, peer: PeerId) -> RunnerKey:
+    """Return the runner with which ``peer`` serves ``rank``, or stands by for it."""
+    return RunnerKey(
+        placement.model,
+        rank.slice,
+        placement.n_ctx,
+        placement.n_seq,
+        backend_of(placement.backends, peer),
+    )
 
 
 def wanted(
@@ -95,7 +114,7 @@ def wanted(
     for each in held:
         for rank in each.ranks:
             if peer_id in (rank.peer_id, *rank.standbys):
-                runners.add(runner_key(each, rank))
+                runners.add(runner_key(each, rank, peer_id))
             elif peer_id in rank.spares:
                 spares.add(SpareKey(each.model, rank.slice))
     return Wanted(frozenset(runners), frozenset(spares), frozenset(heads), stages)

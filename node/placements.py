@@ -151,7 +151,7 @@ class PlacementController:
             placement = self._wanted.stages.get(where)
             if placement is None or placement.epoch != stage.placement.epoch:
                 stage.scope.cancel()
-                key = runner_key(stage.placement, stage.rank)
+                key = runner_key(stage.placement, stage.rank, self._peer_id)
                 ending.setdefault(key, []).append(stage.over)
                 del self._stages[where]
         return ending
@@ -255,7 +255,7 @@ class PlacementController:
             if where not in self._stages:
                 rank = placement.ranks[where[1]]
                 stage = self._stages[where] = _Stage(placement, rank)
-                kept = self._runners[runner_key(placement, rank)]
+                kept = self._runners[runner_key(placement, rank, self._peer_id)]
                 spec = stage_spec(models[placement.model], placement, rank)
                 nursery.start_soon(self._serve, stage, spec, kept)
 
@@ -326,7 +326,7 @@ class PlacementController:
             placement, rank = stage.placement, stage.rank
             view = views.get((placement.model, placement.epoch, rank.rank))
             rate = stage.rate.sample(view.tokens, now) if view is not None else 0.0
-            kept = self._runners[runner_key(placement, rank)]
+            kept = self._runners[runner_key(placement, rank, self._peer_id)]
             ranks.append(rank_report(placement, rank, kept, view, rate))
         reserves = [r for p in self._placements.values() for r in self._reserves(p)]
         heads = [
@@ -342,7 +342,9 @@ class PlacementController:
             leaving=leaving,
             drafters=self._drafters.reports(),
             prepared=tuple(
-                prepared_report(prepared, rank, self._runners[runner_key(prepared, rank)])
+                prepared_report(
+                    prepared, rank, self._runners[runner_key(prepared, rank, self._peer_id)]
+                )
                 for prepared in self._prepared.values()
                 for rank in prepared.ranks
                 if rank.peer_id == self._peer_id
@@ -357,7 +359,7 @@ class PlacementController:
     def _reserves(self, placement: Placement) -> Iterator[ReserveReport]:
         for rank in placement.ranks:
             if self._peer_id in rank.standbys:
-                runner = self._runners[runner_key(placement, rank)]
+                runner = self._runners[runner_key(placement, rank, self._peer_id)]
                 memory = runner.value.info.memory_bytes if runner.value is not None else None
                 yield reserve_report(placement, rank, runner, loaded=True, memory=memory)
             elif self._peer_id in rank.spares:

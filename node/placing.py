@@ -40,6 +40,7 @@ from pyagent_node.inference.models.transfer import ensure_head_assets
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
+from pyagent_node.node.backend_choice import explain_backends, with_backends
 from pyagent_node.node.drafter_placing import DrafterPlacer
 from pyagent_node.node.drafts import (
     Draft,
@@ -226,8 +227,11 @@ class Placer:
             if options.boundaries or (options.ranks or 1) > 1:
                 raise
             options = msgspec.structs.replace(options, ranks=1)
+        nodes, backends = with_backends(nodes, request.backend, header.architecture)
         shape = planner_shape(header, record.name)
         best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
+        why = explain_backends(best.ranks, nodes, backends, header.architecture)
+        best = msgspec.structs.replace(best, explanation=(*best.explanation, *why))
         ranks = with_reserves(
             shape,
             best.ranks,
@@ -268,6 +272,7 @@ class Placer:
             lacking(shape, ranks, before, free, n_ctx=n_ctx, n_seq=n_seq),
             gain(shape, before, ranks, swarm),
             any(each is not None for each in (request.ranks, request.layers, request.nodes)),
+            backends,
         )
 
     async def _plain_swarm(self, record: ModelRecord) -> Swarm:
@@ -370,6 +375,7 @@ class Placer:
             want_standbys=draft.want_standbys,
             want_spares=draft.want_spares,
             fixed=draft.fixed,
+            backends=draft.backends,
         )
         report(Progress(step="place", text=switching(draft) or "placing the model"))
         if draft.before is not None and not draft.lacking:
@@ -404,6 +410,7 @@ class Placer:
                         want_standbys=before.want_standbys,
                         want_spares=before.want_spares,
                         fixed=before.fixed,
+                        backends=before.backends,
                     )
                 )
                 restored = self._consensus.state.placements.get(before.model)

@@ -110,6 +110,7 @@ def heal(placement: Placement, outlook: Outlook) -> Healing:
                 placement.want_standbys,
                 placement.want_spares,
                 fixed=placement.fixed,
+                backends=placement.backends,
             )
             return Healing(command, tuple(reasons), tuple(problems))
     if any(not trouble.patient for trouble in troubles.values()):

@@ -129,6 +129,7 @@ class Resharder:
                 n_seq=command.n_seq,
                 after_epoch=command.after_epoch,
                 by=self._peer_id,
+                backends=command.backends,
             )
         )
         prepared = self._consensus.state.prepared.get(command.model)

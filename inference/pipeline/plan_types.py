@@ -9,6 +9,7 @@ import msgspec
 
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import PeerId, Rank, Slice
+from pyagent_node.inference.backend_names import BackendState
 
 MEMORY_SHARE: Final = 0.9
 """Share of a node's free memory that a plan may use."""
@@ -21,7 +22,8 @@ class NodeFacts(msgspec.Struct, frozen=True):
 
     ``memory_bytes`` is what it can give to a model now, ``bandwidth`` its memory's bytes a second
     and ``compute`` its floating-point operations a second with all ``threads``.  ``held`` are the
-    slices of the model in question whose bytes are on its disk already.
+    slices of the model in question whose bytes are on its disk already.  ``backends`` are
+    those that it knows of, installed or not.
     """
 
     peer_id: PeerId
@@ -31,6 +33,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     bandwidth: float
     compute: float
     held: tuple[Slice, ...] = ()
+    backends: tuple[BackendState, ...] = ()
 
     @property
     def usable(self) -> bool:

@@ -239,6 +239,9 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``draft_length``, ``draft_depth`` and ``draft_tree`` hold for requests that do not say.
     ``drafter`` is a model of the same vocabulary that guesses on a node of its own, as ``NAME`` or
     ``NAME@NODE``; ``none`` takes it away.
+
+    ``backend`` is a backend's name or ``auto`` for every node, or ``NODE=NAME`` for some of them,
+    separated by commas.
     """
 
     model: str
@@ -254,6 +257,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     draft_depth: int | None = None
     draft_tree: bool | None = None
     drafter: str | None = None
+    backend: str | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

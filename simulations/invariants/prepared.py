@@ -55,7 +55,7 @@ def _left_over(machine: Machine) -> Iterator[str]:
         return
     placements = machine.parts.consensus.state.placements.values()
     keys = {
-        runner_key(placement, rank)
+        runner_key(placement, rank, machine.peer_id)
         for placement in placements
         for rank in placement.ranks
         if machine.peer_id in (rank.peer_id, *rank.standbys)

@@ -1,0 +1,107 @@
+"""Which backend each node of a placement computes with: what was asked for against what is there.
+
+Pure.  Where nothing is asked for each node chooses for itself (``backend_names.choose``), and what
+it will choose is told here from its facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unsupported
+from pyagent_node.base.types import AUTO_BACKEND, Backends, PeerId, Rank, backend_of
+from pyagent_node.inference.backend_names import DEFAULT, check_choice, choose, install_hint
+from pyagent_node.inference.formats.config import ARCHITECTURES
+from pyagent_node.inference.pipeline.plan_types import NodeFacts
+from pyagent_node.node.planning import find_node
+
+
+def with_backends(
+    nodes: Sequence[NodeFacts], wanted: str | None, architecture: str
+) -> tuple[list[NodeFacts], Backends]:
+    """Return the nodes that can do what is asked for, and who shall use which backend.
+
+    ``wanted`` is a name for every node, or ``NODE=NAME,...`` for some of them; nodes are then
+    named by name or peer id.  Raises :class:`InvalidRequest` (``bad_backend``, ``unknown_node``,
+    ``ambiguous_node``) and :class:`Unsupported` (``backend_missing``,
+    ``unsupported_architecture``).
+    """
+    if not wanted:
+        return list(nodes), ()
+    if "=" not in wanted:
+        return _everywhere(nodes, check_choice(wanted), architecture)
+    chosen: dict[PeerId, str] = {}
+    for part in wanted.split(","):
+        who, _, name = part.partition("=")
+        node = find_node(who.strip(), list(nodes))
+        if node.peer_id in chosen:
+            raise InvalidRequest(f"{node.name} is named twice.", code="bad_backend")
+        _check_architecture(check_choice(name.strip()), architecture)
+        if not has(node, name.strip()):
+            raise _missing(name.strip(), [node])
+        if name.strip() != AUTO_BACKEND:
+            chosen[node.peer_id] = name.strip()
+    return list(nodes), tuple(sorted(chosen.items()))
+
+
+def _everywhere(
+    nodes: Sequence[NodeFacts], name: str, architecture: str
+) -> tuple[list[NodeFacts], Backends]:
+    if name == AUTO_BACKEND:
+        return list(nodes), ()
+    _check_architecture(name, architecture)
+    able = [node for node in nodes if has(node, name)]
+    if nodes and not able:
+        raise _missing(name, nodes)
+    return able, tuple(sorted((node.peer_id, name) for node in able))
+
+
+def has(node: NodeFacts, name: str) -> bool:
+    """Whether a node has a backend; every node has llama.cpp."""
+    installed = {state.name for state in node.backends if state.installed}
+    return name in {AUTO_BACKEND, DEFAULT, *installed}
+
+
+def explain_backends(
+    ranks: Sequence[Rank], nodes: Sequence[NodeFacts], backends: Backends, architecture: str
+) -> tuple[str, ...]:
+    """Say which backend each rank will use and why; nothing where that is llama.cpp everywhere."""
+    known = {node.peer_id: node for node in nodes}
+    lines: list[str] = []
+    plain = not backends
+    for rank in ranks:
+        node = known.get(rank.peer_id)
+        if node is None:
+            continue
+        wanted = backend_of(backends, rank.peer_id)
+        if wanted == AUTO_BACKEND and architecture not in ARCHITECTURES:
+            name, why = DEFAULT, "the only one that knows this architecture"
+        else:
+            try:
+                name, why = choose(wanted, node.backends)
+            except PyAgentError:
+                name, why = DEFAULT, "nothing else is known of the node"
+        plain = plain and name == DEFAULT
+        version = next((s.version for s in node.backends if s.name == name), "")
+        shown = f"{name} {version}".strip()
+        lines.append(f"rank {rank.rank}: {node.name} computes with {shown} ({why})")
+    return () if plain else tuple(lines)
+
+
+def _check_architecture(name: str, architecture: str) -> None:
+    if name not in (AUTO_BACKEND, DEFAULT) and architecture not in ARCHITECTURES:
+        raise Unsupported(
+            f"The backend {name} cannot compute models of the architecture {architecture[:64]!r}.",
+            code="unsupported_architecture",
+            remedy=f"Use {DEFAULT}, or a model of {', '.join(ARCHITECTURES)}.",
+        )
+
+
+def _missing(name: str, nodes: Sequence[NodeFacts]) -> Unsupported:
+    names = ", ".join(sorted(node.name for node in nodes))
+    return Unsupported(
+        f"The backend {name} is not installed on {names}.",
+        code="backend_missing",
+        remedy=f"{install_hint(name)} (on that node, then start it again).",
+        backend=name,
+    )

@@ -1,0 +1,126 @@
+"""Which backend computes what: names, what is missing, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unsupported
+from pyagent_node.base.types import PeerId, Placement, Prepared, Rank, Slice, backend_of
+from pyagent_node.inference.backend_names import AUTO, CHOICES, BackendState, choose
+from pyagent_node.inference.backends import open_backend, survey
+from pyagent_node.inference.pipeline.plan_types import NodeFacts
+from pyagent_node.node.backend_choice import explain_backends, with_backends
+from pyagent_node.node.holdings import runner_key, wanted
+
+LLAMA = BackendState("llama.cpp", "0.3", "cpu")
+NO_TORCH = BackendState("torch", "", "cpu")
+TORCH = BackendState("torch", "2.9", "cuda")
+MLX = BackendState("mlx", "0.32", "metal")
+MLX_CPU = BackendState("mlx", "0.32", "cpu")
+
+
+def node(name: str, *states: BackendState) -> NodeFacts:
+    return NodeFacts(PeerId(f"peer-{name}"), name, 1 << 30, 1, 1e9, 1e9, (), states)
+
+
+OLD, PC, MAC = node("old"), node("pc", LLAMA, TORCH), node("mac", LLAMA, NO_TORCH, MLX)
+NODES = [OLD, PC, MAC]
+
+
+def test_auto_takes_what_has_an_accelerator() -> None:
+    assert choose(AUTO, [LLAMA, TORCH, MLX]).name == "mlx"
+    assert choose(AUTO, [LLAMA, TORCH]).name == "torch"
+    assert choose(AUTO, [LLAMA, NO_TORCH, MLX_CPU]).name == "llama.cpp"
+    assert choose(AUTO, []).name == "llama.cpp"
+    assert choose("mlx", [LLAMA, MLX_CPU]).name == "mlx"
+
+
+def test_what_is_not_installed_is_one_line_that_says_what_to_install() -> None:
+    with pytest.raises(Unsupported) as caught:
+        choose("torch", [LLAMA, NO_TORCH])
+    assert caught.value.code == "backend_missing"
+    assert caught.value.remedy == "Install it: pip install 'pyagent-node[torch]'"
+    with pytest.raises(InvalidRequest) as wrong:
+        choose("cuda", [LLAMA])
+    assert all(name in (wrong.value.remedy or "") for name in CHOICES)
+
+
+def test_every_node_that_has_it_is_taken() -> None:
+    assert with_backends(NODES, None, "llama") == (NODES, ())
+    assert with_backends(NODES, "auto", "gemma") == (NODES, ())
+    assert with_backends(NODES, "mlx", "llama") == ([MAC], ((MAC.peer_id, "mlx"),))
+    able, chosen = with_backends(NODES, "llama.cpp", "gemma")
+    assert able == NODES
+    assert dict(chosen) == {n.peer_id: "llama.cpp" for n in NODES}
+
+
+def test_nodes_are_named_one_by_one() -> None:
+    able, chosen = with_backends(NODES, f"pc=torch, {MAC.peer_id}=llama.cpp,old=auto", "qwen2")
+    assert able == NODES
+    assert dict(chosen) == {PC.peer_id: "torch", MAC.peer_id: "llama.cpp"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ("vulkan", "bad_backend"),
+        ("pc=", "bad_backend"),
+        ("=mlx", "unknown_node"),
+        ("nobody=mlx", "unknown_node"),
+        ("pc=torch,pc=torch", "bad_backend"),
+        ("old=torch", "backend_missing"),
+        ("mac=torch", "backend_missing"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: str, code: str) -> None:
+    with pytest.raises(PyAgentError) as caught:
+        with_backends(NODES, asked, "llama")
+    assert caught.value.code == code
+    assert caught.value.remedy or code == "bad_backend"
+
+
+def test_nobody_has_it_or_nothing_can_compute_it() -> None:
+    with pytest.raises(Unsupported) as caught:
+        with_backends([OLD], "mlx", "llama")
+    assert caught.value.code == "backend_missing"
+    assert "old" in caught.value.message
+    with pytest.raises(Unsupported) as foreign:
+        with_backends(NODES, "mac=mlx", "gemma")
+    assert foreign.value.code == "unsupported_architecture"
+
+
+def test_the_plan_says_who_computes_with_what_and_why() -> None:
+    ranks = [
+        Rank(i, Slice(i, i + 1, i == 2), each.peer_id) for i, each in enumerate((OLD, PC, MAC))
+    ]
+    lines = explain_backends(ranks, NODES, (), "llama")
+    assert lines == (
+        "rank 0: old computes with llama.cpp (the fastest on a processor)",
+        "rank 1: pc computes with torch 2.9 (it computes on cuda)",
+        "rank 2: mac computes with mlx 0.32 (it computes on metal)",
+    )
+    assert (
+        "as asked for" in explain_backends(ranks, NODES, ((PC.peer_id, "llama.cpp"),), "llama")[1]
+    )
+    assert explain_backends(ranks, NODES, (), "gemma") == ()
+    assert explain_backends(ranks[:1], NODES, (), "llama") == ()
+
+
+def test_a_runner_is_named_by_its_backend_too() -> None:
+    ranks = (Rank(0, Slice(0, 2, True), PC.peer_id, (MAC.peer_id,)),)
+    placement = Placement("m", 1, ranks, 64, 1, backends=((PC.peer_id, "torch"),))  # type: ignore[arg-type]
+    assert runner_key(placement, ranks[0], PC.peer_id).backend == "torch"
+    assert runner_key(placement, ranks[0], MAC.peer_id).backend == AUTO
+    later = Prepared("m", 1, 1, ranks, 64, 1, PC.peer_id)  # type: ignore[arg-type]
+    found = {key.backend for key in wanted([placement], PC.peer_id, [later]).runners}
+    assert found == {"torch", AUTO}
+    assert backend_of((), PC.peer_id) == AUTO
+
+
+def test_this_machine_has_llama_cpp() -> None:
+    states = {state.name: state for state in survey()}
+    assert states["llama.cpp"].installed
+    missing = [name for name, state in states.items() if not state.installed]
+    for name in missing:
+        with pytest.raises(Unsupported):
+            open_backend(name, None, Slice(0, 1, True), n_ctx=1, n_seq=1, threads=1)  # type: ignore[arg-type]
