@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import NamedTuple
 
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.node.context_collector import Collector
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_mesh import ContextService, Pace, open_contexts
 from pyagent_node.node.context_store import SqliteContextStore, open_context_store
 from pyagent_node.node.contexts import Contexts
+from pyagent_node.node.nurseries import background
 from pyagent_node.sharding.context.defaults import default_model
 from pyagent_node.sharding.context.sketches import SketchModel
 
@@ -44,7 +47,9 @@ async def open_node_contexts(
     async with (
         open_context_store(folder, limit_bytes=limit_bytes) as store,
         open_contexts(mesh, consensus, store, models=_model, pace=pace) as together,
+        background() as nursery,
     ):
+        nursery.start_soon(Collector(together, clock=time.time).run)
         service = Contexts(together, encoder, held=store.held)
         yield NodeContexts(service, together, store)
 

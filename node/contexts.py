@@ -40,11 +40,10 @@ from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
 from pyagent_node.sharding.context.catalog import Known
 from pyagent_node.sharding.context.defaults import default_model
-from pyagent_node.sharding.context.documents import About, Cut, cut, document
+from pyagent_node.sharding.context.documents import About, Cut, cut, document, removal
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
 from pyagent_node.sharding.context.records import (
-    DIGEST_BYTES,
     ChunkId,
     DocumentRecord,
     check_source,
@@ -204,20 +203,9 @@ class Contexts:
                     code="source_not_found",
                     remedy=f"`pyagent-node context show {name}` lists them.",
                 )
-            now = int(self._clock())
-            await self.mesh.publish(
-                DocumentRecord(
-                    context=info.id,
-                    source=source,
-                    version=catalog.next_version(source, self.mesh.peer_id),
-                    digest=bytes(DIGEST_BYTES),
-                    size=0,
-                    modified=now,
-                    added=now,
-                    removed=True,
-                ),
-                (),
-            )
+            version = catalog.next_version(source, self.mesh.peer_id)
+            gone = removal(known.record, version, int(self._clock()))
+            await self.mesh.publish(gone, ())
         return RemoveReply(source)
 
     def _alone(self, info: ContextInfo, source: str) -> trio.Lock:

@@ -15,6 +15,7 @@ from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.duplicates import near_texts
 from pyagent_node.sharding.context.embedder import Vectors
 from pyagent_node.sharding.context.records import (
+    DIGEST_BYTES,
     ChunkBody,
     ChunkRow,
     DocumentRecord,
@@ -142,6 +143,20 @@ def document(
         sketches=packed.tobytes() + weights.astype("<f2").tobytes(),
     )
     return record, bodies
+
+
+def removal(record: DocumentRecord, version: Version, now: int) -> DocumentRecord:
+    """Return the record that says that a document is there no longer, since ``now``."""
+    return DocumentRecord(
+        context=record.context,
+        source=record.source,
+        version=version,
+        digest=bytes(DIGEST_BYTES),
+        size=0,
+        modified=now,
+        added=now,
+        removed=True,
+    )
 
 
 def _buckets(vectors: Vectors, own: Sequence[np.ndarray], axes: Axes) -> list[int]:
