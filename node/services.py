@@ -15,7 +15,15 @@ from pyagent_node.inference.drafting.remote_messages import DRAFT_PROTOCOL
 from pyagent_node.inference.models import blob_messages
 from pyagent_node.inference.pipeline.engine import PipelineEngine
 from pyagent_node.inference.pipeline.frames import PIPE_PROTOCOL
-from pyagent_node.node import journal_messages, kv_messages, kv_views, rpc, session_moves
+from pyagent_node.node import (
+    context_messages,
+    context_views,
+    journal_messages,
+    kv_messages,
+    kv_views,
+    rpc,
+    session_moves,
+)
 from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
 from pyagent_node.node.api.schema import (
@@ -70,6 +78,7 @@ class NodeServices:
         self.telemetry.bridge(self._transfer_samples)
         self.telemetry.bridge(self._session_samples)
         self.telemetry.bridge(lambda: kv_views.samples(node.kv))
+        self.telemetry.bridge(lambda: context_views.samples(node.contexts.mesh))
         self.telemetry.bridge(self._refusal_samples)
 
     @property
@@ -329,6 +338,7 @@ class NodeServices:
             (blob_messages.PROTOCOL, node.models.blobs.refused),
             (journal_messages.PROTOCOL, node.journals.holder.refused),
             (kv_messages.PROTOCOL, node.kv.server.refused),
+            (context_messages.PROTOCOL, node.contexts.mesh.rpc.server.refused),
             (PIPE_PROTOCOL, node.pipeline.stages.refused),
             (PIPE_PROTOCOL, node.engine.refused),
             (DRAFT_PROTOCOL, node.pipeline.drafts.refused),
