@@ -118,14 +118,7 @@ mod tests {
         {
             assert!((found - wanted).abs() < 1e-3, "{found} for {wanted}");
         }
-        turn(
-            &bytes(&[1.0, 1.0, 0.0, 0.0]),
-            &mut out,
-            4,
-            1e4,
-            true,
-            2.0,
-        );
+        turn(&bytes(&[1.0, 1.0, 0.0, 0.0]), &mut out, 4, 1e4, true, 2.0);
         let turned = numbers(&out);
         assert!((turned[0] - 2.0_f32.cos()).abs() < 1e-3);
         assert!((turned[2] - 2.0_f32.sin()).abs() < 1e-3);
