@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyagent_node.base.errors import Conflict, CorruptData, InvalidRequest
 from pyagent_node.inference.backend import (
@@ -31,6 +32,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.stepping.calls import CallRunner, Computer
+from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
 from pyagent_node.inference.trees import check_tree, decode_tree, reach
 
@@ -229,6 +231,30 @@ class SliceBackend(ABC):
                 f"The activations for sequence {step.seq} are not all finite.", code="not_finite"
             )
         return log
+
+    def score(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return the logits behind each token of a text, shape (n, n_vocab): for measuring.
+
+        Slot 0 of a whole model is used for it, and must not be open: else :class:`Conflict`
+        (``sequence_in_use``).  Raises :class:`InvalidRequest` (``bad_parameter``) for a slice.
+        """
+        if self._info.slice.first or not self._info.slice.head:
+            raise InvalidRequest("Only a whole model scores texts.", code="bad_parameter")
+        if self._logs[0] is not None:
+            raise Conflict("Sequence 0 is in use.", code="sequence_in_use", seq=0)
+        SequenceLog(0, self._info.n_ctx, None).check_room(0, len(tokens))
+        found: list[NDArray[np.float32]] = []
+        try:
+            for at in range(0, len(tokens), MAX_DECODE_ROWS):
+                piece = tokens[at : at + MAX_DECODE_ROWS]
+                n = len(piece)
+                positions = np.arange(at, at + n, dtype=np.int32)
+                rows = Rows(np.zeros(n, np.int32), positions, piece, None, np.ones(n, np.int8))
+                self._context.decode(rows, None, lone_threads=1)
+                found += [self._context.logits(row).copy() for row in range(n)]
+        finally:
+            self._context.drop(0, 0)
+        return np.stack(found)
 
     # ---- KV ranges -------------------------------------------------------------------------
 

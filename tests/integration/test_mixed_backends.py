@@ -20,7 +20,7 @@ from .test_failover_runners import LastJournal, open_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
-INSTALLED = backends.names(backends.survey())
+INSTALLED = [state.name for state in backends.survey() if state.installed]
 TOKENS = 24
 REQUEST = GenerationRequest(
     NAME,
