@@ -259,10 +259,12 @@ def query(
     full: bool,
 ) -> None:
     """Show the chunks of the context NAME that QUESTION needs, best first."""
+    from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
     from pyagent_node.node.api.context_schema import QueryRequest  # noqa: PLC0415
 
     request = QueryRequest(question=" ".join(question), count=count, way=way)
-    reply = app.client().contexts.query(name, request)
+    with Reporter(app.out, stream_json=False) as report:
+        reply = app.client().contexts.query(name, request, report)
     app.out.result(reply, lambda: _hits(app, reply, why=why, full=full))
 
 

@@ -60,10 +60,10 @@ class ContextApiClient:
         path = f"{_path(name)}/documents?{urlencode({'source': source})}"
         return decode(self._api.request("DELETE", path, None), RemoveReply)
 
-    def query(self, name: str, request: QueryRequest) -> QueryReply:
-        """Return the chunks that a question needs."""
-        body = msgspec.json.encode(request)
-        return decode(self._api.request("POST", f"{_path(name)}/query", body), QueryReply)
+    def query(self, name: str, request: QueryRequest, report: Report | None = None) -> QueryReply:
+        """Return the chunks that a question needs; ``report``: of fetching the encoder."""
+        path = f"{_path(name)}/query?progress=true"
+        return self._api.lines("POST", path, msgspec.json.encode(request), Line[QueryReply], report)
 
 
 def _path(name: str) -> str:

@@ -34,7 +34,7 @@ from pyagent_node.node.api.context_schema import (
     QueryRequest,
     RemoveReply,
 )
-from pyagent_node.node.api.following import Report
+from pyagent_node.node.api.following import Report, nobody
 from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
@@ -280,10 +280,10 @@ class Contexts:
 
     # Questions ---------------------------------------------------------------------------------
 
-    async def query(self, name: str, request: QueryRequest) -> QueryReply:
+    async def query(self, name: str, request: QueryRequest, report: Report = nobody) -> QueryReply:
         """Return the chunks of a context that a question needs."""
         began = time.monotonic()
-        answer, embed_seconds = await self.search(name, request)
+        answer, embed_seconds = await self.search(name, request, report)
         return QueryReply(
             hits=tuple(_hit(hit) for hit in answer.hits),
             windows=answer.windows,
@@ -296,11 +296,16 @@ class Contexts:
             embed_seconds=round(embed_seconds, 6),
         )
 
-    async def search(self, name: str, request: QueryRequest) -> tuple[Answer, float]:
-        """Return what was found for a question, and the seconds that its own vector took."""
+    async def search(
+        self, name: str, request: QueryRequest, report: Report = nobody
+    ) -> tuple[Answer, float]:
+        """Return what was found for a question, and the seconds that its own vector took.
+
+        ``report`` gets the progress of fetching the encoder, if that has to be done first.
+        """
         check_question(request.question, request.count)
         info = self._writable(name)
-        encoder = await self._encoder.open(_nobody)
+        encoder = await self._encoder.open(report)
         began = time.monotonic()
         (vector,) = await trio.to_thread.run_sync(encoder.embed, [request.question])
         seconds = time.monotonic() - began
@@ -310,10 +315,6 @@ class Contexts:
         sources = list(dict.fromkeys(hit.source for hit in answer.hits))
         await self.mesh.used(info.id, sources, int(self._clock()))
         return answer, seconds
-
-
-def _nobody(_: Progress) -> None:
-    """Take a report that nobody waits for."""
 
 
 def _ahead(info: ContextInfo) -> int:

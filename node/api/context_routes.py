@@ -24,13 +24,12 @@ from pyagent_node.node.api.context_schema import (
 )
 from pyagent_node.node.api.errors import decode_body
 from pyagent_node.node.api.exchange import Drain, Reply, Sender, ndjson_error
-from pyagent_node.node.api.following import Report, follow_work
-from pyagent_node.node.api.schema import Progress
+from pyagent_node.node.api.following import Report, follow_work, nobody
 
 QUICK_SECONDS: Final = 120.0
-"""Deadline of what embeds a question at most; the encoder may have to be fetched first."""
-ADD_SECONDS: Final = 24 * 3600.0
-"""Deadline of adding one document."""
+"""Deadline of what embeds nothing."""
+LONG_SECONDS: Final = 24 * 3600.0
+"""Deadline of adding a document, or asking; the encoder may have to be fetched first."""
 
 _CREATE = msgspec.json.Decoder(CreateContextRequest)
 _QUERY = msgspec.json.Decoder(QueryRequest)
@@ -66,8 +65,8 @@ class ContextServices(Protocol):
         """Remove a document."""
         ...
 
-    async def query(self, name: str, request: QueryRequest) -> QueryReply:
-        """Return the chunks that a question needs."""
+    async def query(self, name: str, request: QueryRequest, report: Report = nobody) -> QueryReply:
+        """Return the chunks that a question needs; ``report``: of fetching the encoder."""
         ...
 
 
@@ -80,6 +79,17 @@ def context_router(services: Callable[[], ContextServices], drain: Drain) -> API
             await sender.json(await work())
 
         return Reply(answer, drain=drain, seconds=seconds)
+
+    def told(request: Request, work: Callable[[Report], Awaitable[object]]) -> Reply:
+        """Answer in lines with the progress if that was asked for, else with the result alone."""
+        if _one(request, "progress", "false") not in ("true", "1"):
+            return reply(partial(work, nobody), LONG_SECONDS)
+        return Reply(
+            partial(follow_work, work),
+            drain=drain,
+            seconds=LONG_SECONDS,
+            stream_error=ndjson_error,
+        )
 
     @router.get("")
     async def every() -> Response:
@@ -102,16 +112,12 @@ def context_router(services: Callable[[], ContextServices], drain: Drain) -> API
         check_context_name(name)
         source = _one(request, "source")
         modified = _number(_one(request, "modified", "0"), "modified")
-        told = _one(request, "progress", "false")
-        work = partial(services().add, name, source, await request.body(), modified=modified)
-        if told in ("true", "1"):
-            return Reply(
-                partial(follow_work, lambda report: work(report=report)),
-                drain=drain,
-                seconds=ADD_SECONDS,
-                stream_error=ndjson_error,
-            )
-        return reply(partial(work, report=_nobody), ADD_SECONDS)
+        data = await request.body()
+
+        async def work(report: Report) -> AddReply:
+            return await services().add(name, source, data, modified=modified, report=report)
+
+        return told(request, work)
 
     @router.delete("/{name}/documents")
     async def remove(name: str, request: Request) -> Response:
@@ -122,13 +128,9 @@ def context_router(services: Callable[[], ContextServices], drain: Drain) -> API
     async def query(name: str, request: Request) -> Response:
         check_context_name(name)
         body = decode_body(await request.body(), _QUERY)
-        return reply(partial(services().query, name, body))
+        return told(request, partial(services().query, name, body))
 
     return router
-
-
-def _nobody(_: Progress) -> None:
-    """Take a report that nobody waits for."""
 
 
 def _one(request: Request, name: str, default: str | None = None) -> str:

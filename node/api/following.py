@@ -19,6 +19,10 @@ NDJSON: Final = "application/x-ndjson"
 T = TypeVar("T")
 
 
+def nobody(_: Progress) -> None:
+    """Take a report that nobody waits for."""
+
+
 class _Latest:
     """Keeps the newest report of each step until the reader has time for it.
 

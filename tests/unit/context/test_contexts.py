@@ -14,11 +14,16 @@ from pyagent_node.base.errors import (
     LimitExceeded,
     NotFound,
     PyAgentError,
+    Unavailable,
     Unsupported,
 )
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.node import context_encoder
 from pyagent_node.node import contexts as contexts_module
-from pyagent_node.node.api.context_schema import QueryRequest
+from pyagent_node.node.api.context_schema import CreateContextRequest, QueryRequest
+from pyagent_node.node.context_encoder import MiniLmSource
 from pyagent_node.node.context_store import FILE, open_context_store
+from pyagent_node.node.contexts import Contexts
 
 from .context_world import World, one_node
 
@@ -339,6 +344,19 @@ async def test_another_encoder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Conflict) as caught:
             await world.add("a.txt", "text")
         assert caught.value.code == "context_encoder_differs"
+
+
+async def test_a_missing_extra_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context_encoder, "find_spec", lambda name: None)
+    source = MiniLmSource(ModelStore(tmp_path / "models"))
+    async with one_node(tmp_path) as world:
+        contexts = Contexts(world.mesh, source, held=world.store.held)
+        with pytest.raises(Unavailable) as caught:
+            await contexts.create(CreateContextRequest("docs"))
+    assert caught.value.code == "context_extra_missing"
+    assert "pip install 'pyagent-node[context]'" in str(caught.value)
 
 
 # The store -------------------------------------------------------------------------------------
