@@ -3,8 +3,11 @@
 Three daemons hold a model in three ranks.  A prompt of about 2,000 tokens is asked for; then again
 with another ending, so that every rank finds the blocks of its own layers; then the ranks move on
 by one node, so that every rank finds them at a peer.  After that the links are made slow and the
-same is measured again.  Each round has a tenant of its own (``cache_salt``), who finds nothing of
-the others'.  What a node sends ahead on its own account is turned off.
+same is measured again; and once more with links over which fetching should take just as long as
+computing, where the choice between the two is hardest.  Where the cost model did not fetch
+everything, that is asked for too, of another tenant.  Each measurement has a tenant of its own
+(``cache_salt``), who finds nothing of the others'.  What a node sends ahead on its own account is
+turned off.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from pyagent_node.benchmarks.kv_texts import texts
 from pyagent_node.benchmarks.kv_types import ReuseRow
 from pyagent_node.benchmarks.shaped import answer, reshape_to, shaped_swarm
 from pyagent_node.benchmarks.swarm import LocalNode
-from pyagent_node.inference.generation import NO_SPECULATION
-from pyagent_node.inference.models.architectures import model_shape
+from pyagent_node.inference.generation import NO_SPECULATION, FetchWhen
+from pyagent_node.inference.models.architectures import ModelShape, model_shape
 from pyagent_node.inference.models.gguf_header import read_header
 from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest
 from pyagent_node.node.client import Answer, Ask
+from pyagent_node.sharding.kv_codec import EXPECTED_SIZE, level_named
 
 Say = Callable[[str], None]
 
@@ -39,6 +43,7 @@ SETTLE_SECONDS: Final = 3.0
 """Time for nodes to tell each other what they hold."""
 SLOW: Final = ("100 Mbit, 50 ms", "rtt=50ms,rate=100mbit")
 FAST: Final = ("loopback", "")
+LATENCY: Final = "50ms"
 TOKENS: Final = 4
 """Of every answer."""
 
@@ -50,6 +55,8 @@ class _Times:
         self.computed: list[Answer] = []
         self.local: list[Answer] = []
         self.remote: list[Answer] = []
+        self.fetched: list[Answer] = []
+        """With everything fetched, where the model did not."""
 
 
 class _Asker:
@@ -61,7 +68,9 @@ class _Asker:
         prose = (text for name, text in texts() if not name.endswith(".py"))
         self._prefix = "\n\n".join(prose)[:PREFIX_CHARACTERS]
 
-    def ask(self, salt: str, ending: int, *, cache: bool = True) -> Answer:
+    def ask(
+        self, salt: str, ending: int, *, cache: bool = True, fetch: FetchWhen = "auto"
+    ) -> Answer:
         return answer(
             self._node,
             Ask(
@@ -72,6 +81,7 @@ class _Asker:
                 temperature=0.0,
                 cache_salt=salt,
                 prompt_cache=cache,
+                cache_fetch=fetch,
                 speculation=NO_SPECULATION,
             ),
         )
@@ -101,42 +111,73 @@ def _request(model: str, nodes: list[LocalNode], layers: int, shift: int) -> Loa
     )
 
 
-def measure(path: str, levels: tuple[str, ...], *, rounds: int, say: Say) -> Iterator[ReuseRow]:
-    """Yield two rows for each level; raises what the swarm raises."""
-    layers = model_shape(read_header(Path(path))).n_layers
+def measure(
+    path: str, levels: tuple[str, ...], *, rounds: int, close: tuple[str, ...], say: Say
+) -> Iterator[ReuseRow]:
+    """Yield two rows for each level, a third for ``close`` ones; raises what the swarm raises."""
     for level in levels:
         say(f"  first tokens with blocks at {level}")
-        fast, slow = _level(path, level, layers=layers, rounds=rounds, say=say)
-        expected = [each.token_ids for each in fast.computed]
-        yield _row(level, FAST[0], fast, expected)
-        yield _row(level, SLOW[0], slow, expected)
+        measured = _level(path, level, rounds=rounds, close=level in close, say=say)
+        expected = [each.token_ids for each in measured[0][1].computed]
+        for link, times in measured:
+            yield _row(level, link, times, expected)
 
 
-def _level(path: str, level: str, *, layers: int, rounds: int, say: Say) -> tuple[_Times, _Times]:
-    fast, slow = _Times(), _Times()
+def _level(
+    path: str, level: str, *, rounds: int, close: bool, say: Say
+) -> list[tuple[str, _Times]]:
+    shape = model_shape(read_header(Path(path)))
     flags = ("--kv-stream", "0", "--kv-level", level)
     with shaped_swarm(RANKS, flags=flags, say=say) as nodes:
         client = nodes[0].client
         model = client.pull(PullRequest(source=f"file:{path}")).name
-        client.load(_request(model, nodes, layers, 0))
+        client.load(_request(model, nodes, shape.n_layers, 0))
         asker = _Asker(nodes[0], model)
-        salts = [f"tenant {i}" for i in range(2 * rounds)]
+        salts = [f"tenant {i}" for i in range((2 + 2 * close) * rounds + 1)]
+        fast = _Times()
         for i, salt in enumerate(salts):
             asker.ask(salt, 0)
             asker.until_kept(salt)
             if i < rounds:
                 fast.computed.append(asker.ask(salt, 1, cache=False))
                 fast.local.append(asker.ask(salt, 1))
-        client.apply(_request(model, nodes, layers, 1), _quiet)
+        near = salts[-1]  # the first to be fetched: after that it is near
+        client.apply(_request(model, nodes, shape.n_layers, 1), _quiet)
         time.sleep(SETTLE_SECONDS)
-        fast.remote += [asker.ask(salt, 1) for salt in salts[:rounds]]
-        reshape_to(nodes, SLOW[1], model)
-        time.sleep(SETTLE_SECONDS)
-        for near, far in zip(salts[:rounds], salts[rounds:], strict=True):
-            slow.computed.append(asker.ask(near, 1, cache=False))
-            slow.local.append(asker.ask(near, 1))
-            slow.remote.append(asker.ask(far, 1))
-    return fast, slow
+        _remote(asker, salts, fast, rounds)
+        measured = [(FAST[0], fast)]
+        links = [SLOW]
+        if close:
+            links.append(_close_link(fast, shape, level))
+        for name, link in links:
+            say(f"  {name}")
+            times = _Times()
+            reshape_to(nodes, link, model)
+            time.sleep(SETTLE_SECONDS)
+            for _ in range(rounds):
+                times.computed.append(asker.ask(near, 1, cache=False))
+                times.local.append(asker.ask(near, 1))
+            _remote(asker, salts, times, rounds)
+            measured.append((name, times))
+    return measured
+
+
+def _remote(asker: _Asker, salts: list[str], times: _Times, rounds: int) -> None:
+    """Ask for what other nodes have; uses salts up, from the end."""
+    for _ in range(rounds):
+        found = asker.ask(salts.pop(), 1)
+        times.remote.append(found)
+        if found.cached_tokens <= ENOUGH * found.prompt_tokens and salts:
+            times.fetched.append(asker.ask(salts.pop(), 1, fetch="always"))
+
+
+def _close_link(fast: _Times, shape: ModelShape, level: str) -> tuple[str, str]:
+    """Return a link over which a rank's blocks take as long as computing took."""
+    layers = -(-shape.n_layers // RANKS)
+    row = 2 * 2 * shape.n_head_kv * shape.head_dim * EXPECTED_SIZE[level_named(level)]
+    size = fast.computed[0].prompt_tokens * layers * row
+    rate = max(1, round(8e-6 * size / statistics.median(a.ttft_seconds for a in fast.computed)))
+    return f"{rate} Mbit, 50 ms", f"rtt={LATENCY},rate={rate}mbit"
 
 
 def _row(level: str, link: str, times: _Times, expected: list[tuple[int, ...]]) -> ReuseRow:
@@ -144,17 +185,23 @@ def _row(level: str, link: str, times: _Times, expected: list[tuple[int, ...]]) 
         return statistics.median(each.ttft_seconds for each in answers) * 1000
 
     computed, remote = median(times.computed), median(times.remote)
-    answers = (*times.computed, *times.local, *times.remote)
+    fetched = median(times.fetched or times.remote)
+    answers = (*times.computed, *times.local, *times.remote, *times.fetched)
+    prompt, cached = times.computed[0].prompt_tokens, min(a.cached_tokens for a in times.remote)
+    choice = "fetch" if cached > ENOUGH * prompt else "part" if cached else "compute"
     return ReuseRow(
         level=level,
         link=link,
-        prompt_tokens=times.computed[0].prompt_tokens,
+        prompt_tokens=prompt,
         recompute_ms=round(computed, 1),
         local_ms=round(median(times.local), 1),
         remote_ms=round(remote, 1),
         local_cached=min(each.cached_tokens for each in times.local),
-        remote_cached=min(each.cached_tokens for each in times.remote),
-        loss=round(max(0.0, remote / computed - 1), 3),
+        remote_cached=cached,
+        fetch_ms=round(fetched, 1),
+        choice=choice,
+        better="fetch" if fetched < computed else "compute",
+        ratio=round(remote / min(fetched, computed), 3),
         identical=all(each.token_ids == expected[0] for each in answers),
     )
 

@@ -67,9 +67,13 @@ class ReuseRow(msgspec.Struct, frozen=True, kw_only=True):
 
     ``recompute_ms``: nothing is reused.  ``local_ms``: every rank has the blocks of its layers.
     ``remote_ms``: every rank gets them from another node.  ``local_cached`` and ``remote_cached``
-    are the tokens of the prompt that did not have to be computed.  ``loss`` is what leaving the
-    choice to the cost model cost against the better of fetching and computing: 0 if it fetched and
-    that was faster.  ``identical`` says whether all answers had the tokens of the computed ones.
+    are the tokens of the prompt that did not have to be computed.
+
+    ``remote_ms`` leaves the ``choice`` to the cost model: "fetch", "compute", or "part" for some of
+    both.  ``fetch_ms`` is with everything fetched whatever the model says (the same answers, where
+    it fetched everything by itself), so ``better`` is the faster of that and of ``recompute_ms``,
+    and ``ratio`` is ``remote_ms`` over its time.  ``identical`` says whether all answers had the
+    tokens of the computed ones.
     """
 
     level: str
@@ -80,7 +84,10 @@ class ReuseRow(msgspec.Struct, frozen=True, kw_only=True):
     remote_ms: float
     local_cached: int
     remote_cached: int
-    loss: float
+    fetch_ms: float
+    choice: str
+    better: str
+    ratio: float
     identical: bool
 
 

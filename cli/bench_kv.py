@@ -64,7 +64,9 @@ def kv(
 
     The baselines are llama.cpp's own KV types q8_0 and q4_0.  Then the time to the first token
     behind a prefix of about 2,000 tokens: computed again, found by every rank, and fetched by every
-    rank from another node, over fast links and slow ones; the model is split over three daemons.
+    rank from another node, over fast links, slow ones, and (with --full for all levels) such that
+    fetching takes about as long as computing.  Each row says what the cost model chose and how that
+    compares with the better of fetching everything and computing everything.
     """
     from pyagent_node.benchmarks import kv_codec, kv_reuse  # noqa: PLC0415
     from pyagent_node.benchmarks.kv_types import CodecJob, KvReport  # noqa: PLC0415
@@ -89,7 +91,10 @@ def kv(
         reuse: tuple[ReuseRow, ...] = ()
         if part != "codec":
             rounds = FULL_REUSE_ROUNDS if full else 1
-            reuse = tuple(kv_reuse.measure(job.path, asked, rounds=rounds, say=app.out.note))
+            close = asked if full else asked[:1]
+            reuse = tuple(
+                kv_reuse.measure(job.path, asked, rounds=rounds, close=close, say=app.out.note)
+            )
     report = KvReport(
         bench="kv",
         time=time.time(),
@@ -116,7 +121,8 @@ def _show_reuse(app: App, rows: tuple[ReuseRow, ...]) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("level", "link", "computed", "local", "remote", "faster", "reused", "same tokens"):
+    names = ("level", "link", "computed", "local", "remote", "faster", "reused", "same tokens")
+    for name in (*names, "all fetched", "choice", "better", "over it"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -128,8 +134,13 @@ def _show_reuse(app: App, rows: tuple[ReuseRow, ...]) -> None:
             f"{row.recompute_ms / row.remote_ms:.1f} x" if row.remote_ms else "",
             f"{row.remote_cached} of {row.prompt_tokens}",
             "yes" if row.identical else "no",
+            f"{row.fetch_ms:.0f} ms",
+            row.choice,
+            row.better,
+            f"{row.ratio:.2f} x",
         )
     app.out.console.print(table)
+    app.out.text("remote: what the cost model chose; over it: that against the better choice.")
     app.out.text("faster: the first token with the blocks of other nodes against computing them.")
 
 

@@ -18,6 +18,9 @@ MAX_LABEL_LENGTH = 16384
 NO_SPECULATION = "none"
 AUTO_SPECULATION = "auto"
 
+FetchWhen = Literal["auto", "always", "never"]
+"""Whether KV blocks come from other nodes: where that is expected to pay, in any case, or not."""
+
 
 class ChatMessage(msgspec.Struct, frozen=True):
     """One turn of a conversation."""
@@ -43,7 +46,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     it goes.  With ``draft_tree`` that many guesses form a tree, where the drafter can make one.
 
     With ``prompt_cache`` the KV of the prompt is kept, and used again for requests that begin with
-    the same tokens and have the same ``cache_salt``; it changes no token either.
+    the same tokens and have the same ``cache_salt``; it changes no token either.  ``cache_fetch``
+    says whether it may come from other nodes: "auto" where that is expected to be faster than
+    computing it, "always" or "never".
 
     ``join`` names pieces of ``tokens`` whose KV may be that of the pieces alone (``kv.chunks``):
     it is made where it is not there yet, among those with the same ``cache_salt``.  This *does*
@@ -67,6 +72,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     prompt_cache: bool = True
     join: JoinPlan | None = None
+    cache_fetch: FetchWhen = "auto"
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

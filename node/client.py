@@ -22,7 +22,7 @@ import msgspec
 
 from pyagent_node.base.errors import error_from_info
 from pyagent_node.base.types import Placement
-from pyagent_node.inference.generation import ChatMessage, SpeculationUsage
+from pyagent_node.inference.generation import ChatMessage, FetchWhen, SpeculationUsage
 from pyagent_node.node.api.citations import Citation
 from pyagent_node.node.api.placement_schema import (
     DrainReply,
@@ -103,6 +103,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draft_tree: bool | None = None
     cache_salt: str | None = None
     prompt_cache: bool | None = None
+    cache_fetch: FetchWhen | None = None
     context: ContextChoice | None = None
 
 

@@ -25,7 +25,7 @@ from pyagent_node.node.kv_adverts import AdvertBook
 from pyagent_node.node.kv_blocks import RowSizes, codec_name, read_block
 from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_messages import Fetch, Have, Sealed
-from pyagent_node.node.kv_plan import Ask, Trust, leading, share_out, worth
+from pyagent_node.node.kv_plan import Ask, Trust, Watch, leading, share_out, worth
 from pyagent_node.node.kv_rights import epoch_of, likely_sources
 from pyagent_node.node.kv_server import Vault
 from pyagent_node.node.kv_vault import Offload
@@ -49,6 +49,8 @@ NEAR_MS: Final = 2.0
 NEAR_BANDWIDTH: Final = 100e6
 """... which is expected to send so many bytes a second, before anything was measured."""
 FAR_BANDWIDTH: Final = 12.5e6
+WATCH_SECONDS: Final = 0.1
+"""How often a fetch is compared with computing."""
 MAX_LINKS: Final = 1024
 SHORTEST_LOAD: Final = 0.5
 LONGEST_LOAD: Final = 12.0
@@ -65,6 +67,8 @@ class LoadStats:
         self.blocks_local = 0
         self.blocks_remote = 0
         """Blocks of which a layer at least came from a peer."""
+        self.given_up = 0
+        """Fetches that were ended because computing was faster."""
         self.seconds = 0.0
         self.bad: Counter[PeerId] = Counter()
         """Wrong blocks that peers sent."""
@@ -150,11 +154,11 @@ class BlockLoader:
         if not job.links or not job.layers:
             return []
         start, have = trio.current_time(), 0
-        with trio.move_on_after(_patience(wanted.prefill_seconds, len(job.links))):
+        with trio.move_on_after(_patience(wanted, len(job.links))):
             await self._local(job)
             have = min(job.counts().values())
             self.stats.blocks_local += have
-            if have < len(job.links):
+            if have < len(job.links) and wanted.fetch != "never":
                 await self._remote(job)
         ranges = job.result()
         if job.fresh:
@@ -204,9 +208,27 @@ class BlockLoader:
             asks = share_out(job.layers, local, held, count, speeds)
             if not asks:
                 return
+            watch = Watch(asks, trio.current_time())
             async with trio.open_nursery() as nursery:
-                for ask in asks:
-                    nursery.start_soon(self._fetch, job, ask, held)
+                nursery.start_soon(self._watch, job, watch, nursery.cancel_scope)
+                async with trio.open_nursery() as fetches:
+                    for ask in asks:
+                        fetches.start_soon(self._fetch, job, ask, held, watch)
+                nursery.cancel_scope.cancel()
+            if watch.given_up:
+                return
+
+    async def _watch(self, job: _Load, watch: Watch, scope: trio.CancelScope) -> None:
+        """End a fetch that turns out to be slower than computing what is still to come."""
+        seconds = job.wanted.computing
+        if seconds <= 0 or job.wanted.fetch == "always":
+            return
+        while not watch.given_up:
+            await trio.sleep(WATCH_SECONDS)
+            if not watch.pays(trio.current_time(), seconds):
+                self.stats.given_up += 1
+                watch.given_up = True
+                scope.cancel()
 
     def _worth(
         self,
@@ -216,6 +238,8 @@ class BlockLoader:
         count: int,
     ) -> int:
         """Return how many leading blocks it is worth to have, of ``count``."""
+        if job.wanted.fetch == "always":
+            return count
         links = [self._link(peer) for peer, counts in held.items() if count in counts.values()]
         missing = sum(local[layer] < count for layer in job.layers)
         return worth(
@@ -225,7 +249,7 @@ class BlockLoader:
             block_bytes=missing
             * self._sizes.mean(job.wanted.model, job.wanted.cells)
             * EXPECTED_SIZE[job.level],
-            prefill_seconds=job.wanted.prefill_seconds,
+            prefill_seconds=job.wanted.computing,
             round_trip=max((link.round_trip for link in links), default=0.0),
             bandwidth=sum(link.bandwidth for link in links),
         )
@@ -298,12 +322,14 @@ class BlockLoader:
     def _ask_seconds(self, job: _Load) -> float:
         """Return how long to wait for answers: never much longer than what they could save."""
         have, count = min(job.counts().values()), len(job.links)
-        seconds = job.wanted.prefill_seconds
+        seconds = job.wanted.computing
         if seconds <= 0:
             return ASK_SECONDS if 2 * have < count else LEAST_ASK
         return min(ASK_SECONDS, max(LEAST_ASK, seconds * BLOCK_TOKENS * (count - have) / 2))
 
-    async def _fetch(self, job: _Load, ask: Ask, held: dict[PeerId, dict[int, int]]) -> None:
+    async def _fetch(
+        self, job: _Load, ask: Ask, held: dict[PeerId, dict[int, int]], watch: Watch
+    ) -> None:
         """Fetch what one peer was asked for; a peer that fails is out of ``held`` after that."""
         wanted, peer = job.wanted, ask.peer
         links = job.links[ask.start : ask.stop]
@@ -318,6 +344,7 @@ class BlockLoader:
             job.found[ask.start + number, layer] = found
             job.fresh.append(job.sealed(ask.start + number, layer, sealed))
             size += len(sealed)
+            watch.came(ask)
 
         try:
             await self._client.fetch(peer, request, take)
@@ -325,7 +352,8 @@ class BlockLoader:
             held.pop(peer, None)
             self._failed(peer, error)
             return
-        self._link(peer).add(size, trio.current_time() - start)
+        finally:  # what was cut off tells as much of the way
+            self._link(peer).add(size, trio.current_time() - start)
         counts = held.get(peer)
         if counts is not None:  # what it said that it has and did not send is not asked for again
             for layer, count in job.counts().items():
@@ -345,8 +373,10 @@ class BlockLoader:
         self.stats.failed[error.code] += 1
 
 
-def _patience(prefill_seconds: float, blocks: int) -> float:
+def _patience(wanted: Wanted, blocks: int) -> float:
     """Return for how many seconds a load may go on: about as long as computing would take."""
-    if prefill_seconds <= 0:
+    if wanted.fetch == "always":
+        return LONGEST_LOAD
+    if wanted.computing <= 0:
         return UNKNOWN_LOAD
-    return min(LONGEST_LOAD, max(SHORTEST_LOAD, prefill_seconds * BLOCK_TOKENS * blocks))
+    return min(LONGEST_LOAD, max(SHORTEST_LOAD, wanted.computing * BLOCK_TOKENS * blocks))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.sharding.block_costs import Prefill, Source, plan_prefix
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 SLOWEST: Final = 0.2
 """A peer is given nothing to send that is so much slower than the fastest of those who have it."""
+LEAST_WATCHED: Final = 0.4
+"""Seconds after which the speed of a fetch is believed."""
+STOP_WORTH: Final = 1.1
+"""A fetch is ended when it would take so many times as long as computing what is to come."""
+WAITED: Final = 0.25
+"""The part of the time of computing for which a first block is waited for."""
 FIRST_SHUN: Final = 30.0
 """Seconds for which a peer is asked nothing that sent a wrong block; twice as long each time."""
 LONGEST_SHUN: Final = 3600.0
@@ -121,6 +129,39 @@ def _divide(
         asks.append(Ask(peer, at, end, start, stop))
         at = end
     return asks
+
+
+class Watch:
+    """Whether a fetch is worth going on with, by how fast its blocks come."""
+
+    def __init__(self, asks: Sequence[Ask], now: float) -> None:
+        self.given_up = False
+        self._began = now
+        self._came = dict.fromkeys(asks, 0)
+
+    def came(self, ask: Ask) -> None:
+        """Note that a layer of a block is here."""
+        self._came[ask] += 1
+
+    def pays(self, now: float, seconds: float) -> bool:
+        """Whether the rest is here before it would be computed, at ``seconds`` a token.
+
+        Blocks come in order, so what is here of every layer need not be computed.  Nothing is given
+        up that has just begun, or that is slower by a hair only.
+        """
+        passed = now - self._began
+        if passed < LEAST_WATCHED:
+            return True
+        fetching = computing = 0.0
+        for ask, came in self._came.items():
+            layers = ask.last_layer - ask.first_layer
+            left = (ask.stop - ask.start) * layers - came
+            if left > 0:
+                fetching = max(fetching, passed * left / came if came else math.inf)
+                computing = max(computing, seconds * BLOCK_TOKENS * math.ceil(left / layers))
+        if math.isinf(fetching):  # of something nothing has come yet
+            return passed < WAITED * computing
+        return fetching <= STOP_WORTH * computing
 
 
 class Trust:

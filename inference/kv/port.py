@@ -18,6 +18,7 @@ import msgspec
 
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import KvRange
+from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.sharding.kv_codec import KvShape
 
 
@@ -56,7 +57,8 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     taken at once: whoever wants more asks again, so that a long context is never held twice.
     ``sources`` are peers that may well have them, the likeliest first: hints of the head, who may
     be wrong.  ``prefill_seconds`` is what it takes here to compute a token of a prompt in these
-    layers, 0 when that was not measured yet.
+    layers, 0 when that was not measured yet; ``wait_seconds`` is what a token takes all ranks
+    together, by the head's measure, 0 likewise.
     """
 
     session: SessionId
@@ -69,6 +71,13 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     limit: int = 64
     sources: tuple[PeerId, ...] = ()
     prefill_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    fetch: FetchWhen = "auto"
+
+    @property
+    def computing(self) -> float:
+        """What a token takes to compute until the session goes on, 0 where nobody knows."""
+        return max(self.prefill_seconds, self.wait_seconds)
 
     @property
     def layers(self) -> range:

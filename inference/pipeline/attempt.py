@@ -89,6 +89,8 @@ class Attempt:
         """The tokens that every rank has computed, or restored."""
         self.began_at = 0
         """The tokens that were restored."""
+        self.fed_at: float | None = None
+        """When the first step was sent."""
         self.joined = 0
         """The tokens whose cells are those of pieces."""
         self.restoring: Restoring | Joining | None = None
@@ -126,10 +128,11 @@ class Attempt:
         *,
         rest: int = 0,
         held: tuple[Held, ...] = (),
+        seconds: float = 0.0,
     ) -> Outgoing:
         """Return the wish for the KV of the journal's leading blocks, to follow on :meth:`open`.
 
-        ``rest`` tokens more are with those who ``held`` them.
+        ``rest`` tokens more are with those who ``held`` them; ``seconds`` as in ``Restore``.
         """
         route = self.route
         self.restoring = Restoring(route.placement, blocks, now, rest)
@@ -149,6 +152,8 @@ class Attempt:
             tuple(sources),
             rest,
             held,
+            seconds,
+            route.fetch,
         )
         return Outgoing(self._entry, wish, pack_tail(tokens, None))
 
@@ -224,6 +229,7 @@ class Attempt:
     def send_chunk(self, chunk: Chunk, rows: Activations | None, now: float) -> Outgoing:
         """Return the step for the chunk that :meth:`next_chunk` gave, with its embeddings."""
         assert chunk.start == self.position, "chunks are sent in order"
+        self.fed_at = now if self.fed_at is None else self.fed_at
         sample = chunk.stop == self._total
         flight = Flight(self._sent, chunk.stop, chunk.stop - chunk.start, sample, now)
         return self._step(flight, self.tokens(chunk), rows)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Final
 
 import numpy as np
 import trio
@@ -14,6 +15,7 @@ import trio
 from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, error_from_info
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.inference.backend import PREFILL_CHUNK
 from pyagent_node.inference.generation import (
     ChatMessage,
     GenerationEvent,
@@ -46,6 +48,9 @@ from pyagent_node.inference.pipeline.session_views import session_views
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
+
+PREFILL_SHARE: Final = 0.5
+"""What the last prompt counts in what is known of how long prompts take."""
 
 
 def new_session_id() -> SessionId:
@@ -90,6 +95,8 @@ class PipelineEngine:
         self._shelf = shelf or NullShelf()
         self.refused: Counter[str] = Counter()
         """Messages for sessions of this node that are not by one of their ranks."""
+        self._prefill: dict[Digest, float] = {}
+        """What a token of a prompt takes all ranks of a model together, in seconds."""
         self._offers = Offers()
         self._sessions: dict[SessionId, Session] = {}
         self._wires: dict[SessionId, Session] = {}
@@ -281,6 +288,9 @@ class PipelineEngine:
             return
         core = session.core
         steps = core.on_result(sender, message, trio.current_time())
+        if core.fed is not None:
+            self._learn(core.plan.model, *core.fed)
+            core.fed = None
         for step in steps:
             self._links.send(step.peer, step.message, step.tail)
         if not steps or core.speculation is not None:
@@ -291,6 +301,13 @@ class PipelineEngine:
             )
             session.reported = len(core.answer)
         session.wake.set()
+
+    def _learn(self, model: Digest, tokens: int, seconds: float) -> None:
+        """Take note of how long a prompt took, if it was long enough to tell."""
+        if tokens >= PREFILL_CHUNK // 2:
+            each = seconds / tokens
+            before = self._prefill.get(model, each)
+            self._prefill[model] = before + PREFILL_SHARE * (each - before)
 
     def on_restored(self, sender: PeerId, message: Restored | Joined) -> None:
         """Take a rank's word on what it has of blocks."""
@@ -360,7 +377,9 @@ class PipelineEngine:
             self._shelf,
             known=core.known,
         )
-        opening = core.begin(wire, model.placement, embedder(model), trio.current_time(), blocks)
+        now, seconds = trio.current_time(), self._prefill.get(core.plan.model, 0.0)
+        embed = embedder(model)
+        opening = core.begin(wire, model.placement, embed, now, blocks, seconds=seconds)
         session.wake.set()
         if opening:
             session.model, session.wire = model, wire

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from pyagent_node.base.types import PeerId, Placement, SessionId
+from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.inference.pipeline.restoring import bad_result
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import follow, principal
@@ -21,6 +22,7 @@ class Route(msgspec.Struct, frozen=True):
     placement: Placement
     sampling: SamplingParams
     root: bytes = b""
+    fetch: FetchWhen = "auto"
 
 
 class Chunk(NamedTuple):

@@ -50,6 +50,7 @@ from pyagent_node.base.errors import CorruptData, ErrorInfo
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
+from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
@@ -133,7 +134,8 @@ class Restore(msgspec.Struct, frozen=True, tag="restore", gc=False):
 
     ``n`` is a multiple of the tokens in a block.  ``sources`` are peers that may have the blocks.
     ``rest`` tokens more, less than a block, follow in the tail: the ranks of before, ``held``, hand
-    their cells over.
+    their cells over.  ``seconds`` is what a token of a prompt takes all ranks together, 0 where
+    the head has not measured that; ``fetch`` says when blocks may come from other nodes.
     """
 
     session: SessionId
@@ -144,6 +146,8 @@ class Restore(msgspec.Struct, frozen=True, tag="restore", gc=False):
     sources: tuple[PeerId, ...] = ()
     rest: int = 0
     held: tuple[Held, ...] = ()
+    seconds: float = 0.0
+    fetch: FetchWhen = "auto"
 
 
 class Restored(msgspec.Struct, frozen=True, tag="restored", gc=False):

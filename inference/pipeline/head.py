@@ -28,6 +28,7 @@ from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.generation import (
+    FetchWhen,
     Finished,
     Generated,
     GenerationEvent,
@@ -71,7 +72,8 @@ class HeadPlan(msgspec.Struct, frozen=True):
     """A checked request: what to generate.
 
     ``session`` is the stable id.  ``budget`` is the greatest number of tokens to generate.
-    ``root`` is what the names of its KV blocks begin with, empty where none are read or written.
+    ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
+    ``fetch`` says when they may come from other nodes.
     ``join`` are the pieces of the prompt to be joined, ``join_root`` what their names begin with.
     """
 
@@ -83,6 +85,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     ignore_eos: bool
     sampling: SamplingParams
     root: bytes = b""
+    fetch: FetchWhen = "auto"
     join: JoinPlan | None = None
     join_root: bytes = b""
 
@@ -109,6 +112,8 @@ class HeadCore:
         """What computes the answer now; ``None`` while suspended."""
         self.epoch = 0
         """The epoch of the last attempt."""
+        self.fed: tuple[int, float] | None = None
+        """How many tokens were computed for the first one of the answer, in how many seconds."""
         self.over = False
         """Whether no more events will be made."""
         self.failovers = 0
@@ -147,11 +152,13 @@ class HeadCore:
         embed: Embed | None,
         now: float,
         blocks: int = 0,
+        *,
+        seconds: float = 0.0,
     ) -> Sequence[Outgoing]:
         """Compute on over ``placement``, as ``session`` on the wire.
 
         Returns what admits it and asks for its leading ``blocks``, if there are to be any; nothing
-        when the answer turns out to be over.
+        when the answer turns out to be over.  ``seconds`` is what a token of a prompt takes.
         """
         assert self.attempt is None, "an attempt is closed before the next begins"
         plan, n = self.plan, len(self.prompt)
@@ -165,7 +172,7 @@ class HeadCore:
         if self.answer and not self.failovers:  # another head's, see recall
             self.failovers, self._reached = 1, n + len(self.answer)
         self.attempt = Attempt(
-            Route(session, plan.head, placement, plan.sampling, plan.root),
+            Route(session, plan.head, placement, plan.sampling, plan.root, plan.fetch),
             self.prompt,
             self.answer,
             n + self._limit,
@@ -183,7 +190,10 @@ class HeadCore:
         if not blocks and not rest:
             return (opening,)
         held = self._parted if rest else ()
-        return opening, self.attempt.restore(blocks, self._holders, now, rest=rest, held=held)
+        wish = self.attempt.restore(
+            blocks, self._holders, now, rest=rest, held=held, seconds=seconds
+        )
+        return opening, wish
 
     def on_restored(self, sender: PeerId, message: Restored | Joined) -> bool:
         """Take a rank's word on what it has; returns whether the attempt can begin now."""
@@ -317,6 +327,9 @@ class HeadCore:
         if self.first_token is None:
             step_seconds = compute_seconds = 0.0
             self.first_token = now
+            attempt = self.attempt
+            if attempt is not None and attempt.fed_at is not None and not attempt.joined:
+                self.fed = (landed.flight.stop - attempt.began_at, now - attempt.fed_at)
         elif now - self._paused_from > self._longest_pause:
             self._longest_pause = now - self._paused_from
         self._paused_from = now

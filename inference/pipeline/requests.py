@@ -122,6 +122,7 @@ def plan_request(
         join_root=b""
         if request.join is None
         else chunk_root(model.placement.model, request.cache_salt),
+        fetch=request.cache_fetch,
     )
 
 

@@ -37,18 +37,20 @@ LOAD_BLOCKS: Final = 64
 """Blocks that are loaded at once for one session."""
 IMPORT_BLOCKS: Final = 8
 """Blocks that are imported between two batches."""
+MAX_SECONDS: Final = 60.0
+"""More than a token of a prompt can take; what a head says beyond that is not believed."""
 _SMOOTHING: Final = 0.2
 
 
 class Load:
     """The restoring of one session; the shell drives it (see ``stage_shelf``)."""
 
-    __slots__ = ("active", "blocks", "chain", "held", "rest", "seq", "session", "sources", "tokens")
+    __slots__ = ("active", "blocks", "chain", "held", "message", "rest", "seq", "session", "tokens")
 
     def __init__(self, session: ServedSession, message: Restore, tokens: Tokens) -> None:
         self.session = session
         self.tokens = tokens
-        self.sources = message.sources
+        self.message = message
         self.held: dict[PeerId, list[range]] = {}
         for part in message.held:
             if 0 <= part.first_layer < part.last_layer:
@@ -215,8 +217,10 @@ class StageBlocks:
             cells=self._cells,
             skip=load.blocks,
             limit=LOAD_BLOCKS,
-            sources=load.sources,
+            sources=load.message.sources,
             prefill_seconds=self.prefill_seconds,
+            wait_seconds=load.message.seconds if 0 <= load.message.seconds < MAX_SECONDS else 0.0,
+            fetch=load.message.fetch,
         )
 
     def imports(self, load: Load, blocks: Sequence[KvRange]) -> list[Import]:

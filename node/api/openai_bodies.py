@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pyagent_node.inference.generation import FetchWhen
+
 
 class StreamOptions(msgspec.Struct, frozen=True):
     """Options of a stream."""
@@ -61,6 +63,7 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     draft_tree: bool | None = None
     cache_salt: str | None = None
     prompt_cache: bool | None = None
+    cache_fetch: FetchWhen | None = None
 
 
 class ContextBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

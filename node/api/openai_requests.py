@@ -206,6 +206,7 @@ def _plan(
             draft_tree=body.draft_tree,
             cache_salt=body.cache_salt or "",
             prompt_cache=body.prompt_cache is not False,
+            cache_fetch=body.cache_fetch or "auto",
         )
         for request in requests
         for index in range(n)

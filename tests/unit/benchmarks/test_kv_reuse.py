@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
-from pyagent_node.benchmarks.kv_reuse import _row, _Times
+from pyagent_node.benchmarks.kv_reuse import _close_link, _row, _Times
+from pyagent_node.inference.models.architectures import ModelShape
 from pyagent_node.node.client import Answer
 
 PLACEMENT = Placement(
@@ -40,10 +41,30 @@ def test_medians_are_told_in_milliseconds_and_the_least_that_was_reused() -> Non
     assert (row.recompute_ms, row.local_ms, row.remote_ms) == (10_000.0, 550.0, 2000.0)
     assert (row.local_cached, row.remote_cached, row.prompt_tokens) == (1920, 1984, 2000)
     assert row.identical
-    assert row.loss == 0.0
+    assert (row.choice, row.better, row.ratio, row.fetch_ms) == ("fetch", "fetch", 1.0, 2000.0)
 
 
 def test_a_choice_that_was_slower_than_computing_and_other_tokens_are_told() -> None:
     row = _row("int4", "loopback", times(11.0, (1, 3)), [(1, 2)])
-    assert row.loss == 0.1
+    assert (row.choice, row.better, row.ratio) == ("fetch", "compute", 1.1)
     assert not row.identical
+
+
+def test_a_choice_to_compute_is_compared_with_fetching_everything() -> None:
+    made = times(9.0)
+    made.remote = [answer(9.0, 0)]
+    made.fetched = [answer(6.0, 1984)]
+    row = _row("f16", "slow", made, [(1, 2)])
+    assert (row.choice, row.better, row.ratio, row.fetch_ms) == ("compute", "fetch", 1.5, 6000.0)
+    made.remote = [answer(7.0, 640)]
+    row = _row("f16", "slow", made, [(1, 2)])
+    assert (row.choice, row.ratio) == ("part", 1.167)
+
+
+def test_the_close_link_takes_as_long_as_computing() -> None:
+    shape = ModelShape("llama", "m", 30, 576, 1, 1, 9, 3, 64, 1, tied=True)
+    made = times(2.0)
+    made.computed = [answer(2.0, 0)]
+    # 2000 tokens of 10 layers of 768 bytes: 15.36 MB in 2 s
+    assert _close_link(made, shape, "f16") == ("61 Mbit, 50 ms", "rtt=50ms,rate=61mbit")
+    assert _close_link(made, shape, "int4")[1] == "rtt=50ms,rate=14mbit"
