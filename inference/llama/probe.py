@@ -61,6 +61,13 @@ class Probe:
         self.context.decode_early(self._batch(start, rows, wanted=0), out)
         return out
 
+    def last(self, start: int, rows: range) -> Outputs:
+        """Compute ``rows`` as a prompt of a slice with the output head: logits of the last one."""
+        batch = self._batch(start, rows, wanted=0)
+        batch.wanted[-1] = 1
+        self.context.decode(batch, None, lone_threads=1)
+        return np.array(self.context.logits(len(rows) - 1))
+
     def _batch(self, start: int, rows: range, *, wanted: int) -> Rows:
         n = len(rows)
         return Rows(

@@ -117,9 +117,9 @@ def run_self_test(
         slow &= _slow(probe, kept)
         if moving.cache is not None and not _reads_alike(context, moving.cache, 0):
             moving = moving._replace(cache=None)
-        if moving.exact and context.can_decode_early:
+        if moving.exact:
             probe.drop(_CUT_CELLS)
-            cut = _prefill_cut(probe)
+            cut = _prefill_cut(probe) if context.can_decode_early else _whole_cut(probe)
         probe.drop(0)
     failed = frozenset(tried) - set(kept)
     return Findings((1, *sorted(kept)), failed, slow, lone, moving, cut)
@@ -252,3 +252,26 @@ def _prefill_cut(probe: Probe) -> int:
     probe.drop(_CUT_CELLS)
     whole = probe.early(_CUT_CELLS, range(_CUT_ROWS))
     return BLOCK_TOKENS if np.array_equal(np.concatenate(parts), whole) else PREFILL_CHUNK
+
+
+def _whole_cut(probe: Probe) -> int:
+    """Do as :func:`_prefill_cut` where only the rows that are wanted leave the layers.
+
+    So it is when the slice has the output head and all of its layers are needed, as one layer alone
+    is.  What counts is the last row of a prompt, and the cells of all rows.
+    """
+    context, first, stop = probe.context, BLOCK_TOKENS, _CUT_CELLS + _CUT_ROWS
+    begun = probe.clock()
+    probe.last(_CUT_CELLS, range(first))
+    took = probe.clock() - begun
+    if took * (2 * _CUT_ROWS - first) / first > CUT_SECONDS:
+        return PREFILL_CHUNK
+    parts = probe.last(_CUT_CELLS + first, range(first, _CUT_ROWS))
+    state = parse_state(context.read_state(0), context.n_seq)
+    probe.drop(_CUT_CELLS)
+    whole = probe.last(_CUT_CELLS, range(_CUT_ROWS))
+    again = parse_state(context.read_state(0), context.n_seq)
+    if state is None or again is None or len(again.cells.positions) != stop:
+        return PREFILL_CHUNK
+    same = np.array_equal(parts, whole) and _equal(state.cells, again.cells)
+    return BLOCK_TOKENS if same else PREFILL_CHUNK

@@ -21,11 +21,13 @@ from pyagent_node.inference.llama import selftest
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.probe import Outputs, Probe
 from pyagent_node.inference.models.slicing import write_slice
+from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 PART = Slice(10, 14, head=False)
+LAST = Slice(29, 30, head=True)
 N_EMBD = 576
 
 
@@ -110,3 +112,52 @@ def test_trying_cuts_is_left_out_where_it_takes_long(
     with closing(LlamaBackend(path, PART, n_ctx=600, n_seq=1, threads=1)) as backend:
         assert backend.info.prefill_cut == PREFILL_CHUNK
         assert backend.info.kv_portable
+
+
+# ---- a slice of the last layer alone, of which only wanted rows are computed to the end ---------
+
+
+@pytest.fixture(scope="module")
+def last_layer(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slices") / "last.gguf"
+    write_slice(bundled_model, LAST, path)
+    return path
+
+
+def sampled(backend: LlamaBackend, n: int, cuts: Sequence[int]) -> tuple[Sampled, KvRange]:
+    """The token behind the first ``n`` made-up rows, cut at ``cuts``, and their cells."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, 40_000, 1100).astype(np.int32)
+    rows = rng.standard_normal((1100, N_EMBD), np.float32)
+    backend.apply(OpenSequence(0, SamplingParams(temperature=0.0, logprobs=True)))
+    for at, stop in zip([0, *cuts], [*cuts, n], strict=True):
+        (output,) = backend.decode([StepInput(0, at, tokens[at:stop], rows[at:stop], stop == n)])
+    kv = backend.export_kv(0, 0, n)
+    backend.apply(FreeSequence(0))
+    return output.sampled[0], kv
+
+
+def test_the_last_layer_alone_may_be_cut_too(
+    last_layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "CUT_SECONDS", 1000.0)
+    with closing(LlamaBackend(last_layer, LAST, n_ctx=1100, n_seq=2, threads=1)) as backend:
+        assert backend.info.prefill_cut == BLOCK_TOKENS
+        for n, cuts in ((300, [64, 128]), (512, [448]), (700, [512, 576])):
+            assert sampled(backend, n, cuts) == sampled(backend, n, [])
+
+
+def test_a_last_layer_whose_cuts_show_says_so(
+    last_layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Probe.last
+
+    def shown(probe: Probe, start: int, rows: range) -> Outputs:
+        out = last(probe, start, rows)
+        out[0] = np.nextafter(out[0], np.float32(9 if rows.start else -9))
+        return out
+
+    monkeypatch.setattr(selftest, "CUT_SECONDS", 1000.0)
+    monkeypatch.setattr(Probe, "last", shown)
+    with closing(LlamaBackend(last_layer, LAST, n_ctx=600, n_seq=1, threads=1)) as backend:
+        assert backend.info.prefill_cut == PREFILL_CHUNK
