@@ -127,8 +127,8 @@ def norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
 def product(rows: Tensor, matrix: Tensor, device: Device, *, prefill: bool) -> Tensor:
     """Return f32 rows times a matrix, f32; ``prefill`` when they are a piece of a prompt.
 
-    A processor multiplies one f16 row by a matrix three times as fast as an f32 one, and many rows
-    four times as fast in f32 as in f16.
+    A processor multiplies one f16 row by a matrix much faster than an f32 one, and many rows much
+    faster in f32.
     """
     if not device.singly:
         return fn.linear(rows.to(device.number), matrix).float()
