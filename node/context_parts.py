@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_collector import Collector
+from pyagent_node.node.context_drafts import Drafts
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_mesh import ContextService, Pace, open_contexts
 from pyagent_node.node.context_store import SqliteContextStore, open_context_store
@@ -50,7 +51,7 @@ async def open_node_contexts(
         background() as nursery,
     ):
         nursery.start_soon(Collector(together, clock=time.time).run)
-        service = Contexts(together, encoder, held=store.held)
+        service = Contexts(together, encoder, held=store.held, drafts=Drafts(folder))
         yield NodeContexts(service, together, store)
 
 

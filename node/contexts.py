@@ -36,6 +36,7 @@ from pyagent_node.node.api.context_schema import (
 )
 from pyagent_node.node.api.following import Report, nobody
 from pyagent_node.node.api.schema import Progress
+from pyagent_node.node.context_drafts import KEPT_FROM, Drafts
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
 from pyagent_node.sharding.context.catalog import Known
@@ -61,7 +62,8 @@ WAITING: Final = 64
 class Contexts:
     """The contexts of a node, as its API sees them.
 
-    ``clock`` tells Unix seconds.
+    ``held`` returns the bodies that are kept here and their contexts; ``drafts`` keeps vectors of
+    documents that are not published yet; ``clock`` tells Unix seconds.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Contexts:
         encoder: EncoderSource,
         *,
         held: Callable[[], Mapping[ChunkId, ContextId]],
+        drafts: Drafts | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.mesh = mesh
         self._encoder, self._held, self._clock = encoder, held, clock
+        self._drafts = drafts
         self._adding = trio.Semaphore(UPLOADS)
         self._waiting = 0
         self._encoding = trio.CapacityLimiter(1)
@@ -186,6 +190,8 @@ class Contexts:
                 f"The context {info.name!r} was removed meanwhile.", code="context_not_found"
             )
         await self.mesh.publish(record, bodies)
+        if self._drafts is not None and record.windows >= KEPT_FROM:
+            await self._drafts.forget(encoder.identity, parts.texts())
         status: Literal["added", "changed"] = (
             "added" if known is None or known.record.removed else "changed"
         )
@@ -252,6 +258,14 @@ class Contexts:
                 todo.append(row)
             else:
                 vectors[row] = vector
+        drafts = self._drafts if len(todo) >= KEPT_FROM else None
+        if drafts is not None:
+            kept = await drafts.known(
+                encoder.identity, [texts[row] for row in todo], encoder.dimensions
+            )
+            for place, vector in kept.items():
+                vectors[todo[place]] = vector
+            todo = [row for place, row in enumerate(todo) if place not in kept]
         # Texts of about the same length are computed together.
         todo.sort(key=lambda row: len(texts[row]))
         for at in range(0, len(todo), BATCH):
@@ -261,6 +275,8 @@ class Contexts:
             vectors[rows] = await trio.to_thread.run_sync(
                 encoder.embed, batch, limiter=self._encoding
             )
+            if drafts is not None:
+                await drafts.keep(encoder.identity, batch, vectors[rows])
         report(Progress(step="embed", text=source, done=len(todo), total=len(todo), unit="windows"))
         return vectors, len(todo)
 

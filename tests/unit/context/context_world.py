@@ -12,6 +12,7 @@ import numpy as np
 from pyagent_node.base.types import ContextPolicy, PeerId
 from pyagent_node.node.api.context_schema import AddReply, CreateContextRequest, QueryRequest
 from pyagent_node.node.api.schema import Progress
+from pyagent_node.node.context_drafts import Drafts
 from pyagent_node.node.context_encoder import Report
 from pyagent_node.node.context_local import LocalContexts
 from pyagent_node.node.context_store import SqliteContextStore, open_context_store
@@ -105,5 +106,11 @@ async def one_node(
         mesh = LocalContexts(
             PEER, store, clock=lambda: clock[0], contexts=known.mesh.contexts() if known else ()
         )
-        contexts = Contexts(mesh, GivenEncoder(encoder), held=store.held, clock=lambda: clock[0])
+        contexts = Contexts(
+            mesh,
+            GivenEncoder(encoder),
+            held=store.held,
+            drafts=Drafts(folder),
+            clock=lambda: clock[0],
+        )
         yield World(contexts, mesh, store, encoder, clock)

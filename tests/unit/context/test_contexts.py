@@ -18,6 +18,7 @@ from pyagent_node.base.errors import (
     Unsupported,
 )
 from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.node import context_drafts as drafts
 from pyagent_node.node import context_encoder
 from pyagent_node.node import contexts as contexts_module
 from pyagent_node.node.api.context_schema import CreateContextRequest, QueryRequest
@@ -109,6 +110,37 @@ async def test_after_a_crash_only_the_missing_is_done(tmp_path: Path, stop: int)
         states = [(await again.add(source, text)).status for source, text in texts.items()]
         assert states == ["unchanged"] * stop + ["added"] * (5 - stop)
         assert again.encoder.embedded == 5 - stop
+
+
+async def test_a_long_document_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    text = "\n".join(" ".join(f"w{i}x{j}" for j in range(25)) for i in range(700))
+    async with one_node(tmp_path) as world:
+        await world.create()
+        world.encoder.stop_after = 400
+        with suppress(RuntimeError):
+            await world.add("long.txt", text)
+        done = world.encoder.embedded
+        assert 300 < done < 700
+    async with one_node(tmp_path, known=world) as again:
+        reply = await again.add("long.txt", text)
+        assert reply.windows == 700
+        assert reply.embedded == again.encoder.embedded == 700 - done
+        assert (await again.ask("w300x1 w300x2 w300x3"))[0] == "long.txt"
+    async with one_node(tmp_path / "other", known=None) as fresh:
+        await fresh.create()
+        whole = await fresh.add("long.txt", text)
+        assert whole.embedded == 700
+    with sqlite3.connect(tmp_path / drafts.FILE) as connection:
+        assert connection.execute("SELECT count(*) FROM drafts").fetchone() == (0,)
+    connection.close()
+
+
+async def test_damaged_drafts_cost_time_only(tmp_path: Path) -> None:
+    text = "\n".join(" ".join(f"w{i}x{j}" for j in range(25)) for i in range(300))
+    async with one_node(tmp_path) as world:
+        await world.create()
+        (tmp_path / drafts.FILE).write_bytes(b"no database" * 500)
+        assert (await world.add("long.txt", text)).embedded == 300
 
 
 async def test_a_crash_between_bodies_and_record_leaves_no_document(tmp_path: Path) -> None:
