@@ -40,7 +40,7 @@ from pyagent_node.native import Blake3, lsh_probes, sketch_scan
 from pyagent_node.node.config import load_settings
 from pyagent_node.node.home import Home
 from pyagent_node.node.offline import open_store
-from pyagent_node.sharding.context.chunking import Chunk, chunks, windows
+from pyagent_node.sharding.context.chunking import Chunk, chunks
 from pyagent_node.sharding.context.duplicates import near_texts
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.index import RERANKED, Index, Way
@@ -48,6 +48,7 @@ from pyagent_node.sharding.context.index_codec import StoredIndex, encode_index
 from pyagent_node.sharding.context.lexical import Lexical
 from pyagent_node.sharding.context.minilm import MAX_TEXTS, MiniLm
 from pyagent_node.sharding.context.sketches import BITS, Buckets, Sketches, SketchModel
+from pyagent_node.sharding.context.windows import windows
 
 NODES: Final = 16
 TABLES, PLANES, PROBES = 16, 10, 5

@@ -50,6 +50,7 @@ from pyagent_node.sharding.context.records import (
     check_source,
 )
 from pyagent_node.sharding.context.search import check_question
+from pyagent_node.sharding.context.windows import windows
 
 BATCH: Final = 64
 """Windows that go through the encoder in one go: less than a second, so that nobody waits long."""
@@ -287,12 +288,15 @@ class Contexts:
         record = known.record
         places = [place for place, row in enumerate(record.chunks) if row.windows]
         bodies = await self.mesh.fetch([record.id_of(place) for place in places])
-        return {
-            body.text[start:end].strip(): vector
-            for body in bodies
-            if len(body.vectors) == 2 * encoder.dimensions * len(body.spans)
-            for (start, end), vector in zip(body.spans, body.matrix(), strict=True)
-        }
+        before: dict[str, np.ndarray] = {}
+        for body in bodies:
+            own = windows(body.text)
+            spans = tuple((window.start, window.end) for window in own)
+            fits = len(body.vectors) == 2 * encoder.dimensions * len(spans)
+            if fits and spans == body.spans:  # else another version of this program cut it
+                for window, vector in zip(own, body.matrix(), strict=True):
+                    before[window.text] = vector
+        return before
 
     # Questions ---------------------------------------------------------------------------------
 
@@ -325,6 +329,7 @@ class Contexts:
         began = time.monotonic()
         (vector,) = await trio.to_thread.run_sync(encoder.embed, [request.question])
         seconds = time.monotonic() - began
+        vector = default_model(encoder.identity, encoder.dimensions).model.aim(vector)
         answer = await self.mesh.search(
             info, request.question, vector, count=request.count, way=request.way
         )

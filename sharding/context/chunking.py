@@ -25,10 +25,6 @@ CHUNK_TOKENS: Final = 256
 """The most tokens of a chunk, unless the caller says otherwise."""
 MAX_CHUNK_TOKENS: Final = 1 << 16
 """The most that a caller may ask for."""
-WINDOW_WORDS: Final = 30
-"""About how many words a window has."""
-ALONE_WORDS: Final = 5
-"""Fewer words than these may share a window with text of another kind."""
 MAX_TEXT: Final = 1 << 28
 """The most characters of one text."""
 MAX_SOURCE: Final = 4096
@@ -38,7 +34,6 @@ _PIECE: Final = 2048
 than the text, and a line may be all of a file."""
 
 _LINE: Final = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-_COMMENT: Final = re.compile(r"\s*(?:#|//|/\*|\*|--|;;|<!--)")
 _WORD: Final = re.compile(r"\w+")
 _BREAK: Final = re.compile(r"(?<=[.!?;])\s+|\s+")
 _HEADING: Final = re.compile(r"(?:#{1,6} |def |class |async def |@|fn |pub |impl |func |function )")
@@ -52,14 +47,6 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     end: int
     line: int
     tokens: int
-    text: str
-
-
-class Window(msgspec.Struct, frozen=True, gc=False):
-    """About thirty words of a chunk: characters ``[start, end)`` of the chunk's text."""
-
-    start: int
-    end: int
     text: str
 
 
@@ -95,40 +82,6 @@ def chunks(
         held.append(piece)
         size += piece.tokens
     yield from _chunk(text, source, held)
-
-
-def windows(text: str, *, words: int = WINDOW_WORDS) -> tuple[Window, ...]:
-    """Return the windows of a chunk's text: whole lines up to about ``words`` words.
-
-    A line of more than that is cut between words, into parts of nearly the same length.  Comments
-    and what they stand among have windows of their own, unless they are very short: a sentence
-    within code is hardly found by its meaning.  Every word is in
-    exactly one window; there is none for a text without words.
-    """
-    if words < 1:
-        raise InvalidRequest("A window has at least one word.", code="bad_window_words")
-    spans: list[tuple[int, int]] = []
-    begin, held, comment = 0, 0, False
-    for line in _LINE.finditer(text):
-        found = list(_WORD.finditer(line[0]))
-        before, comment = comment, bool(_COMMENT.match(line[0])) if found else comment
-        turns = comment != before and held >= ALONE_WORDS
-        if held and (turns or held + len(found) > words):
-            spans.append((begin, line.start()))
-            begin, held = line.start(), 0
-        if len(found) > words:
-            parts = -(-len(found) // words)
-            cuts = [line.start() + found[i * len(found) // parts].start() for i in range(1, parts)]
-            spans += zip([begin, *cuts[:-1]], cuts, strict=True)
-            begin = cuts[-1]
-            held = len(found) - (parts - 1) * len(found) // parts
-        else:
-            held += len(found)
-    if held:
-        spans.append((begin, len(text)))
-    elif spans:
-        spans[-1] = (spans[-1][0], len(text))
-    return tuple(Window(start, end, text[start:end].strip()) for start, end in spans)
 
 
 def _check(text: str, source: str, tokens: int) -> None:

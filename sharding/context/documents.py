@@ -10,7 +10,7 @@ import numpy as np
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import ContextId
-from pyagent_node.sharding.context.chunking import Chunk, Window, chunks, windows
+from pyagent_node.sharding.context.chunking import Chunk, chunks
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.duplicates import near_texts
 from pyagent_node.sharding.context.embedder import Vectors
@@ -23,6 +23,7 @@ from pyagent_node.sharding.context.records import (
     content_check,
 )
 from pyagent_node.sharding.context.sketches import check_vectors
+from pyagent_node.sharding.context.windows import Window, windows
 
 TOKEN_CHARACTERS: Final = 64
 """No more characters count as one token: an encoder may take a word of a megabyte for one."""

@@ -86,6 +86,17 @@ class SketchModel:
         steps = np.rint(axes / scales[:, None]).clip(-_LEVELS, _LEVELS).astype(np.int8)
         return cls(centre, steps, scales)
 
+    def aim(self, question: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the direction to look in for a question's vector: away from the centre, unit.
+
+        What is like everything is like any question too.  Taking the centre off the question
+        takes that away from every window's inner product, and leaves their vectors as they are.
+        """
+        check_vectors(question[None], self.dimensions)
+        aimed = question - self.centre
+        norm = float(np.linalg.norm(aimed))
+        return question if norm < 1e-6 else (aimed / np.float32(norm)).astype(np.float32)
+
     def project(self, vectors: Vectors) -> NDArray[np.float32]:
         """Return the coordinates of vectors along the axes, ``[n, bits]``, without centring."""
         check_vectors(vectors, self.dimensions)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.sharding.context import chunking
-from pyagent_node.sharding.context.chunking import chunks, windows
+from pyagent_node.sharding.context.chunking import chunks
 
 
 def words(text: str) -> int:
@@ -42,15 +42,6 @@ def test_chunks_are_the_text_in_order(text: str, tokens: int) -> None:
     assert not re.search(r"\w", text[end:])
 
 
-@given(texts, st.integers(1, 12))
-def test_windows_hold_every_word_once(text: str, size: int) -> None:
-    found = windows(text, words=size)
-    assert re.findall(r"\w+", " ".join(w.text for w in found)) == re.findall(r"\w+", text)
-    for window in found:
-        assert 1 <= len(re.findall(r"\w+", window.text)) <= size
-        assert window.text == text[window.start : window.end].strip()
-
-
 def test_a_chunk_ends_before_a_function_rather_than_within_one() -> None:
     body = "".join(f"    value_{i} = {i}\n\n" for i in range(6))
     text = f"def one():\n{body}\ndef two():\n{body}\ndef three():\n{body}"
@@ -76,15 +67,6 @@ def test_a_long_line_is_cut_between_sentences() -> None:
     assert all(c.text.endswith(". ") for c in found)
 
 
-def test_windows_follow_lines() -> None:
-    text = "one two three\nfour five\nsix seven eight nine\nten\n"
-    assert [w.text for w in windows(text, words=5)] == [
-        "one two three\nfour five",
-        "six seven eight nine\nten",
-    ]
-    assert windows("", words=5) == windows("...\n", words=5) == ()
-
-
 @pytest.mark.parametrize(
     ("text", "source", "tokens", "code"),
     [
@@ -108,19 +90,3 @@ def test_too_long_a_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LimitExceeded) as caught:
         list(chunks("a" * 11, "a", words))
     assert caught.value.code == "text_too_large"
-
-
-def test_a_window_of_no_words_is_refused() -> None:
-    with pytest.raises(InvalidRequest):
-        windows("a", words=0)
-
-
-def test_comments_have_windows_of_their_own() -> None:
-    code = "value = function(first, second, third)\n"
-    text = f"{code}    # A sentence of five words.\n{code}# noqa\n{code}"
-    assert [w.text for w in windows(text)] == [
-        code.strip(),
-        "# A sentence of five words.",
-        code.strip(),
-        f"# noqa\n{code}".strip(),
-    ]
