@@ -26,7 +26,7 @@ from pyagent_node.sharding.context.minilm import MiniLm
 from pyagent_node.sharding.context.windows import windows
 
 SUFFIXES: Final = frozenset((".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".js"))
-FILES: Final = 3000
+FILES: Final = 1000
 MAX_BYTES: Final = 1 << 18
 SEED: Final = 11
 
@@ -42,11 +42,18 @@ def some_windows(folder: Path, wanted: int, embedder: MiniLm) -> list[str]:
             continue
         text = path.read_text("utf-8", "replace").replace("\0", "")
         own = (
-            [w.text for c in chunks(text, path.name, len) for w in windows(c.text)] if text else []
+            [w.text for c in chunks(text, path.name, _count) for w in windows(c.text)]
+            if text
+            else []
         )
         found.update(dict.fromkeys(generator.sample(own, min(len(own), 1 + 8 * wanted // FILES))))
     texts = [text for text in found if len(text) < 2000]
     return generator.sample(texts, min(wanted, len(texts)))
+
+
+def _count(text: str) -> int:
+    """Return about how many tokens a text has: where chunks end hardly matters here."""
+    return 1 + len(text) // 4
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--windows", type=int, default=8000)
+    parser.add_argument("--windows", type=int, default=4000)
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -3,13 +3,14 @@
 The corpus is Python's standard library with 201 sentences hidden in it, each asked for in other
 words (``context_corpus``).  For each question, recall@k says whether the chunk that holds the
 sentence is among the first k.  By default only the questions that tuning never saw are counted.
-All ways are measured over the same chunks, windows and vectors, in one run:
+All ways are measured over the same chunks, windows and vectors, in one run, and take a question
+away from the centre of all (``SketchModel.aim``) unless they say otherwise:
 
 ``exact``       every window by its exact vector
 ``words``       BM25 over the chunks
 ``hyperplanes`` 16 hash tables of 10 random hyperplanes, 5 probes each, then exact
 ``signs``       256 random hyperplanes as signs, the best 300 windows then exact
-``sketches``    the index: learned sketches, the best 300 windows then exact
+``sketches``    the index: the encoder's sketches, the best 300 windows then exact
 ``both``        the same joined with the ranking by words
 
     python -m pyagent_node.benchmarks.context_index --tokens 1000000 --cache /tmp/vectors --json
@@ -41,13 +42,14 @@ from pyagent_node.node.config import load_settings
 from pyagent_node.node.home import Home
 from pyagent_node.node.offline import open_store
 from pyagent_node.sharding.context.chunking import Chunk, chunks
+from pyagent_node.sharding.context.defaults import Axes, default_model
 from pyagent_node.sharding.context.duplicates import near_texts
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.index import RERANKED, Index, Way
 from pyagent_node.sharding.context.index_codec import StoredIndex, encode_index
 from pyagent_node.sharding.context.lexical import Lexical
 from pyagent_node.sharding.context.minilm import MAX_TEXTS, MiniLm
-from pyagent_node.sharding.context.sketches import BITS, Buckets, Sketches, SketchModel
+from pyagent_node.sharding.context.sketches import BITS, Buckets, Sketches
 from pyagent_node.sharding.context.windows import windows
 
 NODES: Final = 16
@@ -57,15 +59,29 @@ Ranked = Callable[[int], Sequence[int]]
 Row = dict[str, float]
 
 
-class Material(NamedTuple):
-    """What every way searches: chunks, windows (their chunk and vector), questions."""
+class Searched(NamedTuple):
+    """What every way searches.
 
-    chunks: list[Chunk]
+    ``chunk_of`` and ``vectors`` are of the windows, ``words`` of the chunks.  ``questions`` are the
+    vectors of questions as the index takes them (``SketchModel.aim``), ``plain`` as the encoder
+    gives them; ``answers`` are the chunks that hold a fact's sentence.
+    """
+
     chunk_of: Ints
     vectors: Vectors
     facts: list[Fact]
     questions: Vectors
+    plain: Vectors
     answers: list[set[int]]
+    words: Lexical
+
+
+class Material(NamedTuple):
+    """Chunks, what is searched, the axes of the encoder, and what making them took."""
+
+    chunks: list[Chunk]
+    searched: Searched
+    axes: Axes
     seconds: dict[str, float]
 
 
@@ -94,15 +110,21 @@ def material(tokens: int, embedder: Embedder, split: str, cache: Path | None) ->
     ]
     asked = time.perf_counter()
     questions = np.concatenate([embedder.embed([fact.question]) for fact in wanted])
+    answered = time.perf_counter()
+    words = Lexical(chunk.text for chunk in found)
     seconds = {
         "cut": cut - began,
         "join": joined - cut,
         "embed": embedded - joined,
-        "embed_one_question": (time.perf_counter() - asked) / len(wanted),
+        "embed_one_question": (answered - asked) / len(wanted),
+        "words": time.perf_counter() - answered,
     }
-    return Material(
-        found, np.array(owners, np.uint32), vectors, wanted, questions, answers, seconds
+    axes = default_model(embedder.identity, embedder.dimensions)
+    aimed = np.stack([axes.model.aim(question) for question in questions])
+    searched = Searched(
+        np.array(owners, np.uint32), vectors, wanted, aimed, questions, answers, words
     )
+    return Material(found, searched, axes, seconds)
 
 
 def embed(embedder: Embedder, texts: list[str], cache: Path | None) -> Vectors:
@@ -132,7 +154,7 @@ def chunk_order(chunk_of: Ints, rows: Ints, likeness: NDArray[np.float32]) -> li
     return list(dict.fromkeys(chunk_of[rows[order]].tolist()))
 
 
-def measure(found: Material, ranked: Ranked) -> Row:
+def measure(found: Searched, ranked: Ranked) -> Row:
     """Return the recall and the milliseconds a question of a way."""
     places: list[float] = []
     took: list[float] = []
@@ -151,7 +173,7 @@ def measure(found: Material, ranked: Ranked) -> Row:
     }
 
 
-def kept(found: Material, candidates: Callable[[int], Ints]) -> float:
+def kept(found: Searched, candidates: Callable[[int], Ints]) -> float:
     """Return the share of the exact top 8 windows that are among the candidates."""
     shares: list[float] = []
     for number, question in enumerate(found.questions):
@@ -160,17 +182,20 @@ def kept(found: Material, candidates: Callable[[int], Ints]) -> float:
     return round(float(np.mean(shares)), 4)
 
 
-def reranking(found: Material, candidates: Callable[[int], Ints]) -> Ranked:
+def exactly(
+    found: Searched, candidates: Callable[[int], Ints], questions: Vectors | None = None
+) -> Ranked:
     """Return the way that compares some windows exactly."""
+    asked = found.questions if questions is None else questions
 
     def ranked(number: int) -> list[int]:
         rows = candidates(number)
-        return chunk_order(found.chunk_of, rows, found.vectors[rows] @ found.questions[number])
+        return chunk_order(found.chunk_of, rows, found.vectors[rows] @ asked[number])
 
     return ranked
 
 
-def hyperplanes(found: Material, generator: np.random.Generator) -> Callable[[int], Ints]:
+def hyperplanes(found: Searched, generator: np.random.Generator) -> Callable[[int], Ints]:
     """Return the candidates of hash tables of random hyperplanes."""
     size = found.vectors.shape[1]
     planes = generator.standard_normal((TABLES, size, PLANES)).astype(np.float32)
@@ -187,7 +212,7 @@ def hyperplanes(found: Material, generator: np.random.Generator) -> Callable[[in
     return candidates
 
 
-def random_signs(found: Material, generator: np.random.Generator) -> Callable[[int], Ints]:
+def random_signs(found: Searched, generator: np.random.Generator) -> Callable[[int], Ints]:
     """Return the candidates of signs along random directions, as many bits as a sketch has."""
     axes = generator.standard_normal((found.vectors.shape[1], BITS)).astype(np.float32)
     packed = np.packbits(found.vectors @ axes > 0, axis=1, bitorder="little").reshape(-1)
@@ -208,7 +233,7 @@ def centroids(vectors: Vectors, count: int, generator: np.random.Generator) -> V
     return means
 
 
-def spread(found: Material, generator: np.random.Generator) -> dict[str, Row]:
+def spread(found: Searched, generator: np.random.Generator) -> dict[str, Row]:
     """Return recall@8 against the number of nodes asked, of 16."""
     learned = Buckets.train(found.vectors, NODES.bit_length() - 1)
     planes = generator.standard_normal((found.vectors.shape[1], len(learned.axes))).astype(
@@ -237,21 +262,20 @@ def spread(found: Material, generator: np.random.Generator) -> dict[str, Row]:
                 wanted = orders[name](found.questions[number])[:asked]
                 return np.flatnonzero(np.isin(home, wanted)).astype(np.uint32)
 
-            row[f"nodes_{asked}"] = measure(found, reranking(found, candidates))["recall_at_8"]
+            row[f"nodes_{asked}"] = measure(found, exactly(found, candidates))["recall_at_8"]
         report[name] = row
     return report
 
 
-def run(found: Material, identity: str) -> dict[str, object]:
+def run(material: Material, identity: str) -> dict[str, object]:
     """Measure every way."""
+    found, model = material.searched, material.axes.model
     generator = np.random.default_rng(0)
     every = np.arange(len(found.vectors), dtype=np.uint32)
     began = time.perf_counter()
-    model = SketchModel.train(found.vectors)
     sketches = Sketches.of(model, found.vectors)
     sketched = time.perf_counter()
-    words = Lexical(chunk.text for chunk in found.chunks)
-    worded = time.perf_counter()
+    words = found.words
     index = Index(sketches, found.chunk_of, found.vectors.__getitem__, words)
     stored = encode_index(StoredIndex(sketches, found.chunk_of, identity))
 
@@ -269,7 +293,8 @@ def run(found: Material, identity: str) -> dict[str, object]:
         "hyperplanes": hyperplanes(found, generator),
         "signs": random_signs(found, generator),
     }.items():
-        ways[name] = (reranking(found, candidates), candidates)
+        ways[name] = (exactly(found, candidates), candidates)
+    ways["exact, question not aimed"] = (exactly(found, lambda _: every, found.plain), None)
     ways["words"] = (searching("words"), None)
     ways["sketches"] = (
         searching("meaning"),
@@ -284,15 +309,14 @@ def run(found: Material, identity: str) -> dict[str, object]:
             looked = [len(offered(number)) for number in range(len(found.facts))]
             rows[name]["compared"] = round(float(np.mean(looked)) / len(every), 4)
     return {
-        "tokens": sum(chunk.tokens for chunk in found.chunks),
-        "chunks": len(found.chunks),
+        "tokens": sum(chunk.tokens for chunk in material.chunks),
+        "chunks": len(material.chunks),
         "windows": len(every),
         "questions": len(found.facts),
         "lost_answers": sum(not answers for answers in found.answers),
         "seconds": {
-            **{name: round(value, 3) for name, value in found.seconds.items()},
+            **{name: round(value, 3) for name, value in material.seconds.items()},
             "sketch": round(sketched - began, 2),
-            "words": round(worded - sketched, 2),
         },
         "replicated_bytes": len(stored),
         "replicated_bytes_per_window": round(len(stored) / len(every), 2),

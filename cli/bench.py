@@ -15,6 +15,7 @@ import msgspec
 from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.bench_consensus import consensus
+from pyagent_node.cli.bench_context import context
 from pyagent_node.cli.bench_edge import edge
 from pyagent_node.cli.bench_failover import failover
 from pyagent_node.cli.bench_kv import kv
@@ -61,6 +62,7 @@ bench_command.add_command(failover)
 bench_command.add_command(reshard)
 bench_command.add_command(edge)
 bench_command.add_command(kv)
+bench_command.add_command(context)
 bench_command.add_command(speculation)
 
 

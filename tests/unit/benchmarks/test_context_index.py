@@ -58,7 +58,7 @@ def test_the_figures_of_a_small_corpus(tmp_path: Path) -> None:
     pytest.importorskip("datasketch", reason="needs pyagent-node[context]")
     found = context_index.material(5_000, Hashing(), "tuning", tmp_path)
     again = context_index.material(5_000, Hashing(), "tuning", tmp_path)
-    assert (again.vectors == found.vectors).all()
+    assert (again.searched.vectors == found.searched.vectors).all()
     assert len(list(tmp_path.iterdir())) == 1
     report = context_index.run(found, "hashing")
     ways = report["ways"]

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.sharding.context.defaults import default_model
+from pyagent_node.base.errors import CorruptData, InvalidRequest
+from pyagent_node.sharding.context.defaults import (
+    decode_axes,
+    default_model,
+    encode_axes,
+    learn_axes,
+)
+from pyagent_node.sharding.context.minilm import DIMENSIONS, IDENTITY
 
 
 @pytest.mark.parametrize("dimensions", [8, 64, 384, 768])
@@ -28,3 +34,39 @@ def test_an_encoder_without_axes_gets_random_ones(dimensions: int) -> None:
 def test_no_vector_has_such_a_length(dimensions: int) -> None:
     with pytest.raises(InvalidRequest):
         default_model("some encoder", dimensions)
+
+
+def test_minilm_has_learned_axes() -> None:
+    axes = default_model(IDENTITY, DIMENSIONS)
+    whose, again = decode_axes(encode_axes(axes, IDENTITY))
+    assert whose == IDENTITY
+    assert np.array_equal(axes.model.steps, again.model.steps)
+    assert np.array_equal(axes.buckets.axes, again.buckets.axes)
+    assert 0.05 < float(np.linalg.norm(axes.model.centre)) < 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "other", "empty"])
+def test_damaged_axes_are_refused(harm: str) -> None:
+    data = encode_axes(learn_axes(np.eye(256, dtype=np.float32)), "some encoder")
+    harmed = {
+        "cut": data[:-1],
+        "changed": data[:100] + bytes([data[100] ^ 1]) + data[101:],
+        "other": b"x" + data[1:],
+        "empty": b"",
+    }[harm]
+    assert decode_axes(data)[0] == "some encoder"
+    with pytest.raises(CorruptData) as caught:
+        decode_axes(harmed)
+    assert caught.value.code == "axes_corrupt"
+
+
+def test_a_question_is_aimed_away_from_the_centre() -> None:
+    model = default_model(IDENTITY, DIMENSIONS).model
+    question = np.zeros(DIMENSIONS, np.float32)
+    question[3] = 1
+    aimed = model.aim(question)
+    assert np.linalg.norm(aimed) == pytest.approx(1, abs=1e-5)
+    assert aimed @ model.centre < question @ model.centre
+    assert np.array_equal(model.aim(model.centre), model.centre)
+    plain = default_model("some encoder", DIMENSIONS).model
+    assert np.allclose(plain.aim(question), question)
