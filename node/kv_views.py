@@ -9,6 +9,7 @@ from pyagent_node.node.api.kv_schema import KvView, LoadsView, StreamView, TierV
 from pyagent_node.node.kv_adverts import AdvertBook
 from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_loading import BlockLoader
+from pyagent_node.node.kv_rests import Rests
 from pyagent_node.node.kv_server import KvServer
 from pyagent_node.node.kv_stream import CheckpointStream
 from pyagent_node.node.kv_vault import KvVault
@@ -26,6 +27,7 @@ class KvParts(Protocol):
     server: KvServer
     stream: CheckpointStream
     loader: BlockLoader
+    rests: Rests
 
     @property
     def now(self) -> float:
@@ -113,6 +115,10 @@ def samples(kv: KvParts) -> Iterator[Sample]:
     for way, count in (("in", loads.bytes_fetched), ("out", view.served_bytes)):
         text = "Bytes of blocks that were asked for."
         yield Sample("kv_fetched_bytes", text, count, labels={"direction": way})
+    text = "Fetches that were ended because computing was faster."
+    yield Sample("kv_fetches_given_up", text, kv.loader.stats.given_up)
+    text = "Tokens whose cells ranks here took over from those of the epoch before."
+    yield Sample("kv_handed_over_tokens", text, kv.rests.loaded)
     text = "Wrong blocks that peers sent; they were refused."
     yield Sample("kv_bad_blocks", text, loads.bad_blocks)
     text = "Peers that are asked for no blocks now."
