@@ -14,6 +14,7 @@ import msgspec
 
 from pyagent_node.base.files import write_atomic
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.bench_backends import backends
 from pyagent_node.cli.bench_consensus import consensus
 from pyagent_node.cli.bench_context import context
 from pyagent_node.cli.bench_edge import edge
@@ -56,6 +57,7 @@ def bench_command() -> None:
     """Measure speed; each verb prints a table and stores its figures as JSON."""
 
 
+bench_command.add_command(backends)
 bench_command.add_command(consensus)
 bench_command.add_command(simulator)
 bench_command.add_command(failover)

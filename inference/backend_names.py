@@ -13,6 +13,7 @@ import msgspec
 
 from pyagent_node.base.errors import InvalidRequest, Unsupported
 from pyagent_node.base.types import AUTO_BACKEND
+from pyagent_node.native import blake3
 
 BackendName = Literal["llama.cpp", "torch", "mlx"]
 BACKENDS: Final[tuple[BackendName, ...]] = get_args(BackendName)
@@ -45,6 +46,28 @@ class BackendState(msgspec.Struct, frozen=True):
     def accelerated(self) -> bool:
         """Whether it computes on something better than the processor."""
         return self.installed and self.device != "cpu"
+
+
+MAX_CLASSES: Final = 8
+"""Exactness classes that ranks of one pipeline may be of."""
+MAX_CLASS: Final = 64
+"""Characters of the name of one."""
+
+
+def joined_classes(before: tuple[str, ...], own: str) -> tuple[str, ...]:
+    """Return the exactness classes of the ranks up to one of class ``own``, which may be empty."""
+    return before if not own or own in before else tuple(sorted((*before, own)))
+
+
+def rooted(root: bytes, classes: tuple[str, ...]) -> bytes:
+    """Return what the names of KV blocks begin with behind ranks of these classes.
+
+    The bits of a block depend on every layer before: only ranks behind the same classes share.
+    Where all is llama.cpp's the names are those of a plain root.
+    """
+    if not root or all(each.startswith(f"{DEFAULT}/") for each in classes):
+        return root
+    return blake3(b"\0".join((root, *(each.encode() for each in classes))))
 
 
 class Choice(NamedTuple):

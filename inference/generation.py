@@ -145,6 +145,8 @@ class Usage(msgspec.Struct, frozen=True):
     ``speculation`` is ``None`` for an answer without.  ``cached_tokens`` are those tokens of the
     prompt whose KV was there already and did not have to be computed; ``joined_tokens`` those
     whose KV was taken over from pieces, so that the answer is not that of the whole prompt.
+    ``classes`` are the exactness classes of the backends that served it, in the order of their
+    first tokens (``BackendInfo.exactness``).
     """
 
     prompt_tokens: int
@@ -157,6 +159,7 @@ class Usage(msgspec.Struct, frozen=True):
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
     joined_tokens: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

@@ -67,7 +67,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     ``positions`` is the greatest number of tokens that it will hold, the prompt's
     ``prompt_tokens`` included.  ``head`` takes its results and errors, and alone may close it.
     ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
-    ``cut`` is the greatest ``prefill_cut`` of the ranks so far, on which these names depend too.
+    ``cut`` is the greatest ``prefill_cut`` of the ranks so far, and ``classes`` are their exactness
+    classes (``BackendInfo``): these names depend on both, too.
     """
 
     session: SessionId
@@ -80,6 +81,7 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     sampling: SamplingParams
     root: bytes = b""
     cut: int = BLOCK_TOKENS
+    classes: tuple[str, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
@@ -234,6 +236,7 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     """From the last rank to the head: a step is done.
 
     ``sampled`` when it asked for tokens: its guesses that were right, and one token more.
+    ``classes``, with the first token, are the exactness classes of the ranks that computed it.
     """
 
     session: SessionId
@@ -243,6 +246,7 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     step: int
     spent: float
     sampled: tuple[Sampled, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 class StageError(msgspec.Struct, frozen=True, tag="stage_error"):

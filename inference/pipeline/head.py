@@ -26,6 +26,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
+from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.generation import (
     FetchWhen,
@@ -126,6 +127,7 @@ class HeadCore:
         self._limit = plan.budget
         self._begun = False
         self._held = False
+        self._classes: list[str] = []
         self._told = False
         self._skip = 0
         self._recomputed = 0
@@ -302,6 +304,7 @@ class HeadCore:
         except PyAgentError as error:
             self.fail(error)
             return ()
+        self._note_classes(result.classes)
         spec = self.speculation
         if spec is not None:
             spec.landed(landed, result.spent, now)
@@ -310,6 +313,12 @@ class HeadCore:
         if spec is not None:
             return self._speculate(spec, attempt, landed, now)
         return () if self._held else (attempt.send_token(self.answer[-1].token, now),)
+
+    def _note_classes(self, classes: Sequence[str]) -> None:
+        """Note who computes the attempt; a hostile tail cannot make that long."""
+        for each in classes[:MAX_CLASSES]:
+            if each not in self._classes and len(self._classes) < MAX_CLASSES:
+                self._classes.append(each[:MAX_CLASS])
 
     def _speculate(
         self, spec: Speculation, attempt: Attempt, landed: Landed, now: float
@@ -491,6 +500,7 @@ class HeadCore:
                     recomputed_tokens=self._recomputed,
                     stall_seconds=self._longest_pause,
                     speculation=self.guesses,
+                    classes=tuple(self._classes),
                     cached_tokens=self._cached,
                     joined_tokens=self._joined,
                 ),

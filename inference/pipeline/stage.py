@@ -35,6 +35,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK, SequenceOp, StepOutput
+from pyagent_node.inference.backend_names import joined_classes, rooted
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
@@ -89,8 +90,9 @@ class StageCore:
         cut: int = PREFILL_CHUNK,
         *,
         kv_shape: KvShape | None = None,
+        exactness: str = "",
     ) -> None:
-        """Make a stage whose runner says ``joint_shapes`` and ``kv_shape`` of itself.
+        """Make a stage whose runner says these shapes and ``exactness`` of itself.
 
         See ``BackendInfo``; for ``cells`` and ``cut`` see ``stage_blocks``.
         """
@@ -98,6 +100,7 @@ class StageCore:
         self.blocks = StageBlocks(spec, cells, cut, kv_shape)
         self.joins = StageJoins(spec, cells, kv_shape)
         self._limits = limits or StageLimits()
+        self._exactness = exactness
         self._sessions: dict[SessionId, ServedSession] = {}
         self._queue = StageQueue(
             slots=spec.n_seq,
@@ -173,11 +176,15 @@ class StageCore:
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
-        cut = self.blocks.opened(session, message.root, message.cut, message.prompt_tokens)
+        session.classes = joined_classes(message.classes, self._exactness)
+        root = rooted(message.root, session.classes)
+        cut = self.blocks.opened(session, root, message.cut, message.prompt_tokens)
         session.cut = cut
         if spec.downstream is None:
             return []
-        onward = msgspec.structs.replace(message, rank=spec.rank + 1, cut=cut)
+        onward = msgspec.structs.replace(
+            message, rank=spec.rank + 1, cut=cut, classes=session.classes
+        )
         return [Outgoing(spec.downstream, onward)]
 
     def _known(
@@ -365,7 +372,8 @@ class StageCore:
                 continue
             self.blocks.computed(session, queued, each * message.n)
             session.last_seen = now
-            if message.sample and session.first_sample is None:
+            first = message.sample and session.first_sample is None
+            if first:
                 session.first_sample = now
             if spec.downstream is None:
                 if not message.sample <= len(output.sampled) <= message.drafts + 1:
@@ -382,6 +390,7 @@ class StageCore:
                     message.step,
                     message.spent + seconds,
                     output.sampled,
+                    session.classes if first else (),
                 )
                 out.append(Outgoing(session.head, result))
             else:

@@ -6,6 +6,7 @@ from typing import Final
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
+from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
@@ -31,6 +32,13 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
             f" of {BLOCK_TOKENS} up to {PREFILL_CHUNK}.",
             code="bad_parameter",
             parameter="root",
+        )
+    classes = message.classes
+    if len(classes) > MAX_CLASSES or any(not 0 < len(each) <= MAX_CLASS for each in classes):
+        raise InvalidRequest(
+            f"A session has {len(classes)} exactness classes, or one of a length that cannot be.",
+            code="bad_parameter",
+            parameter="classes",
         )
     if spec.is_tail:
         message.sampling.check(spec.n_vocab)

@@ -65,12 +65,14 @@ class ServedSession:
     KV is kept or reused; ``restores`` says whether its head has asked for blocks, or pieces.
     ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one, ``gaps`` has the cells
     that can be taken over, by where they begin, and their tokens; ``keeps`` says that the head is
-    to be told when its blocks are kept.
+    to be told when its blocks are kept.  ``classes`` are the exactness classes of the ranks up to
+    this one.
     """
 
     __slots__ = (
         "blocks",
         "cancelled",
+        "classes",
         "closed",
         "cut",
         "due",
@@ -128,6 +130,7 @@ class ServedSession:
         self.blocks: SessionBlocks | None = None
         self.restores = False
         self.cut = message.cut
+        self.classes = message.classes
         self.gaps: dict[int, tuple[KvRange, Tokens]] = {}
         self.keeps = False
 

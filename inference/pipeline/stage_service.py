@@ -132,7 +132,13 @@ class StageService:
         info = runner.info
         cells = info.kv_codec if self._shelf is not None else ""
         core = StageCore(
-            spec, self._limits, info.joint_shapes, cells, info.prefill_cut, kv_shape=info.kv_shape
+            spec,
+            self._limits,
+            info.joint_shapes,
+            cells,
+            info.prefill_cut,
+            kv_shape=info.kv_shape,
+            exactness=info.exactness,
         )
         stage = _Stage(core, runner, self._shelf or NullShelf(), self._send)
         self._stages[key] = stage

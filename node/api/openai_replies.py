@@ -264,6 +264,7 @@ class Writer:
             choices.append(body)
         reply = self._envelope(self._style.whole_object, choices)
         reply["usage"] = self._usage()
+        reply |= _served_by([c.finished for c in self._choices if c.finished is not None])
         if self._citations is not None:
             reply["citations"] = self._citations
         if self._shape.token_ids:
@@ -310,8 +311,10 @@ class Writer:
             reply["usage"] = usage
         if citations is not None:
             reply["citations"] = citations
-        if finished is not None and self._shape.token_ids:
-            reply["pyagent"] = self._details(finished)
+        if finished is not None:
+            reply |= _served_by([finished])
+            if self._shape.token_ids:
+                reply["pyagent"] = self._details(finished)
         return b"data: " + msgspec.json.encode(reply) + b"\n\n"
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
@@ -337,3 +340,12 @@ class Writer:
             "stall_seconds": usage.stall_seconds,
             "speculation": usage.speculation,
         }
+
+
+def _served_by(finished: Sequence[Finished]) -> Json:
+    """Return ``served_by``: the exactness classes of the backends that computed an answer.
+
+    Nothing where its ranks do not say.
+    """
+    classes = dict.fromkeys(name for each in finished for name in each.usage.classes)
+    return {"served_by": list(classes)} if classes else {}

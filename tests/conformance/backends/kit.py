@@ -23,7 +23,6 @@ from pyagent_node.inference.backend import (
 )
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.inference.stepping.backend import SliceBackend
-from pyagent_node.inference.stepping.rows import Rows
 
 GREEDY = SamplingParams(temperature=0, logprobs=True, top_logprobs=4)
 N_CTX, N_SEQ = 128, 4
@@ -132,23 +131,7 @@ def generate(backend: Loaded, seq: int, position: int, token: int, n: int) -> li
 
 def logits(backend: Loaded, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the logits behind each token of a whole model, shape (n, n_vocab); 8 rows a call."""
-    context = backend._context
-    ids = np.asarray(tokens, np.int32)
-    found: list[NDArray[np.float32]] = []
-    for at in range(0, len(ids), 8):
-        piece = ids[at : at + 8]
-        n = len(piece)
-        rows = Rows(
-            np.zeros(n, np.int32),
-            np.arange(at, at + n, dtype=np.int32),
-            piece,
-            None,
-            np.ones(n, np.int8),
-        )
-        context.decode(rows, None, lone_threads=1)
-        found += [context.logits(i).copy() for i in range(n)]
-    context.drop(0, 0)
-    return np.stack(found)
+    return backend.score(np.asarray(tokens, np.int32))
 
 
 def log_softmax(x: NDArray[np.float32]) -> NDArray[np.float64]:
