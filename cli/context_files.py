@@ -1,7 +1,8 @@
 """Finds and reads the files that are added to a context.
 
 A folder's files are taken in order, without those that ``.gitignore`` files leave out (read through
-``pathspec``), hidden folders, links to folders, and what is no ordinary file.
+``pathspec``), hidden folders, and what is no ordinary file.  Links are not followed: a folder of
+somebody else's could name any file of the user that way.
 """
 
 from __future__ import annotations
@@ -132,15 +133,8 @@ def _walk(
             hidden = entry.name.startswith(".")
             if not hidden and depth < _MAX_DEPTH and not _ignored(f"{source}/", rules):
                 yield from _walk(folder / entry.name, source, rules, depth + 1)
-        elif _is_file(entry) and not _ignored(source, rules):
+        elif entry.is_file(follow_symlinks=False) and not _ignored(source, rules):
             yield File(folder / entry.name, source, entry.stat().st_size)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself, say
-        return False
 
 
 def _ignored(source: str, rules: tuple[tuple[str, GitIgnoreSpec], ...]) -> bool:

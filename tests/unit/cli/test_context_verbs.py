@@ -255,6 +255,7 @@ def test_links_and_other_things_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "in/a.txt").write_text("x")
     try:
         (tmp_path / "loop").symlink_to(tmp_path)
+        (tmp_path / "secret.txt").symlink_to(tmp_path / "in/a.txt")
         (tmp_path / "self").symlink_to(tmp_path / "self")
         os.mkfifo(tmp_path / "pipe")
     except (OSError, AttributeError):
