@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import ContextPolicy
 from pyagent_node.benchmarks.swarm import (
     LocalNode,
@@ -29,6 +28,8 @@ from pyagent_node.inference.models.encoders import (
 from pyagent_node.node.api.context_schema import QueryReply, QueryRequest
 from pyagent_node.node.client import Client
 from pyagent_node.node.home import Home
+
+from .waiting import until, votes_settled
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -57,15 +58,8 @@ def gist(reply: QueryReply) -> list[tuple[str, str, float]]:
 
 def add(client: Client, name: str) -> None:
     """Add a document, again while the swarm is changing."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.contexts.add("shelf", f"{name}.txt", FACTS[name][0].encode(), modified=1)
-            return
-        except PyAgentError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+    data = FACTS[name][0].encode()
+    until(client, lambda: client.contexts.add("shelf", f"{name}.txt", data, modified=1), name)
 
 
 def restored(nodes: list[LocalNode], documents: int) -> bool:
@@ -82,24 +76,15 @@ def by_votes(nodes: list[LocalNode]) -> list[LocalNode]:
 
     Of three voters only one is killed, so that there is somebody to decide who owns what.
     """
-    deadline = time.monotonic() + 60
-    while len(voters := nodes[0].client.status().consensus.voters) != 3:
-        assert time.monotonic() < deadline, voters
-        time.sleep(0.1)
+    client = nodes[0].client
+    until(client, lambda: votes_settled(client, 3), "three of four nodes vote")
+    voters = client.status().consensus.voters
     return [nodes[0], *sorted(nodes[1:], key=lambda node: node.peer_id not in voters)]
 
 
-def told(node: LocalNode) -> str:
-    view = node.client.contexts.show("shelf").context
-    log = node.client.status().consensus
-    return f"{node.name}: {view.documents} documents, {view.bodies_here} chunks; {log}"
-
-
 def wait_restored(nodes: list[LocalNode], documents: int) -> None:
-    deadline = time.monotonic() + 90
-    while not restored(nodes, documents):
-        assert time.monotonic() < deadline, "\n".join(map(told, nodes))
-        time.sleep(0.2)
+    why = f"two copies of {documents} documents at {len(nodes)} nodes"
+    until(nodes[0].client, lambda: restored(nodes, documents), why, seconds=90)
 
 
 def give_encoder(node: LocalNode, files: EncoderFiles) -> None:
