@@ -18,6 +18,7 @@ import trio
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, Unavailable
 from pyagent_node.base.limits import MAX_PEERS, MIB
 from pyagent_node.base.mesh import FrameStream, Mesh
+from pyagent_node.base.serving import StreamCounts, serve_stream
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.port import Consensus
@@ -138,40 +139,24 @@ class KvServer:
         self._rests = rests
         self._on_advert = on_advert
         self._on_report = on_report
-        self._streams: Counter[PeerId] = Counter()
+        self._streams = StreamCounts(STREAMS_PER_PEER, "streams about KV")
         self._budgets: dict[PeerId, ByteBudget] = {}
         mesh.handle(PROTOCOL, self._serve)
 
     async def _serve(self, stream: FrameStream) -> None:
-        peer = stream.peer
-        if self._streams[peer] >= STREAMS_PER_PEER:
-            error = LimitExceeded(
-                f"At most {STREAMS_PER_PEER} streams about KV may be open at once.",
-                code="too_many_streams",
-                limit=STREAMS_PER_PEER,
-            )
-            self.refused[error.code] += 1
-            await self._send(stream, Failed(error.to_info()))
-            return
-        self._streams[peer] += 1
-        try:
-            while True:
-                with trio.move_on_after(IDLE_SECONDS) as idle:
-                    frame = await stream.receive()
-                if idle.cancelled_caught or frame is None:
-                    return
-                request = REQUESTS.decode(frame.header)
-                await self._send(stream, await self._answer(stream, request, frame.tail))
-        except Unavailable:
-            return  # the peer went away
-        except PyAgentError as error:  # a frame that is not of this protocol: say so and close
+        async def answer(frame: Frame) -> None:
+            request = REQUESTS.decode(frame.header)
+            await self._send(stream, await self._answer(stream, request, frame.tail))
+
+        async def refuse(error: PyAgentError) -> None:
+            if error.code == "too_many_streams":
+                self.refused[error.code] += 1
             with trio.move_on_after(SEND_SECONDS):
                 await stream.send(Frame(REPLIES.encode(Failed(error.to_info()))))
-            raise
-        finally:
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
+
+        await serve_stream(
+            stream, self._streams, idle_seconds=IDLE_SECONDS, answer=answer, refuse=refuse
+        )
 
     async def _send(self, stream: FrameStream, reply: KvReply, tail: Bytes = b"") -> None:
         with trio.move_on_after(SEND_SECONDS):

@@ -18,6 +18,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.limits import MAX_PEERS
 from pyagent_node.base.mesh import FrameStream, Mesh
+from pyagent_node.base.serving import StreamCounts, serve_stream
 from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.base.wire import Frame
 from pyagent_node.inference.models.blob_messages import (
@@ -104,7 +105,7 @@ class BlobServer:
         self._store = store
         self._epoch_of = epoch_of
         self._on_sent = on_sent
-        self._streams: dict[PeerId, int] = {}
+        self._streams = StreamCounts(STREAMS_PER_PEER, "transfers from this node")
         self._asks: dict[PeerId, Allowance] = {}
         self._reads = trio.CapacityLimiter(READS_AT_ONCE)
 
@@ -114,38 +115,23 @@ class BlobServer:
 
     async def handle(self, stream: FrameStream) -> None:
         """Answer the requests of one stream, in order, until it ends."""
-        peer = stream.peer
-        if self._streams.get(peer, 0) >= STREAMS_PER_PEER:
-            error = LimitExceeded(
-                f"At most {STREAMS_PER_PEER} transfers from this node may be open at once.",
-                code="too_many_streams",
-                limit=STREAMS_PER_PEER,
-            )
-            self.refused[error.code] += 1
+
+        async def answer(frame: Frame) -> None:
+            request = REQUESTS.decode(frame.header)
+            reply, tail = await self._answer(stream.peer, request)
+            if not await self._send(stream, reply, tail):
+                raise Unavailable("The peer took no answer.", code="stream_closed")
+            if isinstance(reply, ChunkReply) and self._on_sent is not None:
+                self._on_sent(stream.peer, len(tail))
+
+        async def refuse(error: PyAgentError) -> None:
+            if error.code == "too_many_streams":
+                self.refused[error.code] += 1
             await self._send(stream, BlobError(error.to_info()))
-            return
-        self._streams[peer] = self._streams.get(peer, 0) + 1
-        try:
-            while True:
-                with trio.move_on_after(IDLE_SECONDS) as idle:
-                    frame = await stream.receive()
-                if idle.cancelled_caught or frame is None:
-                    return
-                request = REQUESTS.decode(frame.header)
-                reply, tail = await self._answer(peer, request)
-                if not await self._send(stream, reply, tail):
-                    return
-                if isinstance(reply, ChunkReply) and self._on_sent is not None:
-                    self._on_sent(peer, len(tail))
-        except Unavailable:
-            return  # the peer went away
-        except PyAgentError as error:  # a frame that is not of this protocol: say so and close
-            await self._send(stream, BlobError(error.to_info()))
-            raise
-        finally:
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
+
+        await serve_stream(
+            stream, self._streams, idle_seconds=IDLE_SECONDS, answer=answer, refuse=refuse
+        )
 
     async def _send(self, stream: FrameStream, reply: BlobReply, tail: bytes = b"") -> bool:
         with trio.move_on_after(SEND_SECONDS) as slow:

@@ -85,7 +85,7 @@ async def test_streams_per_peer_are_limited(swarming: Swarming) -> None:
         for stream in streams:
             await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
-        assert not server._streams
+        assert not server._streams.open
         async with open_blob_client(swarm.mesh, mesh.peer_id) as client:
             assert await client.manifest(swarm.model.digest)
 
@@ -119,7 +119,7 @@ async def test_a_peer_that_takes_nothing_is_let_go(
         with trio.fail_after(5), pytest.raises(Unavailable) as caught:
             await ask_for_ever()
         assert caught.value.code == "stream_closed"
-        assert not server._streams
+        assert not server._streams.open
 
 
 async def test_an_idle_stream_is_closed(
