@@ -19,7 +19,7 @@ from pyagent_node.base.errors import Conflict, NotFound
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.defaults import default_model
-from pyagent_node.sharding.context.index import Way
+from pyagent_node.sharding.context.index import Way, words_weight
 from pyagent_node.sharding.context.port import Answer, ContextStore
 from pyagent_node.sharding.context.records import (
     ChunkBody,
@@ -111,7 +111,7 @@ class LocalContexts:
                 for each in picked
                 if each.id in bodies
             ]
-            ranked = rank(said, count=2 * count, way=way)
+            ranked = rank(said, count=2 * count, way=way, words=words_weight(question))
             owners = dict.fromkeys(bodies, self.peer_id)
             return Answer(
                 hits=found(ranked, bodies, catalog.locate, count=count, owners=owners),

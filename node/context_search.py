@@ -16,7 +16,7 @@ from pyagent_node.node.context_client import SCORE_SECONDS, ContextClient
 from pyagent_node.node.context_messages import Wanted
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.kv_vault import Offload
-from pyagent_node.sharding.context.index import RERANKED, Way
+from pyagent_node.sharding.context.index import RERANKED, Way, words_weight
 from pyagent_node.sharding.context.port import Answer, ContextStore
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId
 from pyagent_node.sharding.context.search import (
@@ -122,7 +122,7 @@ class ContextSearch:
 
         buckets = {each.id: each.bucket for each in picked}
         missing = await self._reach.gather(buckets, ask)
-        ranked = rank(scored.values(), count=SPARE * count, way=way)
+        ranked = rank(scored.values(), count=SPARE * count, way=way, words=words_weight(question))
         bodies = await self._texts([each.id for each in ranked], owners, buckets, asked)
         self.questions += 1
         self.asked += len(asked)

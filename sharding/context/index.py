@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.sharding.context.embedder import Vectors
 from pyagent_node.sharding.context.fusion import fuse
-from pyagent_node.sharding.context.lexical import Lexical
+from pyagent_node.sharding.context.lexical import Lexical, names_something
 from pyagent_node.sharding.context.sketches import Rows, Sketches, check_vectors
 
 FetchVectors = Callable[[Rows], Vectors]
@@ -28,8 +28,10 @@ RERANKED: Final = 300
 """Windows that are compared by their exact vectors."""
 DEPTH: Final = 50
 """Chunks of each ranking that are joined."""
-WORDS_WEIGHT: Final = 0.3
-"""What a rank by words counts beside one by meaning."""
+WORDS_WEIGHT: Final = 0.1
+"""What a rank by words counts beside one by meaning,"""
+NAMED_WEIGHT: Final = 1.0
+"""and where the question names something of code."""
 MAX_COUNT: Final = 1000
 
 
@@ -47,6 +49,11 @@ class Hit(msgspec.Struct, frozen=True, gc=False):
     words_rank: int | None = None
     window: int | None = None
     likeness: float | None = None
+
+
+def words_weight(question: str) -> float:
+    """Return what a rank by words counts for a question."""
+    return NAMED_WEIGHT if names_something(question) else WORDS_WEIGHT
 
 
 class Index:
@@ -101,7 +108,7 @@ class Index:
         by_chunk = {hit.chunk: hit for hit in meaning}
         word_rank = {chunk: rank for rank, (chunk, _) in enumerate(words, 1)}
         joined = fuse(
-            [[hit.chunk for hit in meaning], list(word_rank)], weights=(1.0, WORDS_WEIGHT)
+            [[hit.chunk for hit in meaning], list(word_rank)], weights=(1.0, words_weight(question))
         )
         return [
             msgspec.structs.replace(

@@ -31,6 +31,7 @@ MAX_QUERY_TERMS: Final = 1024
 _MAX_WORD: Final = 64
 
 _WORD: Final = re.compile(r"\w+")
+_NAME: Final = re.compile(r"_|[^\W\d_]\d|[^\W\d_A-Z][A-Z]")
 _PART: Final = re.compile(r"[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z][^\W\d_A-Z]*|\d+")
 
 
@@ -45,6 +46,14 @@ def terms(text: str) -> Iterator[str]:
             parts = word.split("_") if "_" in word else []
         if len(parts) > 1:
             yield from (part.casefold() for part in parts if part)
+
+
+def names_something(question: str) -> bool:
+    """Whether a question holds a name of code: with an underscore, a digit, or a capital inside.
+
+    Such a word says where to look better than any meaning does.
+    """
+    return any(_NAME.search(found[0].strip("_")) is not None for found in _WORD.finditer(question))
 
 
 def term_hash(term: str) -> int:

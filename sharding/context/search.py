@@ -155,8 +155,16 @@ def score(
     )
 
 
-def rank(scored: Iterable[Scored], *, count: int, way: Way = "both") -> list[Ranked]:
+def rank(
+    scored: Iterable[Scored],
+    *,
+    count: int,
+    way: Way = "both",
+    words: float = WORDS_WEIGHT,
+) -> list[Ranked]:
     """Return the best ``count`` of what the owners said, best first.
+
+    ``words`` is what a rank by words counts (:func:`.index.words_weight` of the question).
 
     The order is a function of the set of ``scored``: equals are put in order by their ids.
     """
@@ -165,16 +173,18 @@ def rank(scored: Iterable[Scored], *, count: int, way: Way = "both") -> list[Ran
     depth = max(count, DEPTH)
     meaning = sorted(range(len(every)), key=lambda i: (-every[i].likeness, i))[:depth]
     weights = _bm25(every)
-    words = [i for i in sorted(range(len(every)), key=lambda i: (-weights[i], i)) if weights[i] > 0]
-    words = words[:depth]
+    spoken = [
+        i for i in sorted(range(len(every)), key=lambda i: (-weights[i], i)) if weights[i] > 0
+    ]
+    spoken = spoken[:depth]
     meaning_rank = {at: place for place, at in enumerate(meaning, 1)}
-    words_rank = {at: place for place, at in enumerate(words, 1)}
+    words_rank = {at: place for place, at in enumerate(spoken, 1)}
     if way == "meaning":
         order = [(at, every[at].likeness) for at in meaning]
     elif way == "words":
-        order = [(at, weights[at]) for at in words]
+        order = [(at, weights[at]) for at in spoken]
     else:
-        order = fuse([meaning, words], weights=(1.0, WORDS_WEIGHT))
+        order = fuse([meaning, spoken], weights=(1.0, words))
     return [
         Ranked(
             every[at].id,

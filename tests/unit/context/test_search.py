@@ -224,7 +224,7 @@ def test_buckets_of_neighbours_are_probed_first() -> None:
 def small() -> tuple[Index, Vectors, NDArray[np.uint32], Lexical]:
     vectors = unit(60, 32)
     chunk_of = np.repeat(np.arange(20, dtype=np.uint32), 3)
-    words = Lexical([f"chunk number{i} {'rare' if i == 13 else 'plain'}" for i in range(20)])
+    words = Lexical([f"chunk number{i} {'rare_one' if i == 13 else 'plain'}" for i in range(20)])
     sketches = Sketches.of(SketchModel.train(vectors, bits=32), vectors)
     return Index(sketches, chunk_of, vectors.__getitem__, words), vectors, chunk_of, words
 
@@ -243,8 +243,9 @@ def test_meaning_with_all_reranked_is_exact_search() -> None:
 def test_words_and_both() -> None:
     index, vectors, _, _ = small()
     assert [hit.chunk for hit in index.search("rare", vectors[0], way="words")] == [13]
-    assert index.search("rare", vectors[0], count=3)[0].chunk == 13  # in both rankings
-    assert index.search("rare", vectors[0], count=3)[1].chunk == 0
+    assert index.search("rare_one", vectors[0], count=3)[0].chunk == 13  # in both rankings
+    assert index.search("rare_one", vectors[0], count=3)[1].chunk == 0
+    assert index.search("rare", vectors[0], count=3)[0].chunk == 0  # a plain word counts for less
     found = index.search("rare", vectors[0], count=20)
     (rare,) = [hit for hit in found if hit.chunk == 13]
     assert rare.words_rank == 1
