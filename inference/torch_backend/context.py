@@ -31,6 +31,7 @@ from pyagent_node.inference.torch_backend.layers import (
     product,
 )
 
+_F16_MAX: Final = 65504.0
 CELL_STEP: Final = 64
 """Attention walks over a multiple of so many cells."""
 
@@ -141,11 +142,11 @@ class TorchContext:
     def _stream(self, rows: Rows, parts: SliceLayers) -> Tensor:
         """Return the residual stream at the start, f32, with rows of zeros where there are few."""
         if rows.activations is not None:
-            stream = torch.from_numpy(rows.activations).to(self.device.name)
+            stream = torch.tensor(rows.activations, device=self.device.name)
         else:
             assert rows.tokens is not None, "a row is a token or activations"
             assert parts.embedding is not None, "a whole model takes tokens"
-            index = torch.from_numpy(rows.tokens).to(self.device.name)
+            index = torch.tensor(rows.tokens, device=self.device.name)
             stream = fn.embedding(index, parts.embedding).float()
         return self._enough(stream)
 
@@ -171,8 +172,8 @@ class TorchContext:
         mixed = mixed.view(n, -1, width)
         turned = config.n_head + config.n_head_kv
         rotated = self.rotation.turn(mixed[:, :turned], call.turns)
-        keys = rotated[:, config.n_head :].half()
-        values = mixed[:, turned:].half()
+        keys = _for_a_cell(rotated[:, config.n_head :])
+        values = _for_a_cell(mixed[:, turned:])
         for at, (seq, cell) in enumerate(zip(call.seqs, call.cells, strict=True)):
             mine = slice(at * call.rows, (at + 1) * call.rows)
             place = slice(cell, cell + call.rows)
@@ -197,6 +198,11 @@ class TorchContext:
         heads = self._enough(seen.reshape(n, config.n_head * width).float())
         added = product(heads, layer.out, device, prefill=call.prefill)
         return added if layer.out_bias is None else added + layer.out_bias
+
+
+def _for_a_cell(rows: Tensor) -> Tensor:
+    """Return rows in f16, finite: a cell may be read, times nothing, when it belongs to nobody."""
+    return torch.nan_to_num(rows.half(), 0.0, _F16_MAX, -_F16_MAX)
 
 
 class _Call:

@@ -69,7 +69,6 @@ async def _reference(stored: tuple[ModelStore, Digest]) -> list[Sampled]:
     [
         pytest.param(("torch", "llama.cpp", "torch"), marks=pytest.mark.torch),
         pytest.param(("llama.cpp", "torch", "mlx"), marks=pytest.mark.torch),
-        pytest.param(("mlx", "llama.cpp", "mlx")),
     ],
     ids="-".join,
 )
