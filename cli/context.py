@@ -122,6 +122,13 @@ def remove(app: App, name: str, sources: tuple[str, ...], yes: bool) -> None:
     client = app.client().contexts
     if not sources:
         shown = client.show(name).context
+        if not yes and not sys.stdin.isatty():
+            raise InvalidRequest(
+                f"A whole context goes only if that is said: {name!r} has {shown.documents}"
+                " documents.",
+                code="usage",
+                remedy="Add --yes.",
+            )
         if not yes:
             question = f"Remove {name!r} with {shown.documents} documents from the whole mesh?"
             click.confirm(question, abort=True, err=True)
@@ -287,7 +294,7 @@ def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
     if why:
         app.out.text(
             f"{reply.candidates} of {reply.windows} windows were candidates, in"
-            f" {reply.candidate_chunks} chunks; {reply.nodes_asked} of {reply.nodes} other nodes"
+            f" {reply.candidate_chunks} chunks; {reply.nodes_asked} of {reply.nodes} nodes"
             f" asked; {reply.seconds * 1000:.0f} ms, {reply.embed_seconds * 1000:.0f} of them for"
             " the question's vector"
         )

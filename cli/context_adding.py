@@ -120,8 +120,9 @@ class Adding:
         self._app.out.result({"summary": summary}, show)
         if self._failed:
             first = self._failed[0]
+            count = len(self._failed)
             raise type(first)(
-                f"{len(self._failed)} files could not be added.",
+                f"{count} file{'s' if count > 1 else ''} could not be added.",
                 code=first.code,
                 remedy="The lines above say why; the others are there.",
             )

@@ -118,6 +118,7 @@ class LocalContexts:
                 windows=len(table.sketches),
                 candidates=sum(len(each.windows) for each in picked),
                 candidate_chunks=len(picked),
+                nodes_asked=min(1, len(picked)),
                 missing=len(picked) - len(said),
             )
 

@@ -142,7 +142,7 @@ async def test_a_bad_file_by_itself_is_an_error_and_among_others_a_note(
     assert together.status == 7
     assert "4 added" in together.out
     assert "broken.pdf" in together.err
-    assert "1 files could not be added" in together.err
+    assert "1 file could not be added" in together.err
 
 
 async def test_a_name_cannot_leave_its_folder(world: World, run: Run, folder: Path) -> None:
@@ -160,6 +160,9 @@ async def test_documents_and_contexts_are_removed(world: World, run: Run, folder
     assert gone.out.count("is removed") == 2
     missing = await ask(run, "context", "rm", "docs", "s/nothing")
     assert missing.status == 3
+    unsure = await ask(run, "context", "rm", "docs")
+    assert unsure.status == 2
+    assert "--yes" in unsure.err
     assert (await ask(run, "context", "rm", "docs", "--yes")).status == 0
     assert "There is no context" in (await ask(run, "context", "list")).err
     assert (await ask(run, "context", "show", "docs")).status == 3
