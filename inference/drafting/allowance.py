@@ -44,9 +44,14 @@ class Allowance:
         self._missed = 0.0
 
     @property
+    def room(self) -> float:
+        """The seconds that may be lost from now on; not positive when too many were lost."""
+        return EXPLORE_PASSES * self._costs.seconds(1) + EXPLORE * self._total - self._loss
+
+    @property
     def affordable(self) -> bool:
         """Whether something may be tried that could cost time."""
-        return self._loss < EXPLORE_PASSES * self._costs.seconds(1) + EXPLORE * self._total
+        return self.room > 0
 
     def passed(self, done: Pass) -> None:
         """Take in a step; the cost model knows it already."""

@@ -106,6 +106,8 @@ class Controller:
         self._width = 1
         self._following = Calibration(self._lessons.following)
         self._claims: deque[tuple[int, float]] = deque(maxlen=MAX_DRAFT)
+        self._stakes: deque[float] = deque(maxlen=MAX_DRAFT)
+        """What each step in flight costs if its guesses are wrong, in seconds."""
         self._modesty = 1.0
         self._means = (0.0, 0.0)
 
@@ -198,7 +200,8 @@ class Controller:
         if in_flight:
             holds = self._holds
             right = holds * odds[0] if odds else 0.0
-            n = self._pick(self._portions.child(odds, holds, self.rate, self._width), draft)
+            best = self._portions.child(odds, holds, self.rate, self._width)
+            n = self._staking(self._pick(best, draft), behind=True)
             if n:
                 self._claims.append((in_flight, right))
                 self._predict_child(odds[:n], right, in_flight)
@@ -207,7 +210,8 @@ class Controller:
             best = self._portions.alone(odds, self.rate, self._plain)
             self._note_worth(best, odds)
             self._profile.add(odds)
-            n = self._pick(best, draft)
+            self._stakes.clear()
+            n = self._staking(self._pick(best, draft), behind=False)
             if best and not n:
                 self._allowance.forgo(chain.tokens[:best])
             self._predict(odds[:n], len(odds))
@@ -221,6 +225,23 @@ class Controller:
             return 0
         trusted = TRUSTED + 2 * self.calibration.hits(draft.source)
         return min(best, trusted, len(draft.tokens), self._max_length + 1)
+
+    def _staking(self, n: int, *, behind: bool) -> int:
+        """Return how many of ``n`` guesses to send, for what they cost if none of them is right.
+
+        All that are in flight may not lose more than is allowed: in a session that is unlike those
+        before it, guesses are wrong together.
+        """
+        room = self._allowance.room - sum(self._stakes)
+        while n and self._stake(n, behind=behind) > room:
+            n -= 1
+        self._stakes.append(self._stake(n, behind=behind) if n else 0.0)
+        return n
+
+    def _stake(self, n: int, *, behind: bool) -> float:
+        if behind:
+            return self._portions.child_seconds(n)[1]
+        return self.costs.seconds(n + 1) - self._plain
 
     def _note_modesty(self, claims: Sequence[float], odds: Sequence[float]) -> None:
         """Compare what was claimed with what it is worth."""
@@ -299,6 +320,8 @@ class Controller:
         self._gained += done.gained
         self._plain = self.costs.seconds(1)
         self._allowance.passed(done)
+        if self._stakes:
+            self._stakes.popleft()
         if not alone:
             if self._claims:
                 before, claim = self._claims.popleft()
@@ -354,3 +377,6 @@ class FixedController(Controller):
 
     def _pick(self, best: int, draft: Draft) -> int:
         return min(len(draft.tokens), self._fixed.length + (self._fixed.depth > 1))
+
+    def _staking(self, n: int, *, behind: bool) -> int:
+        return n

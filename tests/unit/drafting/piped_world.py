@@ -32,7 +32,10 @@ class Flight(msgspec.Struct, frozen=True):
 
 
 class PipedWorld(msgspec.Struct, frozen=True):
-    """A step of w tokens keeps each of three ranks busy for (a + b * w) / 3 seconds."""
+    """A step of w tokens keeps each of three ranks busy for (a + b * w) / 3 seconds.
+
+    ``claim`` is what the drafter says of its guesses, where that is not the truth.
+    """
 
     a: float
     b: float
@@ -41,6 +44,7 @@ class PipedWorld(msgspec.Struct, frozen=True):
     chance: float
     tokens: int = 400
     seed: int = 0
+    claim: float | None = None
 
     def run(self, controller: Controller) -> float:
         """Generate; return tokens a second."""
@@ -95,7 +99,9 @@ class PipedWorld(msgspec.Struct, frozen=True):
         if not limit:
             return 0
         tokens = tuple(RIGHT if ok else WRONG for ok in right)
-        draft = Draft(tokens[ahead:], (self.chance,) * limit, "world")
+        draft = Draft(
+            tokens[ahead:], (self.chance if self.claim is None else self.claim,) * limit, "world"
+        )
         return controller.choose(draft, tokens[:ahead], flying)
 
     def _pass(self, flight: Flight, now: float, gained: int, elapsed: float) -> Pass:

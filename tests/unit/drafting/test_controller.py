@@ -154,6 +154,17 @@ def test_what_was_learnt_is_handed_on() -> None:
     assert world.run(Controller(max_depth=1, lessons=lessons)) > world.run(Controller(max_depth=1))
 
 
+def test_a_session_unlike_those_before_it_loses_little() -> None:
+    """What was copied before makes guesses look sure; here they are wrong, all together."""
+    lessons = Lessons()
+    for _ in range(3):
+        copying = PipedWorld(0.01, 0.006, 0.0, 0.0, 0.99, tokens=60)
+        copying.run(Controller(ranks=3, lessons=lessons))
+    other = PipedWorld(0.01, 0.006, 0.0, 0.0, 0.0, claim=0.98, tokens=48)
+    plain = other.run(FixedController(Plan(0), ranks=3))
+    assert other.run(Controller(ranks=3, lessons=lessons)) > 0.95 * plain
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_whatever_it_is_told_it_answers(data: st.DataObject) -> None:
