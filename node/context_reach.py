@@ -40,6 +40,11 @@ class Reach:
         self._table: Table = ()
         self._earlier: deque[Table] = deque(maxlen=REMEMBERED)
         self._guess: tuple[frozenset[PeerId], Table] = (frozenset(), ())
+        self._found: tuple[tuple[int, frozenset[PeerId]], dict[int, list[PeerId]]] = (
+            (-1, frozenset()),
+            {},
+        )
+        """Sources of buckets, as long as owners and those present stay the same."""
 
     @property
     def here(self) -> PeerId:
@@ -85,9 +90,17 @@ class Reach:
 
     def sources(self, bucket: int) -> list[PeerId]:
         """Return who of those present may have what lies in a bucket, the likeliest first."""
-        table, present = self.table(), self.present()
-        found = sources(bucket, [table, *self._earlier], present)
-        return [peer for peer in found if peer in present]
+        return self._sources(bucket, frozenset(self.present()))
+
+    def _sources(self, bucket: int, present: frozenset[PeerId]) -> list[PeerId]:
+        table, key = self.table(), (self._epoch, present)
+        if self._found[0] != key:
+            self._found = (key, {})
+        known = self._found[1]
+        if bucket not in known:
+            found = sources(bucket, [table, *self._earlier], present)
+            known[bucket] = [peer for peer in found if peer in present]
+        return list(known[bucket])
 
     async def gather(
         self, wanted: Mapping[ChunkId, int], ask: Ask, *, here: bool = True
@@ -98,8 +111,9 @@ class Reach:
         Without ``here`` this node itself is not asked.  Returns the chunks that nobody settled.
         """
         known: dict[int, list[PeerId]] = {}
+        present = frozenset(self.present() if here else self.present() - {self.here})
         for bucket in set(wanted.values()):
-            known[bucket] = [peer for peer in self.sources(bucket) if here or peer != self.here]
+            known[bucket] = self._sources(bucket, present)
         return await self.gather_from(
             {chunk: known[bucket] for chunk, bucket in wanted.items()}, ask, buckets=wanted
         )

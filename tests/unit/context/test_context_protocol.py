@@ -1,0 +1,267 @@
+"""The protocol of contexts: what peers send is checked, who they are too, and limits hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import msgspec
+import numpy as np
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyagent_node.base.contexts import ContextInfo
+from pyagent_node.base.errors import CorruptData, PyAgentError
+from pyagent_node.base.types import ContextId, ContextPolicy
+from pyagent_node.consensus.port import MemberRecord
+from pyagent_node.consensus.state import State
+from pyagent_node.node.context_mesh import ContextService
+from pyagent_node.node.context_messages import (
+    MAX_IDS,
+    AskBodies,
+    AskHeld,
+    AskRecords,
+    AskScores,
+    AskSlots,
+    AskSummary,
+    Bodies,
+    Done,
+    Held,
+    PutBodies,
+    Records,
+    Scores,
+    Slots,
+    Summary,
+    TellRecords,
+    TellUses,
+    Wanted,
+    first_parts,
+    pack,
+    pack_question,
+    unpack,
+    unpack_ids,
+    unpack_question,
+    unpack_scores,
+    unpack_uses,
+)
+from pyagent_node.sharding.context.owners import owner_table
+from pyagent_node.sharding.context.records import ChunkId, Version, encode_body, encode_record
+from pyagent_node.simulations.contexts import (
+    ENCODER,
+    MemoryContextStore,
+    open_simulated_contexts,
+    toy_document,
+    toy_vector,
+)
+from pyagent_node.simulations.mesh import open_network
+from pyagent_node.simulations.pipeline import peer
+from tests.unit.kv.kv_kit import Log
+
+A, B, C = (peer(number) for number in range(3))
+SHELF = ContextInfo("shelf", ContextId(b"s" * 16), ContextPolicy(), ENCODER, 1)
+OTHER = ContextId(b"o" * 16)
+TABLE = owner_table({A: 1.0, B: 1.0})
+
+
+@given(st.lists(st.binary(max_size=50), max_size=20))
+def test_parts_come_back(parts: list[bytes]) -> None:
+    assert unpack(pack(parts)) == parts
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_by_every_reader(data: bytes) -> None:
+    ask = AskScores(SHELF.id, 4, (1,))
+    for read in (
+        unpack,
+        unpack_ids,
+        unpack_uses,
+        lambda tail: unpack_scores(tail, 1),
+        lambda tail: unpack_question(ask, tail),
+    ):
+        with suppress(CorruptData):  # anything else gets through, and fails
+            read(data)
+
+
+def test_questions_are_within_bounds() -> None:
+    vector = np.ones(4, np.float32)
+    good = pack_question(vector, [Wanted(bytes(16), (0, 1))])
+    assert unpack_question(AskScores(SHELF.id, 4, ()), good)[1] == [Wanted(bytes(16), (0, 1))]
+    for ask, tail in (
+        (AskScores(SHELF.id, 0, ()), good),
+        (AskScores(SHELF.id, 1 << 20, ()), good),
+        (AskScores(SHELF.id, 4, tuple(range(100))), good),
+        (AskScores(SHELF.id, 4, ()), pack_question(vector * np.nan, [])),
+        (AskScores(SHELF.id, 4, ()), pack_question(vector, [Wanted(b"short", ())])),
+    ):
+        with pytest.raises(CorruptData):
+            unpack_question(ask, tail)
+    with pytest.raises(CorruptData):
+        unpack_ids(bytes(16 * (MAX_IDS + 1)))
+
+
+def test_replies_end_somewhere() -> None:
+    assert first_parts([b"x" * 10] * 5, 25) == ([b"x" * 10] * 2, True)
+    assert first_parts([b"x" * 100], 25) == ([b"x" * 100], False)
+    assert first_parts([], 25) == ([], False)
+
+
+def state(**changes: object) -> State:
+    plain = State(index=1, contexts={"shelf": SHELF}, buckets=TABLE, bucket_epoch=3)
+    return msgspec.structs.replace(plain, **changes)
+
+
+class Pair:
+    """Two nodes that hold contexts, and a third one that only speaks the protocol."""
+
+    def __init__(self, log: Log, services: list[ContextService], stores: list[MemoryContextStore]):
+        self.log, self.services, self.stores = log, services, stores
+
+    async def refusal(self, message: msgspec.Struct, reply: type, tail: bytes = b"") -> str:
+        """Ask the first node as the third one; returns the code of its refusal."""
+        with pytest.raises(PyAgentError) as caught:
+            await self.services[2].rpc.call(A, message, reply, tail=tail)
+        return caught.value.code
+
+
+@asynccontextmanager
+async def pair(role: str = "voter") -> AsyncIterator[Pair]:
+    log = Log(state())
+    log.leads = False  # type: ignore[attr-defined]
+    async with open_network() as network, trio.open_nursery() as nursery:
+        services: list[ContextService] = []
+        stores = [MemoryContextStore() for _ in range(3)]
+        opened = trio.Event()
+
+        async def run(number: int) -> None:
+            mesh = network.node(peer(number), role=role if number == 2 else "voter")
+            async with open_simulated_contexts(
+                mesh,
+                log,  # type: ignore[arg-type]
+                stores[number],
+                rng=random.Random(number),
+            ) as service:
+                services.append(service)
+                if len(services) == 3:
+                    opened.set()
+                await trio.sleep_forever()
+
+        for number in range(3):
+            nursery.start_soon(run, number)
+        await opened.wait()
+        services.sort(key=lambda each: [A, B, C].index(each.peer_id))
+        await network.connect_all()
+        yield Pair(log, services, stores)
+        nursery.cancel_scope.cancel()
+
+
+async def test_only_members_are_answered_and_clients_change_nothing(autojump_clock):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    put = (PutBodies(), Done, pack([encode_body(bodies[0])]))
+    tell = (TellRecords(), Done, pack([encode_record(record)]))
+    async with pair("client") as it:
+        await it.services[2].rpc.call(A, AskSummary(), Summary)
+        assert await it.refusal(*put) == "role_not_allowed"
+        assert await it.refusal(*tell) == "role_not_allowed"
+        assert not it.stores[0].held()
+    async with pair() as it:
+        gone = MemberRecord(C, "c", "voter", b"", revoked="stolen")
+        it.log.become(state(members={C: gone}))
+        for message, reply, tail in (
+            (AskSummary(), Summary, b""),
+            (AskSlots(SHELF.id), Slots, b""),
+            (AskRecords(SHELF.id, (0,)), Records, b""),
+            (AskHeld(3, ()), Held, b""),
+            (AskBodies(), Bodies, bytes(16)),
+            (AskScores(SHELF.id, 1, ()), Scores, bytes(4) + b"\x90"),
+            (TellUses(SHELF.id), Done, b"\x80"),
+            put,
+            tell,
+        ):
+            assert await it.refusal(message, reply, tail) == "not_member"
+
+
+async def test_what_is_of_no_context_or_damaged_is_not_taken(autojump_clock):
+    record, bodies = toy_document(OTHER, "a.txt", "Some text.", Version(1, C))
+    data, body = encode_record(record), encode_body(bodies[0])
+    async with pair() as it:
+        refusal = it.refusal
+        assert await refusal(TellRecords(), Done, pack([data])) == "context_not_found"
+        assert await refusal(PutBodies(), Done, pack([body])) == "context_not_found"
+        assert await refusal(AskSlots(OTHER), Slots) == "context_not_found"
+        assert await refusal(AskSlots(b"x"), Slots) == "bad_context_id"
+        torn = pack([data[:-1]])
+        assert await refusal(TellRecords(), Done, torn) == "bad_context_record"
+        changed = body[:40] + bytes([body[40] ^ 1]) + body[41:]
+        assert await refusal(PutBodies(), Done, pack([changed])) == "bad_context_body"
+        assert await refusal(PutBodies(), Done, b"garbage") == "bad_context_message"
+        assert await refusal(AskRecords(SHELF.id, (999,)), Records) == "bad_context_message"
+        assert await refusal(AskBodies(), Bodies) == "bad_context_message"
+        assert await refusal(AskHeld(3, (1,)), Held) == "bad_context_message"
+        assert not it.stores[0].held()
+        assert OTHER not in it.stores[0].known()
+        assert sum(it.services[0].rpc.server.refused.values()) == 10
+
+
+async def test_only_an_owner_that_is_up_to_date_says_that_it_holds_something(autojump_clock):
+    _, (body, *_) = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    async with pair() as it:
+        await it.stores[0].put_bodies([body])
+        ask = it.services[2].client.held
+
+        async def says(epoch: int) -> bool:
+            return body.id in await ask(A, [body.id], [7], epoch)
+
+        assert await says(3)
+        assert await says(2)
+        assert not await says(4)  # it does not know yet who owns what then
+        it.services[0].server.leaving.add(body.id)
+        assert not await says(3)
+        it.services[0].server.leaving.clear()
+        it.log.become(state(buckets=owner_table({B: 1.0, C: 1.0}), bucket_epoch=4))
+        assert not await says(4)  # it owns the bucket no more
+        assert ChunkId(bytes(16)) not in await ask(A, [ChunkId(bytes(16))], [7], 3)
+
+
+async def test_chunks_of_old_versions_are_not_served(autojump_clock):
+    old, (before, *_) = toy_document(SHELF.id, "a.txt", "An old text.", Version(1, C))
+    new, (after, *_) = toy_document(SHELF.id, "a.txt", "A new text.", Version(2, C))
+    vector = toy_vector("text")
+    wanted = [Wanted(body.id, (0,)) for body in (before, after)]
+    async with pair() as it:
+        await it.stores[0].put_bodies([before, after])
+        client = it.services[2].client
+        scored, stale = await client.scores(A, SHELF.id, vector, (1, 2), wanted)
+        assert {each.id for each in scored} == {before.id, after.id}
+        await it.stores[0].merge([encode_record(new), encode_record(old)])
+        scored, stale = await client.scores(A, SHELF.id, vector, (1, 2), wanted)
+        assert ({each.id for each in scored}, stale) == ({after.id}, {before.id})
+        assert await client.bodies(A, [before.id, after.id]) == [after]
+
+
+async def test_a_peer_that_sends_another_chunk_is_not_believed(autojump_clock):
+    _, (body, *_) = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    _, (other, *_) = toy_document(SHELF.id, "b.txt", "Some text.", Version(1, C))
+    async with pair() as it:
+        it.stores[0]._bodies[body.id] = other
+        with pytest.raises(CorruptData) as caught:
+            await it.services[2].client.bodies(A, [body.id])
+        assert caught.value.code == "bad_context_body"
+
+
+async def test_a_full_node_says_so_and_another_one_stands_in(autojump_clock):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    async with pair() as it:
+        it.stores[0].limit_bytes = 0
+        await it.services[2].publish(record, bodies)
+        assert not it.stores[0].held()
+        assert it.stores[1].holds(bodies[0].id)
+        assert it.stores[2].holds(bodies[0].id)  # no owner, but there is no other one
+        it.stores[1].limit_bytes = it.stores[2].limit_bytes = 0
+        again, others = toy_document(SHELF.id, "b.txt", "Other text.", Version(1, C))
+        with pytest.raises(PyAgentError) as caught:
+            await it.services[2].publish(again, others)
+        assert caught.value.code == "no_owner"
+        assert it.services[2].catalog(SHELF.id).get("b.txt") is None
