@@ -1,10 +1,9 @@
 """Backends side by side on the same weights: speed, numbers, and KV that goes from one to another.
 
-    python -m pyagent_node.benchmarks.backend_arms MODEL.gguf --folder FOLDER
+    python -m pyagent_node.benchmarks.backend_arms MODEL.gguf
 
-Arms take turns in one process, so that a busy machine is unfair to all of them alike; figures are
-medians over the rounds.  ``FOLDER`` holds the same weights as safetensors (``model convert``), for
-transformers' own loop, which is one more arm where it is installed.
+Backends take turns in one process, so that a busy machine is unfair to all of them alike; figures
+are medians over the rounds.  ``bench backends`` has each alone, beside its library's own loop.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, NamedTuple, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.types import Slice
+from pyagent_node.benchmarks.backends import perplexity
 from pyagent_node.benchmarks.texts import TEXTS
-from pyagent_node.benchmarks.transformers_loop import LoopTimes, TransformersLoop
 from pyagent_node.inference import backends
 from pyagent_node.inference.backend import FreeSequence, OpenSequence, StepInput, Tokens
 from pyagent_node.inference.backend_names import BACKENDS, BackendName
@@ -38,7 +36,7 @@ GREEDY: Final = SamplingParams(temperature=0.0)
 
 
 class ArmResult(msgspec.Struct, frozen=True):
-    """One arm; ``max_logit_diff`` is from the first arm, over the text that perplexity is of."""
+    """One backend; ``max_logit_diff`` is from the first, over the text that perplexity is of."""
 
     name: str
     version: str
@@ -70,20 +68,12 @@ class Report(msgspec.Struct, frozen=True):
     kv: tuple[KvResult, ...]
 
 
-class Arm(Protocol):
-    """Something that generates."""
+class Times(NamedTuple):
+    """Seconds until the first token, seconds for the others, and the tokens."""
 
-    name: str
-    version: str
-    device: str
-
-    def run(self, prompt: Sequence[int], n: int) -> LoopTimes:
-        """Generate ``n`` tokens behind ``prompt``."""
-        ...
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits behind each token."""
-        ...
+    prefill_seconds: float
+    decode_seconds: float
+    tokens: list[int]
 
 
 class BackendArm:
@@ -97,7 +87,7 @@ class BackendArm:
         self.version = made.info.version
         self.device = made.info.device
 
-    def run(self, prompt: Sequence[int], n: int) -> LoopTimes:
+    def run(self, prompt: Sequence[int], n: int) -> Times:
         """Generate ``n`` tokens behind ``prompt``."""
         self.backend.apply(OpenSequence(0, GREEDY))
         begun = time.perf_counter()
@@ -106,7 +96,7 @@ class BackendArm:
         tokens += self.go_on(0, len(prompt), tokens, n - 1)
         ended = time.perf_counter()
         self.backend.apply(FreeSequence(0))
-        return LoopTimes(first - begun, ended - first, tokens)
+        return Times(first - begun, ended - first, tokens)
 
     def go_on(self, seq: int, position: int, tokens: Sequence[int], n: int) -> list[int]:
         """Feed ``tokens`` and return the ``n`` that follow."""
@@ -124,23 +114,11 @@ class BackendArm:
         return self.backend.score(np.array(tokens, np.int32))
 
 
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return log-probabilities of the last axis."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    found: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return found
-
-
-def perplexity(logits: NDArray[np.float32], tokens: Sequence[int]) -> float:
-    """Return the perplexity of a text from its second token on."""
-    chosen = log_softmax(logits[:-1])[np.arange(len(tokens) - 1), np.array(tokens[1:])]
-    return float(np.exp(-chosen.mean()))
-
-
-def measure(arms: Sequence[Arm], prompt: Sequence[int], n: int, rounds: int) -> list[ArmResult]:
-    """Run every arm in turn, ``rounds`` times after one that does not count."""
-    times: list[list[LoopTimes]] = [[] for _ in arms]
+def measure(
+    arms: Sequence[BackendArm], prompt: Sequence[int], n: int, rounds: int
+) -> list[ArmResult]:
+    """Run every backend in turn, ``rounds`` times after one that does not count."""
+    times: list[list[Times]] = [[] for _ in arms]
     for _ in range(rounds + 1):
         for arm, mine in zip(arms, times, strict=True):
             mine.append(arm.run(prompt, n))
@@ -156,7 +134,7 @@ def measure(arms: Sequence[Arm], prompt: Sequence[int], n: int, rounds: int) -> 
                 arm.device,
                 statistics.median(len(prompt) / t.prefill_seconds for t in mine[1:]),
                 statistics.median((n - 1) / t.decode_seconds for t in mine[1:]),
-                perplexity(found, prompt),
+                perplexity(found, tuple(prompt)),
                 float(np.abs(found - reference).max()),
             )
         )
@@ -197,7 +175,6 @@ def main() -> int:
     """Measure what is installed and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
@@ -213,10 +190,7 @@ def main() -> int:
         for name in BACKENDS
         if name in installed
     ]
-    arms: list[Arm] = [*ours]
-    if options.folder is not None and find_spec("transformers") is not None:
-        arms.append(TransformersLoop(options.folder, threads=options.threads))
-    results = measure(arms, prompt.tolist(), options.tokens, options.rounds)
+    results = measure(ours, prompt.tolist(), options.tokens, options.rounds)
     pairs = [hand_over(a, b, prompt, options.tokens) for a in ours for b in ours if a is not b]
     report = Report(tuple(results), tuple(pairs))
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
