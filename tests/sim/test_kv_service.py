@@ -16,6 +16,7 @@ from pyagent_node.base.types import PeerId, Placement, Prepared, Rank, Slice
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.state import State
 from pyagent_node.inference.sampling import SamplingParams
+from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_messages import PROTOCOL
 from pyagent_node.node.kv_service import KvService
 from pyagent_node.simulations.backend import toy_generate
@@ -48,9 +49,11 @@ class KvWorld:
         boundaries: Sequence[int],
         nodes: Sequence[int],
         standbys: dict[int, int] | None = None,
+        *,
+        seconds: float = 0.01,
     ) -> None:
         """Place the toy, with a standby for some ranks, in the log too."""
-        placement = self.world.place(boundaries, nodes)
+        placement = self.world.place(boundaries, nodes, seconds=seconds)
         ranks = tuple(
             msgspec.structs.replace(
                 rank, standbys=(peer(standbys[rank.rank]),) if rank.rank in (standbys or {}) else ()
@@ -120,6 +123,34 @@ async def test_other_boundaries_fetch_from_who_had_the_layers(autojump_clock):
         assert (await ask(it, 4, text(500))).finished.usage.cached_tokens == 384
         for number in (0, 4):
             assert it.kv[number].loader.stats.blocks_remote >= 6, "this node had nothing"
+
+
+async def test_a_fetch_that_is_slower_than_computing_is_ended(autojump_clock, monkeypatch):
+    async with kv_world(5) as it:
+        it.place((3, 7), (1, 2, 3), seconds=2.0)
+        plain = (await ask(it, 0, text(500))).finished.usage
+        await trio.sleep(2)
+        it.place((5,), (4, 0), seconds=2.0)
+        fetch = KvClient.fetch
+
+        async def slow(client, peer, request, take):
+            taken = 0
+
+            def count(*block):
+                nonlocal taken
+                taken += 1
+                take(*block)
+
+            await fetch(
+                client, peer, msgspec.structs.replace(request, chain=request.chain[:1]), count
+            )
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(KvClient, "fetch", slow)
+        usage = (await ask(it, 0, text(500))).finished.usage
+        assert usage.cached_tokens == 64, "what had come is used"
+        assert sum(it.kv[number].loader.stats.given_up for number in (0, 4)) == 2
+        assert usage.ttft_seconds < 4 * plain.ttft_seconds
 
 
 async def moved(it: KvWorld, standbys: dict[int, int], change) -> Answer:
