@@ -112,6 +112,7 @@ async def test_after_a_crash_only_the_missing_is_done(tmp_path: Path, stop: int)
         assert again.encoder.embedded == 5 - stop
 
 
+@pytest.mark.slow
 async def test_a_long_document_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     text = "\n".join(" ".join(f"w{i}x{j}" for j in range(25)) for i in range(700))
     async with one_node(tmp_path) as world:
@@ -321,6 +322,7 @@ async def test_a_text_without_words_is_a_document_without_chunks(tmp_path: Path)
         assert await world.ask("anything") == []
 
 
+@pytest.mark.slow
 async def test_one_long_line_is_cut_and_found(tmp_path: Path) -> None:
     words = " ".join(f"w{i}" for i in range(20_000))
     async with one_node(tmp_path) as world:
@@ -339,6 +341,7 @@ async def test_one_word_of_a_megabyte_is_cut(tmp_path: Path) -> None:
             assert max(row.end - row.start for row in known.record.chunks) <= 64 * 300
 
 
+@pytest.mark.slow
 async def test_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
     async with one_node(tmp_path) as world:
         await world.create()

@@ -13,7 +13,7 @@ from pyagent_node.sharding.context.defaults import (
 from pyagent_node.sharding.context.minilm import DIMENSIONS, IDENTITY
 
 
-@pytest.mark.parametrize("dimensions", [8, 64, 384, 768])
+@pytest.mark.parametrize("dimensions", [8, 64, 384])
 def test_an_encoder_without_axes_gets_random_ones(dimensions: int) -> None:
     axes = default_model("some encoder", dimensions)
     default_model.cache_clear()
