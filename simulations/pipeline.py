@@ -17,6 +17,7 @@ import trio
 from pyagent_node.base.errors import Conflict, RunnerFailed
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.inference.generation import Finished, Generated, GenerationRequest
+from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
@@ -175,6 +176,7 @@ class PipelineWorld:
         sampling: SamplingParams | None = None,
         cache_salt: str = "",
         prompt_cache: bool = True,
+        join: JoinPlan | None = None,
     ) -> Answer:
         """Ask ``node`` and return the whole answer."""
         request = GenerationRequest(
@@ -184,6 +186,7 @@ class PipelineWorld:
             sampling=sampling or SamplingParams(temperature=0.0),
             cache_salt=cache_salt,
             prompt_cache=prompt_cache,
+            join=join,
         )
         got: list[int] = []
         text = ""
