@@ -146,7 +146,7 @@ def _level(
         time.sleep(SETTLE_SECONDS)
         _remote(asker, salts, fast, rounds)
         measured = [(FAST[0], fast)]
-        links = [SLOW]
+        links: list[tuple[str, str]] = [SLOW]
         if close:
             links.append(_close_link(fast, shape, level))
         for name, link in links:
