@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,8 @@ import psutil
 from pyagent_node.base.errors import NotFound, PyAgentError
 from pyagent_node.base.limits import MIB
 from pyagent_node.cli.output import size
+from pyagent_node.inference.backend_names import AUTO, BackendState, choose, install_hint
+from pyagent_node.inference.hardware import Hardware
 from pyagent_node.node.api.schema import Check
 from pyagent_node.node.config import Settings
 from pyagent_node.node.home import Home
@@ -101,6 +103,39 @@ def check_parts() -> Iterator[Check]:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"ended with status {done.returncode}"
         yield failed(name, reason[:300], remedy)
+
+
+def check_backends(
+    hardware: Hardware | None = None, states: Sequence[BackendState] | None = None
+) -> Iterator[Check]:
+    """Name the hardware, the backend that will be used and why, and what would be better."""
+    from pyagent_node.inference.backends import survey  # noqa: PLC0415 - not for every verb
+    from pyagent_node.inference.hardware import find_hardware  # noqa: PLC0415
+
+    found = hardware or find_hardware()
+    known = survey() if states is None else states
+    gpus = ", ".join(gpu.name for gpu in found.gpus) or "no GPU"
+    vectors = f" with {found.vectors}" if found.vectors else ""
+    yield ok("hardware", f"{found.processor}, {found.cores} cores{vectors}; {gpus}")
+    choice = choose(AUTO, known)
+    by_name = {state.name: state for state in known}
+    used = by_name[choice.name]
+    others = [f"{s.name} {s.version}" for s in known if s.installed and s is not used]
+    detail = f"{used.name} {used.version} on {used.device} ({choice.why})"
+    if others:
+        detail += f"; also installed: {', '.join(others)}"
+    for gpu in found.gpus:
+        wanted = gpu.backend
+        if wanted is None or (wanted == choice.name and used.accelerated):
+            continue
+        if not gpu.driver:
+            yield warning("backend", f"{detail}; the {gpu.name} has no driver", "Install it.")
+            return
+        if not by_name[wanted].installed:
+            better = f"{install_hint(wanted)}, and models are computed on {gpu.name}."
+            yield warning("backend", f"{detail}; {gpu.name} is not used", better)
+            return
+    yield ok("backend", detail)
 
 
 def check_home(home: Home) -> Iterator[Check]:

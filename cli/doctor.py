@@ -27,6 +27,8 @@ FAILED = 1
 def doctor_command(app: App, quick: bool) -> int:
     """Check what commonly goes wrong: parts, home, clock, ports, memory, models, peers.
 
+    It names the hardware, the backend that will compute, and what would compute better.
+
     Ends with 0 when nothing has failed, else with 1.
     """
     found: list[Check] = []
@@ -59,6 +61,7 @@ def _checks(app: App, quick: bool) -> Iterator[Check]:
     from pyagent_node.node.client import running_daemon  # noqa: PLC0415
 
     yield from checks.check_parts()
+    yield from checks.check_backends()
     yield from checks.check_home(app.home)
     try:
         settings = app.settings()
