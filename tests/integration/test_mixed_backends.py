@@ -53,8 +53,15 @@ async def _answer(stored: tuple[ModelStore, Digest], names: Sequence[str]) -> li
         assert [runner.info.backend for runner in pipeline.runners] == list(names)
         assert len({runner.pid for runner in pipeline.runners}) == 3
         async with pipeline.head.engine.generate(REQUEST) as events:
-            found = [event async for event in events if isinstance(event, Generated)]
-    return [Sampled(event.token, event.logprob, tuple(event.top)) for event in found]
+            found = [event async for event in events]
+        classes = {runner.info.exactness for runner in pipeline.runners}
+    assert isinstance(found[-1], Finished)
+    assert set(found[-1].usage.classes) == classes
+    return [
+        Sampled(event.token, event.logprob, tuple(event.top))
+        for event in found
+        if isinstance(event, Generated)
+    ]
 
 
 async def _reference(stored: tuple[ModelStore, Digest]) -> list[Sampled]:
