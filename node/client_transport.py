@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import httpx
 import msgspec
 
 from pyagent_node.base.errors import (
@@ -20,6 +19,7 @@ from pyagent_node.base.errors import (
     Unavailable,
     error_from_info,
 )
+from pyagent_node.base.httpx_light import httpx
 from pyagent_node.node.api.schema import ADMIN_PREFIX, Line, Progress
 
 CONNECT_SECONDS = 5.0

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
-import httpx
 import msgspec
 import trio
 
@@ -28,6 +27,7 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.base.files import mapped, read_limited, write_atomic
+from pyagent_node.base.httpx_light import httpx
 from pyagent_node.inference.models.sources import HttpSource
 from pyagent_node.inference.models.store import ModelStore
 

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
-import httpx
 import trio
 
 from pyagent_node.base.errors import Conflict, CorruptData, DeadlineExceeded, InvalidRequest
 from pyagent_node.base.files import FileLock, mapped
+from pyagent_node.base.httpx_light import httpx
 from pyagent_node.inference.models.downloads import Progress, download
 from pyagent_node.inference.models.manifest import MAX_NAME, check_name
 from pyagent_node.inference.models.sources import (
