@@ -25,6 +25,7 @@ import click
 import msgspec
 import trio
 
+from pyagent_node.base.files import write_atomic
 from pyagent_node.base.types import ContextPolicy
 from pyagent_node.benchmarks.context_corpus import Fact, corpus, facts
 from pyagent_node.benchmarks.shaped import answer
@@ -132,12 +133,27 @@ def _ask(model: str, context: str, question: str, chunks: int, *, exact: bool) -
     )
 
 
-def _give_encoder(home: Home, files: EncoderFiles) -> None:
-    for wanted, path in ((MINILM_MODEL, files.model), (MINILM_TOKENIZER, files.tokenizer)):
-        place = home.models_dir / ".encoders" / wanted.sha256 / wanted.name
+def give_encoder(node: LocalNode, encoder: EncoderFiles) -> None:
+    """Put the encoder's files where the daemon's own store would have put them."""
+    pairs = ((MINILM_MODEL, encoder.model), (MINILM_TOKENIZER, encoder.tokenizer))
+    for wanted, path in pairs:
+        place = node.home.models_dir / ".encoders" / wanted.sha256 / wanted.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            place.symlink_to(path)
+        with contextlib.suppress(OSError):
+            place.hardlink_to(path)
+            continue
+        write_atomic(place, path.read_bytes())
+
+
+def place_model(swarm: Sequence[LocalNode], model: Path) -> str:
+    """Give a model's file to the first daemon and a rank to each; return the model's name."""
+    client = swarm[0].client
+    name = client.pull(PullRequest(source=f"file:{model.resolve()}")).name
+    peers = tuple(node.peer_id for node in swarm)
+    client.load(
+        LoadRequest(model=name, ranks=len(swarm), nodes=peers, n_ctx=N_CTX, standbys=0, spares=0)
+    )
+    return name
 
 
 @click.command()
@@ -158,24 +174,12 @@ def main(
     wanted = [fact for fact in every if not fact.tuning][:questions]
     with local_swarm(nodes, say=click.echo) as swarm:
         for node in swarm:
-            _give_encoder(node.home, files)
-        client = swarm[0].client
-        view = client.pull(PullRequest(source=f"file:{Path(model).resolve()}"))
-        peers = tuple(node.peer_id for node in swarm)
-        client.load(
-            LoadRequest(
-                model=view.name,
-                ranks=nodes,
-                nodes=peers,
-                n_ctx=N_CTX,
-                standbys=0,
-                spares=0,
-            )
-        )
+            give_encoder(node, files)
+        client, name = swarm[0].client, place_model(swarm, Path(model))
         client.contexts.create(NAME, ContextPolicy())
         for source, text in documents:
             client.contexts.add(NAME, source, text.encode(), modified=0)
-        row = measure(swarm[0], view.name, NAME, wanted, chunks=chunks, say=click.echo)
+        row = measure(swarm[0], name, NAME, wanted, chunks=chunks, say=click.echo)
     click.echo(msgspec.json.encode(row).decode())
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +19,9 @@ import numpy as np
 import trio
 
 from pyagent_node.base.errors import DeadlineExceeded
-from pyagent_node.base.files import write_atomic
 from pyagent_node.base.types import ContextPolicy
+from pyagent_node.benchmarks.context_answers import AnswerRow, give_encoder, place_model
+from pyagent_node.benchmarks.context_answers import measure as measure_answers
 from pyagent_node.benchmarks.context_corpus import Fact, corpus, facts
 from pyagent_node.benchmarks.context_index import (
     Row,
@@ -32,12 +32,7 @@ from pyagent_node.benchmarks.context_index import (
     spread,
 )
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
-from pyagent_node.inference.models.encoders import (
-    MINILM_MODEL,
-    MINILM_TOKENIZER,
-    EncoderFiles,
-    minilm_files,
-)
+from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.node.api.context_schema import ContextView, QueryRequest
 from pyagent_node.node.api.schema import Progress
@@ -103,6 +98,7 @@ class ContextReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_ttft_speedup: float | None = None
     answer_accuracy: float | None = None
     answer_accuracy_full_prefill: float | None = None
+    answers: AnswerRow | None = None
     unmeasured: dict[str, str]
 
 
@@ -111,12 +107,14 @@ def run(
     nodes: int,
     files: EncoderFiles,
     *,
+    model: Path,
+    answers: int,
     report: Report,
     say: Callable[[str], None],
     machine: dict[str, str | int],
     split: str = "held-out",
 ) -> ContextReport:
-    """Measure.
+    """Measure; ``answers`` of the questions are also answered by ``model``, placed on all daemons.
 
     Raises what starting daemons, adding and asking raise, and :class:`DeadlineExceeded`
     (``context_not_known``) if a daemon does not hear of every document.
@@ -128,7 +126,7 @@ def run(
     say(f"{len(texts)} files, {len(wanted)} questions.")
     with local_swarm(nodes, say=say) as swarm:
         for node in swarm:
-            _give_encoder(node, files)
+            give_encoder(node, files)
         swarm[0].client.contexts.create(NAME, ContextPolicy())
         ingest = _add(swarm, texts, report)
         began = time.monotonic()
@@ -137,6 +135,7 @@ def run(
         say(f"Added {view.tokens} tokens in {ingest:.0f} s.")
         both = _ask(swarm, wanted, "both", report)
         meaning = _ask(swarm, wanted, "meaning", report)
+        answered = _answers(swarm, model, wanted[:answers], say)
         folders = [_contexts(node) for node in swarm]
         for node in swarm:
             node.close()
@@ -176,8 +175,23 @@ def run(
         by_meaning=meaning,
         baselines=baselines,
         spread=spread(found, np.random.default_rng(0)),
-        unmeasured=dict.fromkeys(ANSWERS, "this run asks for chunks; it generates no answers"),
+        kv_ttft_speedup=answered.kv_ttft_speedup if answered else None,
+        answer_accuracy=answered.answer_accuracy if answered else None,
+        answer_accuracy_full_prefill=answered.answer_accuracy_full_prefill if answered else None,
+        answers=answered,
+        unmeasured={} if answered else dict.fromkeys(ANSWERS, "no answers were asked for"),
     )
+
+
+def _answers(
+    swarm: Sequence[LocalNode], model: Path, wanted: Sequence[Fact], say: Callable[[str], None]
+) -> AnswerRow | None:
+    """Have a model on all daemons answer questions, by KV of chunks and by computing all."""
+    if not wanted:
+        return None
+    say(f"Asking {len(wanted)} questions of a model, three times each.")
+    name = place_model(swarm, model)
+    return measure_answers(swarm[0], name, NAME, wanted, say=say)
 
 
 def encoder(store: ModelStore, folder: Path | None = None) -> EncoderFiles:
@@ -185,18 +199,6 @@ def encoder(store: ModelStore, folder: Path | None = None) -> EncoderFiles:
     if folder is not None:
         return EncoderFiles(folder / "model.onnx", folder / "tokenizer.json")
     return trio.run(minilm_files, store)
-
-
-def _give_encoder(node: LocalNode, encoder: EncoderFiles) -> None:
-    """Put the encoder's files where the daemon's own store would have put them."""
-    pairs = ((MINILM_MODEL, encoder.model), (MINILM_TOKENIZER, encoder.tokenizer))
-    for wanted, path in pairs:
-        place = node.home.models_dir / ".encoders" / wanted.sha256 / wanted.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):
-            place.hardlink_to(path)
-            continue
-        write_atomic(place, path.read_bytes())
 
 
 def _add(swarm: Sequence[LocalNode], files: Sequence[tuple[str, str]], report: Report) -> float:

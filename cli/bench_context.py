@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pyagent_node.cli.app import App, json_option, pass_app
-from pyagent_node.cli.demo import MAX_NODES
+from pyagent_node.cli.demo import MAX_NODES, model_file
+from pyagent_node.cli.model import DEFAULT
 from pyagent_node.cli.output import size
 from pyagent_node.cli.progress import Reporter
 
@@ -31,6 +32,14 @@ ASKED = (1, 2, 4, 8, 16)
 )
 @click.option("--full", is_flag=True, help=f"{FULL_TOKENS} tokens.")
 @click.option(
+    "--answers",
+    type=click.IntRange(0, 134),
+    default=8,
+    show_default=True,
+    help="Questions that a model answers, too.",
+)
+@click.option("--model", default=DEFAULT, show_default=True, help="A source or a file.")
+@click.option(
     "--encoder",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="A folder with the encoder's model.onnx and tokenizer.json (default: fetched).",
@@ -44,6 +53,8 @@ def context(
     tokens: int | None,
     nodes: int,
     full: bool,
+    answers: int,
+    model: str,
     encoder: Path | None,
     output: str | None,
 ) -> None:
@@ -60,11 +71,14 @@ def context(
 
     if encoder is None:
         app.out.note("The encoder is fetched if it is not here (106 MB).")
+    path = model_file(app, model) if answers else Path()
     with interruptible(), Reporter(app.out, stream_json=False) as progress:
         report = bench.run(
             tokens or (FULL_TOKENS if full else DEFAULT_TOKENS),
             nodes,
             bench.encoder(open_store(app.home, app.settings()), encoder),
+            model=path,
+            answers=answers,
             report=progress,
             say=app.out.note,
             machine=machine(),
@@ -121,3 +135,10 @@ def _show(app: App, report: ContextReport) -> None:
         f"  A question asked {report.nodes_contacted_fraction:.0%} of the nodes,"
         f" for {report.candidate_chunks:.0f} chunks; {report.missing} could not be had."
     )
+    if (answered := report.answers) is not None:
+        app.out.text(
+            f"{answered.questions} answers: the first token came after {answered.ttft_joined:.2f} s"
+            f" from KV of chunks, {answered.ttft_computed:.2f} s computed"
+            f" ({answered.kv_ttft_speedup:.1f} times); right {answered.answer_accuracy:.0%},"
+            f" computed {answered.answer_accuracy_full_prefill:.0%}."
+        )
