@@ -33,6 +33,10 @@ TRUSTED: Final = 2
 """Guesses of an unknown drafter that are sent; each that is right allows two more."""
 MEMORY: Final = 0.95
 """What is left of a pass's weight in rates after the next: about 20 count."""
+ENOUGH_PLAIN: Final = 3.0
+"""Plain passes that must be known for guesses that take time, unless they promise this much:"""
+CLEAR: Final = 2.0
+"""Times the plain rate: an error in what a plain pass takes does not change the answer then."""
 RECHECK: Final = 24
 """Passes after which the time of a plain one is measured again, more where guessing pays well."""
 FIRST_PAUSE: Final = 8
@@ -137,9 +141,11 @@ class Controller:
             return Plan(min(PROBE, self._max_length), 1, floor)
         if cheap:
             return Plan(self._max_length, self._depth(0.0), floor)
-        if self._asked > HEARD and self._worth < 0:
-            return self._another_chance(floor)
-        if not self._allowance.affordable:
+        # asking costs as well: no more than may be lost
+        most = int(max(0.0, self._allowance.room) / per_draft)
+        if self._asked >= HEARD and self._worth < 0:
+            return self._another_chance(floor, most)
+        if most < 1:
             return Plan()
         if self._profile.known and (self._asked <= EARLY or self._asked % LOOK_EVERY == 0):
             self._best = best_plan(
@@ -151,9 +157,9 @@ class Controller:
             )
         best, depth = self._best
         if depth > 1:  # guesses that take their time are sent in small portions
-            return Plan(best, self._depth(per_draft * (best + 1)), floor)
+            return Plan(min(best, most), self._depth(per_draft * (best + 1)), floor)
         # a draft that goes well may be longer than the average one
-        return Plan(min(self._max_length, 2 * best + 2), 1, floor)
+        return Plan(min(self._max_length, 2 * best + 2, most), 1, floor)
 
     @property
     def _holds(self) -> float:
@@ -171,10 +177,10 @@ class Controller:
         saved = self.costs.seconds(width) - self.costs.pace_seconds(width, self._ranks)
         return self._max_depth if holds * saved > (1.0 - holds) * drafting * WASTE else 1
 
-    def _another_chance(self, floor: float) -> Plan:
+    def _another_chance(self, floor: float, most: int) -> Plan:
         """Ask a drafter that did not pay again, after ever longer pauses."""
         self._paused += 1
-        if not self._allowance.affordable:
+        if most < 1:
             return Plan()
         if self._paused >= self._pause:
             self._paused = 0
@@ -183,7 +189,7 @@ class Controller:
         if not self._chances:
             return Plan()
         self._chances -= 1
-        return Plan(min(PROBE, self._max_length), 1, floor)
+        return Plan(min(PROBE, self._max_length, most), 1, floor)
 
     def choose(self, draft: Draft, ahead: Sequence[int] = (), in_flight: int = 0) -> int:
         """Say how many guesses of ``draft`` to send; ``ahead`` as it was proposed after.
@@ -280,6 +286,9 @@ class Controller:
     def _recheck_due(self) -> bool:
         """Tell whether the time of a plain pass should be measured again."""
         gain = max(1.0, self.rate * self._plain)
+        slow = self.costs.draft_seconds * self.rate >= CHEAP
+        if slow and gain < CLEAR and self.costs.plain_seen < ENOUGH_PLAIN:
+            return self._since_plain > 0
         return self._since_plain > RECHECK * gain * gain
 
     def _predict(self, odds: Sequence[float], drafted: int) -> None:

@@ -62,6 +62,10 @@ class LineFit:
         """Seconds a pass, whatever its width; never negative."""
         return max(0.0, self._mean - self.slope * self._mean_width)
 
+    def seen(self, width: int) -> float:
+        """Return how many passes of ``width`` there were of late, older ones counting for less."""
+        return self._residuals.get(width, (0.0, 0.0))[0]
+
     def seconds(self, width: int) -> float:
         """Return what a pass of ``width`` tokens takes."""
         line = max(self._mean - self.slope * (self._mean_width - width), 0.0)
@@ -138,6 +142,11 @@ class CostModel:
     def token_seconds(self) -> float:
         """What each token of a pass adds (b)."""
         return self._passes.slope
+
+    @property
+    def plain_seen(self) -> float:
+        """How many plain passes there were of late."""
+        return self._passes.seen(1)
 
     @property
     def draft_known(self) -> bool:

@@ -165,6 +165,15 @@ def test_a_session_unlike_those_before_it_loses_little() -> None:
     assert other.run(Controller(ranks=3, lessons=lessons)) > 0.95 * plain
 
 
+def test_asking_a_slow_drafter_costs_no_more_than_may_be_lost() -> None:
+    """Short answers, by ranks for which two rows cost nearly twice as much as one."""
+    lessons = Lessons()
+    for seed in range(5):
+        world = World(0.005, 0.048, 0.035, 0.0, lambda t: 0.2, tokens=32, seed=seed, noise=0.02)
+        rate = world.run(Controller(max_depth=1, lessons=lessons))
+        assert rate > (0.9 if not seed else 0.96) * world.fixed(0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_whatever_it_is_told_it_answers(data: st.DataObject) -> None:
