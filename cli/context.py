@@ -275,6 +275,11 @@ def query(
     app.out.result(reply, lambda: _hits(app, reply, why=why, full=full))
 
 
+def _plain(line: str) -> str:
+    """Return a line of somebody's document without what terminals obey."""
+    return "".join(each if each.isprintable() or each == "\t" else "?" for each in line)
+
+
 def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
     if not reply.hits:
         app.out.note("Nothing was found: the context has no fresh documents with such words.")
@@ -286,7 +291,7 @@ def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
             _why(app, hit)
         shown = [line for line in (hit.text if full else hit.best).splitlines() if line.strip()]
         for line in shown if full else shown[:_SHOWN_LINES]:
-            app.out.text(f"   | {line.rstrip()[: None if full else 160]}")
+            app.out.text(f"   | {_plain(line.rstrip())[: None if full else 160]}")
     if reply.missing:
         app.out.note(
             f"{reply.missing} candidate chunks could be had from no node: something may be missing."

@@ -27,7 +27,7 @@ from pyagent_node.sharding.context.records import (
     DocumentRecord,
     encode_record,
 )
-from pyagent_node.sharding.context.search import candidates, found, question_terms, rank, score
+from pyagent_node.sharding.context.search import candidates, found, question_terms, rank, score_all
 
 
 class LocalContexts:
@@ -106,11 +106,8 @@ class LocalContexts:
         words = question_terms(question)
 
         def ordered() -> Answer:
-            said = [
-                score(bodies[each.id], each.windows, vector, words)
-                for each in picked
-                if each.id in bodies
-            ]
+            windows = {each.id: each.windows for each in picked}
+            said = score_all(bodies.values(), windows, vector, words)
             ranked = rank(said, count=2 * count, way=way, words=words_weight(question))
             owners = dict.fromkeys(bodies, self.peer_id)
             return Answer(

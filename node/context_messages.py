@@ -34,6 +34,10 @@ REPLY_BYTES: Final = 2 * MIB
 MAX_PARTS_BYTES: Final = 40 * MIB
 """Bytes of the parts in one tail: a record may be large."""
 MAX_PARTS: Final = 1 << 16
+MAX_LIST_BYTES: Final = 2 * MIB
+"""Bytes of a list of small things: its items are counted only after they were decoded."""
+MAX_TIME: Final = 1 << 40
+"""Seconds since 1970."""
 MAX_USES: Final = 10_000
 """Times of last use in one message."""
 
@@ -215,6 +219,11 @@ def unpack_digests(tail: bytes, *, whole: bool) -> list[bytes]:
     return [tail[at : at + size] for at in range(0, len(tail), size)]
 
 
+def _check_list(tail: bytes) -> None:
+    if len(tail) > MAX_LIST_BYTES:
+        raise _corrupt("is too large")
+
+
 def pack_question(vector: NDArray[np.float32], wanted: Sequence[Wanted]) -> bytes:
     """Return the tail of :class:`AskScores`."""
     return vector.astype("<f4").tobytes() + _encode(list(wanted))
@@ -226,6 +235,7 @@ def unpack_question(ask: AskScores, tail: bytes) -> tuple[NDArray[np.float32], l
     if not 0 < ask.dimensions <= MAX_DIMENSIONS or len(tail) < size or len(ask.terms) > MAX_TERMS:
         raise _corrupt("holds no question")
     vector = np.frombuffer(tail, "<f4", ask.dimensions).astype(np.float32)
+    _check_list(tail)
     try:
         wanted = _decode_wanted.decode(tail[size:])
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -247,6 +257,7 @@ def unpack_scores(tail: bytes, terms: int) -> list[Scored]:
 
     Raises :class:`CorruptData` (``bad_context_message``).
     """
+    _check_list(tail)
     try:
         scored = _decode_scores.decode(tail)
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -265,12 +276,13 @@ def pack_uses(uses: dict[str, int]) -> bytes:
 
 def unpack_uses(tail: bytes) -> dict[str, int]:
     """Return times of last use; raises :class:`CorruptData` (``bad_context_message``)."""
+    _check_list(tail)
     try:
         uses = _decode_uses.decode(tail)
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise _corrupt("holds no times of use") from None
-    if len(uses) > MAX_USES:
-        raise _corrupt("holds too many times of use")
+    if len(uses) > MAX_USES or not all(0 <= at < MAX_TIME for at in uses.values()):
+        raise _corrupt("holds too many times of use, or such as cannot be")
     return uses
 
 

@@ -130,11 +130,14 @@ class Mover:
         if not epoch:
             return  # nobody owns anything yet
         lacking, surplus = await self._look()
-        await self._copy(lacking, epoch, budget)
+        # first what makes room: a full store must get empty again
+        await self._collect()
         if surplus:
             await self._release(surplus, epoch)
-        self._pending = bool(self.lacking) or any(map(self._store.holds, surplus))
-        await self._collect()
+        try:
+            await self._copy(lacking, epoch, budget)
+        finally:
+            self._pending = bool(self.lacking) or any(map(self._store.holds, surplus))
 
     async def _look(self) -> tuple[dict[ChunkId, int], dict[ChunkId, int]]:
         """Return what is owned and lacking here, and what is held and not owned, with buckets."""
@@ -182,7 +185,12 @@ class Mover:
                 return [body.id for body in bodies]
 
             self.lacking += len(await self._reach.gather(some, ask, here=False))
-            await self._store.put_bodies(found)
+            try:
+                await self._store.put_bodies(found)
+            except LimitExceeded as error:
+                self.lacking = len(lacking) - at
+                log.warning("chunks that this node owns are not taken: %s", error)
+                return
             size = sum(map(_size, found))
             self.copied += len(found)
             self.copied_bytes += size
@@ -213,7 +221,12 @@ class Mover:
                     break
                 for chunk in held:
                     needed[chunk].discard(peer)
-        sure = [chunk for chunk, missing in needed.items() if not missing]
+        # a bucket that nobody owns is no reason to give anything up
+        sure = [
+            chunk
+            for chunk, missing in needed.items()
+            if not missing and self._reach.owners(surplus[chunk])
+        ]
         self.released += await self._forget(sure, lambda: self._reach.epoch == epoch)
 
     async def _collect(self) -> None:

@@ -44,7 +44,9 @@ _BOMS: Final = (
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f]")
 _HTML_NAME: Final = re.compile(r"\.x?html?$", re.IGNORECASE)
 _HTML_START: Final = re.compile(
-    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)[\s>]", re.I | re.S
+    # possessive: a match is not looked for anew with comments taken together
+    rb"\s*+(?:<!--(?>.*?-->)\s*+)*+<(?:!doctype\s+html|html)[\s>]",
+    re.I | re.S,
 )
 
 
@@ -148,7 +150,9 @@ def _replaced(wrong: int, encoding: str) -> str:
 
 
 async def _extract(data: bytes, source: str, kind: str) -> ReadText:
-    command = [sys.executable, "-m", "pyagent_node.node.context_extract", kind, str(MAX_TEXT)]
+    # -P: nothing is imported from the folder that the daemon was started in
+    command = [sys.executable, "-P", "-m", "pyagent_node.node.context_extract"]
+    command += [kind, str(MAX_TEXT)]
     done: subprocess.CompletedProcess[bytes] | None = None
     with trio.move_on_after(EXTRACT_SECONDS):
         done = await trio.run_process(

@@ -26,7 +26,7 @@ from pyagent_node.sharding.context.search import (
     found,
     question_terms,
     rank,
-    score,
+    score_all,
 )
 from pyagent_node.sharding.context.sketches import SketchModel
 
@@ -143,9 +143,7 @@ class ContextSearch:
     ) -> list[Scored]:
         places = {ChunkId(each.id): each.windows for each in wanted}
         bodies = await self._store.bodies(list(places))
-        return await self._offload(
-            lambda: [score(body, places[body.id], vector, terms) for body in bodies]
-        )
+        return await self._offload(lambda: score_all(bodies, places, vector, terms))
 
     async def _texts(
         self,

@@ -60,7 +60,7 @@ from pyagent_node.sharding.context.records import (
     encode_body,
     encode_record,
 )
-from pyagent_node.sharding.context.search import Scored, score
+from pyagent_node.sharding.context.search import Scored, score_all
 
 log = logging.getLogger("pyagent_node.context")
 
@@ -176,7 +176,7 @@ class ContextServer:
         return Done(await self.on_records(parts)), b""
 
     async def _uses(self, peer: PeerId, tell: TellUses, tail: bytes) -> tuple[Done, bytes]:
-        self._check_member(peer)
+        self._check_member(peer, writes=True)
         catalog = self._known(tell.context)
         await self._store.use(catalog.context, unpack_uses(tail))
         return Done(), b""
@@ -251,7 +251,7 @@ class ContextServer:
         fresh = [body for body in mine if not self.stale(body)]
 
         def work() -> list[Scored]:
-            return [score(body, places[body.id], vector, ask.terms) for body in fresh]
+            return score_all(fresh, places, vector, ask.terms)
 
         return Scores(stale), pack_scores(await self._offload(work))
 

@@ -96,18 +96,18 @@ class BucketSteward:
         barred = {m.peer_id for m in members if m.draining or not is_member(m)}
         clients = {p.peer_id for p in self._mesh.peers() if p.role == "client"}
         weights = {**self._weights(), self._mesh.peer_id: float(self._store.limit_bytes)}
-        new = plan_owners(
-            state.buckets,
-            weights,
-            self._sightings.up,
-            barred=barred | clients,
-            copies=state.settings["context_copies"],
-            patience=state.settings["context_patience"],
-            settle=self._settle,
-        )
-        if new is None:
-            return
         try:
+            new = plan_owners(
+                state.buckets,
+                weights,
+                self._sightings.up,
+                barred=barred | clients,
+                copies=state.settings["context_copies"],
+                patience=state.settings["context_patience"],
+                settle=self._settle,
+            )
+            if new is None:
+                return
             await self._consensus.propose(SetBuckets(new, state.bucket_epoch))
         except Conflict as error:
             log.info("the owners of contexts changed meanwhile: %s", error)

@@ -33,6 +33,8 @@ AT_ONCE: Final = 8
 """Peers that are looked at each time; the others come next."""
 IDLE_SECONDS: Final = 1.0
 """How often a node looks whether there are contexts at all."""
+MAX_CAPACITY: Final = 1 << 50
+"""Bytes: nobody is believed to have room for more."""
 MAX_ROUNDS: Final = 10_000
 """Replies with records that one look at a peer may take."""
 
@@ -107,7 +109,7 @@ class RecordSync:
         self._looking.add(peer)
         try:
             summary = await self._client.summary(peer)
-            self.capacities[peer] = summary.capacity
+            self.capacities[peer] = min(max(summary.capacity, 0), MAX_CAPACITY)
             for context in self._differing(summary):
                 await self._fetch(peer, context)
         except PyAgentError as error:

@@ -201,13 +201,17 @@ class Catalog:
         """Return the sketches of all windows that may be answered from at ``now``.
 
         Documents whose sketches do not have the size of ``model`` are left out.  The table of the
-        last call is kept, and serves until something changes.
+        last call is kept, and serves until something changes.  Another thread may call it: what is
+        known is copied first, and the generation read before it, so that a table is never taken
+        for newer than it is.
         """
-        records = self.fresh(policy, now)
-        key = (self._generation, model, frozenset(record.source for record in records))
-        if self._table is None or self._table[0] != key:
-            self._table = (key, _table(records, model))
-        return self._table[1]
+        generation, known, uses = self._generation, list(self._known.values()), dict(self._uses)
+        records = fresh((each.record for each in known), policy, now=now, uses=uses)
+        key = (generation, model, frozenset(record.source for record in records))
+        kept = self._table
+        if kept is None or kept[0] != key:
+            kept = self._table = (key, _table(records, model))
+        return kept[1]
 
     def _put(self, known: Known) -> None:
         record = known.record

@@ -7,9 +7,13 @@ nothing else: two nodes that know the same say the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from pyagent_node.base.types import ContextPolicy
 from pyagent_node.sharding.context.records import DocumentRecord
+
+MAX_AHEAD: Final = 86_400
+"""Times of last use that are further ahead of the clock than these seconds are not believed."""
 
 
 def fresh(
@@ -25,7 +29,8 @@ def fresh(
     ``uses`` gives the time of last use of a source (Unix seconds, as ``now``).  The window of
     ``max_tokens`` holds the newest documents up to the first that does not fit.
     """
-    used = uses or {}
+    # a clock that is ahead, or a lie, does not keep a document for ever
+    used = {source: at for source, at in (uses or {}).items() if at < now + MAX_AHEAD}
     kept = [
         record
         for record in records

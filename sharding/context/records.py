@@ -32,6 +32,7 @@ from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.sharding.context.chunking import MAX_SOURCE
+from pyagent_node.sharding.context.owners import BUCKETS
 from pyagent_node.sharding.context.sketches import MAX_DIMENSIONS
 
 ChunkId = NewType("ChunkId", bytes)
@@ -408,7 +409,7 @@ def _problem(record: DocumentRecord) -> str | None:
     at, line, windows = 0, 1, 0
     for place, row in enumerate(record.chunks):
         ordered = at <= row.start < row.end < MAX_NUMBER and line <= row.line < MAX_NUMBER
-        sane = 0 <= row.tokens < MAX_NUMBER and 0 <= row.bucket < 1 << 30
+        sane = 0 <= row.tokens < MAX_NUMBER and 0 <= row.bucket < BUCKETS
         if not ordered or not sane or len(row.check) != CHECK_BYTES:
             return f"chunk {place} makes no sense"
         own = row.same == place

@@ -8,6 +8,7 @@ out over all candidates at the asker, so the answer does not depend on who owns 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -126,6 +127,23 @@ def candidates(table: Table, vector: NDArray[np.float32], count: int = RERANKED)
     ]
 
 
+def score_all(
+    bodies: Iterable[ChunkBody],
+    windows: Mapping[ChunkId, Collection[int]],
+    vector: NDArray[np.float32],
+    words: Sequence[int],
+) -> list[Scored]:
+    """Return what the owner of chunks says of them; those that do not fit are left out.
+
+    A record may promise windows that its body has not: that is no reason to say nothing of others.
+    """
+    scored: list[Scored] = []
+    for body in bodies:
+        with contextlib.suppress(InvalidRequest):
+            scored.append(score(body, windows[body.id], vector, words))
+    return scored
+
+
 def score(
     body: ChunkBody, windows: Collection[int], vector: NDArray[np.float32], words: Sequence[int]
 ) -> Scored:
@@ -215,7 +233,7 @@ def found(
     held_runs: list[frozenset[bytes]] = []
     for each in ranked:
         body, place = bodies.get(each.id), locate(each.id)
-        if body is None or place is None:
+        if body is None or place is None or each.window >= len(body.spans):
             continue
         runs = runs_of(body.text)
         twin = next((i for i, r in enumerate(held_runs) if likeness_of(runs, r) >= LIKENESS), None)

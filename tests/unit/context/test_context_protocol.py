@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from pyagent_node.consensus.state import State
 from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.node.context_messages import (
     MAX_IDS,
+    MAX_LIST_BYTES,
     AskBodies,
     AskHeld,
     AskRecords,
@@ -41,6 +43,7 @@ from pyagent_node.node.context_messages import (
     first_parts,
     pack,
     pack_question,
+    pack_uses,
     unpack,
     unpack_ids,
     unpack_question,
@@ -100,6 +103,23 @@ def test_questions_are_within_bounds() -> None:
             unpack_question(ask, tail)
     with pytest.raises(CorruptData):
         unpack_ids(bytes(16 * (MAX_IDS + 1)))
+
+
+def test_times_of_use_are_times() -> None:
+    assert unpack_uses(pack_uses({"a": 5})) == {"a": 5}
+    for uses in ({"a": -1}, {"a": 1 << 50}, {"a": (1 << 64) - 1}):
+        with pytest.raises(CorruptData):
+            unpack_uses(pack_uses(uses))
+    with pytest.raises(CorruptData):  # before anything of it is decoded
+        unpack_uses(bytes(MAX_LIST_BYTES + 1))
+
+
+async def test_a_capacity_that_cannot_be_ends_nobody(autojump_clock):
+    async with pair() as two:
+        two.stores[1].limit_bytes = -1
+        await trio.testing.wait_all_tasks_blocked()
+        await two.services[0].sync.look(B)
+        assert two.services[0].sync.capacities[B] == 0
 
 
 def test_replies_end_somewhere() -> None:

@@ -28,6 +28,7 @@ from pyagent_node.sharding.context.search import (
     question_terms,
     rank,
     score,
+    score_all,
 )
 from pyagent_node.sharding.context.sketches import SketchModel
 
@@ -107,6 +108,18 @@ def test_a_question_finds_its_chunk_and_the_citation() -> None:
     assert catalog.table(MODEL, ContextPolicy(), 6) is table
     catalog.merge(msgspec.structs.replace(catalog.documents()[0], version=Version(2, WRITER)))
     assert catalog.table(MODEL, ContextPolicy(), 6) is not table
+
+
+def test_a_record_that_promises_windows_silences_nobody_else() -> None:
+    record, (good, bad) = document("a.py", ["one\n", "two\n"], [unit(1), unit(2)])
+    catalog = Catalog(CONTEXT)
+    catalog.merge(record)
+    said = score_all([bad, good], {bad.id: (0, 7), good.id: (0,)}, unit(1), ())
+    assert [each.id for each in said] == [good.id]
+    lied = msgspec.structs.replace(said[0], id=bad.id, window=7)
+    ranked = rank([lied, *said], count=4)
+    hits = found(ranked, {body.id: body for body in (good, bad)}, catalog.locate, count=2)
+    assert [hit.id for hit in hits] == [good.id]
 
 
 scores = st.lists(

@@ -47,6 +47,13 @@ def test_what_is_no_text_is_refused(data: bytes) -> None:
     assert caught.value.code == "binary_file"
 
 
+def test_what_begins_with_many_comments_is_told_at_once() -> None:
+    comments = b"<!-- a -->\n" * 370
+    assert kind_of(comments + b"x", "notes.md") == "text"
+    assert kind_of(comments[:3300] + b"<html>", "notes.md") == "html"
+    assert kind_of(b"<!-- a > b -- c -->\n <!DOCTYPE html>", "x") == "html"
+
+
 async def test_html_without_scripts() -> None:
     page = (
         b"<!doctype html><html><head><title>The title</title><style>p{}</style></head><body>"

@@ -169,6 +169,13 @@ def test_records_that_make_no_sense_are_refused(changes: dict[str, object]) -> N
         encode_record(wrong)
 
 
+def test_a_chunk_lies_in_a_bucket_that_there_is() -> None:
+    record = record_of()
+    row = msgspec.structs.replace(record.chunks[0], bucket=256)
+    with pytest.raises(InvalidRequest):
+        encode_record(msgspec.structs.replace(record, chunks=(row, *record.chunks[1:])))
+
+
 def test_weights_are_numbers() -> None:
     record = record_of()
     bad = record.sketches[:-2] + np.array([np.inf], "<f2").tobytes()
@@ -250,6 +257,7 @@ def test_last_use_keeps_a_document() -> None:
     assert fresh([record], policy, now=1099)
     assert not fresh([record], policy, now=1100)
     assert fresh([record], policy, now=1150, uses={"a.txt": 1060})
+    assert not fresh([record], policy, now=1150, uses={"a.txt": 1 << 39})  # nobody was there yet
     catalog = Catalog(CONTEXT)
     assert not catalog.use({"a.txt": 5})  # not known
     catalog.merge(record)
