@@ -332,8 +332,9 @@ class StageQueue:
                     if position == 0
                     else [TrimSequence(_slot(session), position)]
                 )
-            if position > session.end:  # it was checked that this is a piece
-                cells.append(Taken(_slot(session), *session.gaps.pop(session.end)))
+            gap = session.gaps.pop(session.end, None) if position > session.end else None
+            if gap is not None:  # it was checked that there is one; else the runner says no
+                cells.append(Taken(_slot(session), *gap))
             session.end = step.message.stop
             for start in [at for at in session.gaps if at < session.end]:
                 del session.gaps[start]  # another rank lacks it, so it is computed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import trio
 
 from pyagent_node.base.types import Digest, Placement
 from pyagent_node.consensus import model_changes
@@ -12,6 +13,7 @@ from pyagent_node.consensus.commands import SetPlacement
 from pyagent_node.consensus.state import State, apply
 from pyagent_node.node import healer
 from pyagent_node.node.healer import Healer
+from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.replacement import Healing, Outlook, heal
 from pyagent_node.simulations.fault_kinds import Crash, Drain, Replace
@@ -35,8 +37,8 @@ def _place_under_the_same_epoch(state: State, command: SetPlacement) -> State:
     )
 
 
-def _stop_no_stage(self: PlacementController) -> None:
-    pass
+def _stop_no_stage(self: PlacementController) -> dict[RunnerKey, list[trio.Event]]:
+    return {}
 
 
 async def _act_at_once(self: Healer, digest: Digest, healing: Healing) -> None:

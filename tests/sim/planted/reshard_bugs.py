@@ -14,7 +14,7 @@ from pyagent_node.consensus import model_changes
 from pyagent_node.consensus.commands import SetPlacement
 from pyagent_node.consensus.state import State
 from pyagent_node.node import placements
-from pyagent_node.node.holdings import Wanted, wanted
+from pyagent_node.node.holdings import RunnerKey, Wanted, wanted
 from pyagent_node.node.placements import PlacementController
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.simulations.fault_kinds import Replace, Reshard
@@ -72,12 +72,13 @@ async def _wait_for_nothing(self: Resharder, *args: Any) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def _stop_what_moves(self: PlacementController) -> None:
+def _stop_what_moves(self: PlacementController) -> dict[RunnerKey, list[trio.Event]]:
     for where, stage in list(self._stages.items()):
         placement = self._wanted.stages.get(where)
         if placement is None or placement.ranks[where[1]].slice != stage.rank.slice:
             stage.scope.cancel()
             del self._stages[where]
+    return {}
 
 
 BUGS = (
