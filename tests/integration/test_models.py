@@ -34,6 +34,7 @@ def runner_pids(holding: str = "runner_main") -> list[int]:
 async def test_a_model_on_one_node_serves_on_all(bundled_model: Path, tmp_path: Path) -> None:
     async with open_model_world(3, tmp_path) as (a, b, c):
         name = await a.pull(f"file:{bundled_model}")
+        await b.consensus.read_barrier()  # what a node lists is what it has heard so far
         (view,) = await b.models.list()
         assert (view.name, view.registered, view.local_bytes) == (name, True, 0)
         assert (view.architecture, view.n_layers) == ("llama", 30)
