@@ -53,9 +53,9 @@ async def pull(
 
     ``source`` is a text of :mod:`sources`; a name of the catalogue brings its pinned ``sha256``.
     Without a ``name`` it is called after its file, and, where another model is called so, by the
-    beginning of its digest, too.  A model that is here already is returned at once.  Of two pulls
-    of one source, in this process or another, the second waits for the first.  ``progress`` gets
-    bytes of the download.
+    beginning of its digest, too.  A model that is here already keeps its name and is returned at
+    once.  Of two pulls of one source, in this process or another, the second waits for the first.
+    ``progress`` gets bytes of the download.
 
     ``HF_ENDPOINT`` and ``HF_TOKEN`` (or ``HUGGING_FACE_HUB_TOKEN``) of ``environment`` are used for
     ``hf:``.  Raises :class:`InvalidRequest` (``bad_source``, ``bad_name``, ``bad_sha256``),
@@ -165,6 +165,9 @@ def _add(store: ModelStore, path: Path, about: About, move: bool, named: bool) -
                 expected=about.sha256,
                 found=found,
             )
+        here = None if named else store.find_sha256(found)
+        if here is not None:  # it keeps the name that it is known by
+            return here
         if named and not move:  # what was downloaded is not thrown away for its name
             _check_free(store, about.name, sha256=found)
         added = store.add_file(path, about=About(about.name, about.source, found), move=move)

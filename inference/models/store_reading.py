@@ -31,6 +31,7 @@ from pyagent_node.inference.models.partial import (
     not_held,
     read_bitmap,
 )
+from pyagent_node.inference.models.sources import CATALOGUE
 from pyagent_node.inference.models.store_layout import StoreLayout
 from pyagent_node.inference.models.stored_model import (
     StoredModel,
@@ -87,10 +88,13 @@ class StoreReader:
     def find(self, name: str) -> StoredModel:
         """Return a model by its name, its digest, or at least 8 first digits of its digest.
 
-        Raises :class:`NotFound` (``model_not_found``) and :class:`Conflict` (``ambiguous_model``).
+        A name of the catalogue finds its file whatever this node calls it.  Raises
+        :class:`NotFound` (``model_not_found``) and :class:`Conflict` (``ambiguous_model``).
         """
         models = self.list()
         found = [m for m in models if name in (m.name, m.digest)]
+        if not found and name in CATALOGUE:
+            found = [m for m in models if m.about.sha256 == CATALOGUE[name].sha256]
         if not found and len(name) >= 8:
             found = [m for m in models if m.digest.startswith(name)]
         if len(found) > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import httpx
+import msgspec
 import pytest
 import trio
 
@@ -25,7 +26,9 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.inference.models import downloads, store_layout
 from pyagent_node.inference.models import pull as pull_module
+from pyagent_node.inference.models import store_reading as reading
 from pyagent_node.inference.models.pull import pull
+from pyagent_node.inference.models.sources import CATALOGUE, DEFAULT_MODEL
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import StoredModel
 
@@ -382,3 +385,22 @@ async def test_a_name_that_is_taken_is_refused_before_the_download(
         await get(store, server, name="wanted")
     assert caught.value.code == "name_taken"
     assert server.requests == []
+
+
+async def test_a_file_that_is_here_keeps_the_name_it_is_known_by(
+    store: ModelStore, tiny_source: Path, tmp_path: Path
+) -> None:
+    mine = await pull(store, f"file:{tiny_source}", name="mine")
+    (copy := tmp_path / "other.gguf").write_bytes(tiny_source.read_bytes())  # noqa: ASYNC240
+    assert await pull(store, f"file:{copy}") == mine
+
+
+async def test_a_name_of_the_catalogue_finds_its_file_under_any_name(
+    store: ModelStore, tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = await pull(store, f"file:{tiny_source}", name="mine")
+    entry = msgspec.structs.replace(CATALOGUE[DEFAULT_MODEL], sha256=mine.about.sha256)
+    for module in (pull_module, reading):
+        monkeypatch.setattr(module, "CATALOGUE", {DEFAULT_MODEL: entry})
+    assert await pull(store, DEFAULT_MODEL) == mine
+    assert store.find(DEFAULT_MODEL) == store.find("mine") == mine
