@@ -11,7 +11,7 @@ sequences are batched better: give out the lowest free slot first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -58,6 +58,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     and no bit changes; :data:`PREFILL_CHUNK` says that nothing better is known.
     ``exactness`` names the class of slices that compute the same bits: the promise of the same
     tokens for a seed holds among pipelines of the same classes (``docs/backends.md``).
+    ``prunes`` says whether attention can be watched and cells given up (:class:`WatchSequence`,
+    :class:`PruneSequence`).
     """
 
     backend: str
@@ -78,6 +80,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     kv_codec: str = ""
     prefill_cut: int = PREFILL_CHUNK
     exactness: str = ""
+    prunes: bool = False
 
     @property
     def batch_invariant(self) -> bool:
@@ -127,8 +130,45 @@ class ResetSequences(msgspec.Struct, frozen=True, tag="reset"):
     """Free every slot, whatever it holds; a slice begins to serve somebody else."""
 
 
+class WatchSequence(msgspec.Struct, frozen=True, tag="watch"):
+    """Measure from now on where a sequence attends; what was measured of it before is forgotten.
+
+    Of a call that decodes (up to :data:`MAX_DECODE_ROWS` rows) the first row counts, when ``every``
+    positions have passed since the last one that did; of a longer piece of a prompt its last
+    ``window`` rows do, every time.  With ``every`` 0 measuring ends.  No bit of what is computed
+    changes, and steps that are not measured take no longer.
+    """
+
+    seq: int
+    every: int = 1
+    window: int = 32
+
+
+class PruneSequence(msgspec.Struct, frozen=True, tag="prune"):
+    """Give up all cells of a sequence but those at the positions ``keep``, and their memory.
+
+    ``keep`` are ranges ``[start, stop)``, in order and apart, of positions that are held, the last
+    one that is held among them.  Nothing moves: the positions of what is kept and the next one
+    stay as they are.  What the sequence computes from now on is **not exact**: until it is empty
+    again its cells can neither be exported, copied nor shifted, and it cannot be trimmed to a
+    position before which cells were given up (:class:`Conflict`, ``kv_pruned``).
+
+    Cells are given up in all layers of this slice; another slice of the model may keep others.
+    """
+
+    seq: int
+    keep: tuple[tuple[int, int], ...]
+
+
 SequenceOp = (
-    OpenSequence | FreeSequence | TrimSequence | CopySequence | ShiftSequence | ResetSequences
+    OpenSequence
+    | FreeSequence
+    | TrimSequence
+    | CopySequence
+    | ShiftSequence
+    | ResetSequences
+    | WatchSequence
+    | PruneSequence
 )
 
 
@@ -195,6 +235,38 @@ class KvRange(msgspec.Struct, frozen=True):
     layers: tuple[LayerKv, ...]
 
 
+class CellAttention(NamedTuple):
+    """Where a sequence attended in the rows that were measured, see :class:`WatchSequence`.
+
+    ``positions`` (int32) and the columns are those of the n cells that are there now.  ``mass``
+    (float32, shape (layers of the slice, n)) sums over the rows the mean over the heads of the
+    attention that a cell got, ``peak`` (float32, (n,)) the most that it got in any head of any
+    layer.  ``seen`` (int32, (n,)) counts the rows that could see a cell: divide by it to compare
+    old cells with new ones.  ``entropy`` (float32, (layers,)) is in nats, the mean over ``rows``
+    rows and all heads, zeros without any.
+    """
+
+    positions: NDArray[np.int32]
+    mass: NDArray[np.float32]
+    peak: NDArray[np.float32]
+    seen: NDArray[np.int32]
+    entropy: NDArray[np.float32]
+    rows: int
+
+
+class KvUsage(msgspec.Struct, frozen=True):
+    """What the cells of a sequence take.
+
+    ``bytes`` are those of its ``cells``, ``resident`` what of the memory set aside for its slot is
+    in the machine's memory now, ``None`` where the system does not say.
+    """
+
+    cells: int
+    bytes: int
+    resident: int | None
+    pruned: bool
+
+
 class Backend(Protocol):
     """One loaded slice.
 
@@ -230,6 +302,17 @@ class Backend(Protocol):
 
         ``tokens`` are those the cells were made from, shape (stop - start,).
         """
+        ...
+
+    def attention(self, seq: int) -> CellAttention:
+        """Return what was measured since the sequence is watched.
+
+        Raises :class:`InvalidRequest` (``not_watched``).
+        """
+        ...
+
+    def kv_usage(self, seq: int) -> KvUsage:
+        """Return what the sequence's cells take."""
         ...
 
     def close(self) -> None:

@@ -29,7 +29,9 @@ from pyagent_node.inference.backend import (
     MAX_DECODE_ROWS,
     PREFILL_CHUNK,
     BackendInfo,
+    CellAttention,
     KvRange,
+    KvUsage,
     SequenceOp,
     StepInput,
     StepOutput,
@@ -42,6 +44,7 @@ from pyagent_node.inference.runner_health import Pace
 from pyagent_node.inference.runner_packing import (
     pack_kv,
     pack_steps,
+    unpack_attention,
     unpack_kv,
     unpack_outputs,
     unpack_pieces,
@@ -58,14 +61,18 @@ from pyagent_node.inference.runner_protocol import (
     AnyReply,
     AnyRequest,
     Apply,
+    AttentionReport,
     Chat,
     Decode,
     Decoded,
     Done,
     ExportedKv,
     ExportKv,
+    GetAttention,
+    GetKvUsage,
     GetPieces,
     ImportKv,
+    KvUsageReport,
     LoadSlice,
     LoadTokenizer,
     PieceTable,
@@ -230,6 +237,17 @@ class SliceRunner(Runner):
             packed = pack_kv(kv, inside, start=first, stop=last)
             request = ImportKv(self._process.next_id(), seq, kv.codec, first, last, packed.layers)
             await self._ask(request, Done, packed.tail)
+
+    async def attention(self, seq: int) -> CellAttention:
+        """Return where a watched sequence attended."""
+        request = GetAttention(self._process.next_id(), seq)
+        reply, data = await self._ask(request, AttentionReport)
+        return unpack_attention(reply.n, reply.layers, reply.rows, data)
+
+    async def kv_usage(self, seq: int) -> KvUsage:
+        """Return what the cells of a sequence take."""
+        reply, _ = await self._ask(GetKvUsage(self._process.next_id(), seq), KvUsageReport)
+        return reply.usage
 
     def _kv_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         step = max(1, KV_PIECE_BYTES // max(1, self._info.kv_bytes_per_token))

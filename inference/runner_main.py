@@ -29,6 +29,7 @@ import msgspec
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, PyAgentError
 from pyagent_node.base.wire import Frame, FrameDecoder, frame_prefix
 from pyagent_node.inference.runner_packing import (
+    pack_attention,
     pack_kv,
     pack_outputs,
     pack_pieces,
@@ -43,6 +44,7 @@ from pyagent_node.inference.runner_protocol import (
     AnyReply,
     AnyRequest,
     Apply,
+    AttentionReport,
     Chat,
     Decode,
     Decoded,
@@ -50,8 +52,11 @@ from pyagent_node.inference.runner_protocol import (
     ExportedKv,
     ExportKv,
     Failed,
+    GetAttention,
+    GetKvUsage,
     GetPieces,
     ImportKv,
+    KvUsageReport,
     LoadSlice,
     LoadTokenizer,
     PieceTable,
@@ -118,6 +123,12 @@ class _SliceService:
                 kv, tokens = unpack_kv(codec, start, stop, layers, tail, with_tokens=True)
                 backend.import_kv(seq, kv, tokens)
                 return Done(id), b""
+            case GetAttention(id, seq):
+                found = backend.attention(seq)
+                layers, n = found.mass.shape
+                return AttentionReport(id, n, layers, found.rows), pack_attention(found)
+            case GetKvUsage(id, seq):
+                return KvUsageReport(id, backend.kv_usage(seq)), b""
             case _:
                 raise _wrong_kind(request)
 

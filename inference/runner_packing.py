@@ -6,9 +6,17 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyagent_node.base.errors import CorruptData
-from pyagent_node.inference.backend import KvRange, LayerKv, StepInput, StepOutput, Tokens
+from pyagent_node.inference.backend import (
+    CellAttention,
+    KvRange,
+    LayerKv,
+    StepInput,
+    StepOutput,
+    Tokens,
+)
 from pyagent_node.inference.runner_protocol import LayerHeader, OutputHeader, StepHeader, Tail
 
 _I32: Final = np.dtype("<i4")
@@ -30,6 +38,9 @@ class _Cutter:
 
     def ints(self, n: int) -> Tokens:
         return np.frombuffer(self.take(n * _I32.itemsize), _I32)
+
+    def floats(self, n: int) -> NDArray[np.float32]:
+        return np.frombuffer(self.take(n * _F32.itemsize), _F32)
 
     def finish(self) -> None:
         if self._at != len(self._data):
@@ -170,6 +181,34 @@ def unpack_kv(
     )
     cut.finish()
     return KvRange(codec, start, stop, parts), tokens
+
+
+def pack_attention(attention: CellAttention) -> bytes:
+    """Return the tail of an :class:`AttentionReport`."""
+    pieces = [
+        np.ascontiguousarray(array, kind).tobytes()
+        for array, kind in (
+            (attention.positions, _I32),
+            (attention.seen, _I32),
+            (attention.peak, _F32),
+            (attention.entropy, _F32),
+            (attention.mass, _F32),
+        )
+    ]
+    return b"".join(pieces)
+
+
+def unpack_attention(n: int, layers: int, rows: int, tail: Tail) -> CellAttention:
+    """Return what was measured; arrays are views of the tail.
+
+    Errors as for :func:`unpack_steps`.
+    """
+    cut = _Cutter(tail)
+    positions, seen = cut.ints(n), cut.ints(n)
+    peak, entropy = cut.floats(n), cut.floats(layers)
+    mass = cut.floats(layers * n).reshape(layers, n)
+    cut.finish()
+    return CellAttention(positions, mass, peak, seen, entropy, rows)
 
 
 def pack_pieces(pieces: Sequence[bytes]) -> bytes:

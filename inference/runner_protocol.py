@@ -15,7 +15,7 @@ import msgspec
 from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.types import Slice
 from pyagent_node.base.wire import Codec
-from pyagent_node.inference.backend import BackendInfo, SequenceOp
+from pyagent_node.inference.backend import BackendInfo, KvUsage, SequenceOp
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.sampling import Sampled
 
@@ -97,6 +97,18 @@ class ImportKv(Request, frozen=True, tag="import_kv"):
     layers: tuple[LayerHeader, ...]
 
 
+class GetAttention(Request, frozen=True, tag="get_attention"):
+    """Ask where a watched sequence attended."""
+
+    seq: int
+
+
+class GetKvUsage(Request, frozen=True, tag="get_kv_usage"):
+    """Ask what a sequence's cells take."""
+
+    seq: int
+
+
 class Tokenize(Request, frozen=True, tag="tokenize"):
     """Tail: the text in UTF-8."""
 
@@ -123,6 +135,8 @@ AnyRequest = (
     | Apply
     | ExportKv
     | ImportKv
+    | GetAttention
+    | GetKvUsage
     | Tokenize
     | Chat
     | GetPieces
@@ -137,6 +151,8 @@ REQUESTS: Final[Codec[AnyRequest]] = Codec(
     Apply,
     ExportKv,
     ImportKv,
+    GetAttention,
+    GetKvUsage,
     Tokenize,
     Chat,
     GetPieces,
@@ -202,6 +218,20 @@ class ExportedKv(Reply, frozen=True, tag="exported_kv"):
     layers: tuple[LayerHeader, ...]
 
 
+class AttentionReport(Reply, frozen=True, tag="attention"):
+    """Tail: positions, seen (int32, ``n``), peak (``n``), entropy (``layers``), mass (both)."""
+
+    n: int
+    layers: int
+    rows: int
+
+
+class KvUsageReport(Reply, frozen=True, tag="kv_usage"):
+    """What a sequence's cells take."""
+
+    usage: KvUsage
+
+
 class TokenList(Reply, frozen=True, tag="tokens"):
     """Tail: tokens (int32)."""
 
@@ -228,6 +258,8 @@ AnyReply = (
     | Done
     | Decoded
     | ExportedKv
+    | AttentionReport
+    | KvUsageReport
     | TokenList
     | Text
     | PieceTable
@@ -241,6 +273,8 @@ REPLIES: Final[Codec[AnyReply]] = Codec(
     Done,
     Decoded,
     ExportedKv,
+    AttentionReport,
+    KvUsageReport,
     TokenList,
     Text,
     PieceTable,

@@ -19,10 +19,13 @@ from pyagent_node.inference.backend import (
     MAX_DECODE_ROWS,
     MAX_DRAFTS,
     BackendInfo,
+    CellAttention,
     CopySequence,
     FreeSequence,
     KvRange,
+    KvUsage,
     OpenSequence,
+    PruneSequence,
     ResetSequences,
     SequenceOp,
     ShiftSequence,
@@ -30,8 +33,10 @@ from pyagent_node.inference.backend import (
     StepOutput,
     Tokens,
     TrimSequence,
+    WatchSequence,
 )
 from pyagent_node.inference.stepping.calls import CallRunner, Computer
+from pyagent_node.inference.stepping.pruning import Pruner, check_watch, kept_cells, no_pruning
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
 from pyagent_node.inference.trees import check_tree, decode_tree, reach
@@ -68,8 +73,15 @@ class SliceBackend(ABC):
     """Implements the ``Backend`` port but for closing.  One thread may use it."""
 
     def __init__(
-        self, info: BackendInfo, context: Computer, calls: CallRunner, cells: CellMover
+        self,
+        info: BackendInfo,
+        context: Computer,
+        calls: CallRunner,
+        cells: CellMover,
+        pruner: Pruner | None = None,
     ) -> None:
+        assert info.prunes == (pruner is not None), "a backend says what it can do"
+        self._pruner = pruner
         self._info = info
         self._context = context
         self._calls = calls
@@ -91,8 +103,9 @@ class SliceBackend(ABC):
         """Carry out one sequence operation.
 
         Raises :class:`InvalidRequest` (``bad_sequence``, ``no_sequence``, ``kv_range``,
-        ``bad_parameter``), :class:`Conflict` (``sequence_in_use``), :class:`LimitExceeded`
-        (``kv_full``) and :class:`Unsupported` (``no_shift``, ``kv_not_portable``).
+        ``bad_parameter``), :class:`Conflict` (``sequence_in_use``, ``kv_pruned``),
+        :class:`LimitExceeded` (``kv_full``) and :class:`Unsupported` (``no_shift``,
+        ``kv_not_portable``, ``no_pruning``).
         """
         match op:
             case OpenSequence(seq, sampling):
@@ -110,21 +123,43 @@ class SliceBackend(ABC):
                 self._logs[seq] = SequenceLog(seq, self._info.n_ctx, sampling)
             case FreeSequence(seq):
                 self._log(seq)
-                self._context.drop(seq, 0)
-                self._logs[seq] = None
+                self._free(seq)
             case ResetSequences():
                 for seq in range(len(self._logs)):
-                    self._context.drop(seq, 0)
-                    self._logs[seq] = None
+                    self._free(seq)
             case TrimSequence(seq, start):
                 log = self._log(seq)
                 if start < 0:
                     raise InvalidRequest(f"Trimming from {start}.", code="kv_range", seq=seq)
+                log.check_trim(start)
                 self._truncate(log, start)
             case CopySequence(seq, source, start, stop):
-                self._cells.copy(self._log(seq), self._log(source), start, stop)
+                log, giver = self._log(seq), self._log(source)
+                giver.check_whole()
+                self._cells.copy(log, giver, start, stop)
             case ShiftSequence(seq, start, stop, delta):
-                self._cells.shift(self._log(seq), start, stop, delta)
+                log = self._log(seq)
+                log.check_whole()
+                self._cells.shift(log, start, stop, delta)
+            case WatchSequence(seq, every, window):
+                log = self._log(seq)
+                check_watch(seq, every, window)
+                if self._pruner is None:
+                    raise no_pruning()
+                self._pruner.forget(seq)
+                if every:
+                    self._pruner.watch(log, every, window)
+            case PruneSequence(seq, keep):
+                log = self._log(seq)
+                if self._pruner is None:
+                    raise no_pruning()
+                self._pruner.prune(log, kept_cells(log, keep))
+
+    def _free(self, seq: int) -> None:
+        if self._pruner is not None:
+            self._pruner.forget(seq)
+        self._context.drop(seq, 0)
+        self._logs[seq] = None
 
     def _check_seq(self, seq: int) -> None:
         if not 0 <= seq < len(self._logs):
@@ -144,7 +179,12 @@ class SliceBackend(ABC):
     def _truncate(self, log: SequenceLog, start: int) -> None:
         if start < log.end:
             self._context.drop(log.seq, start)
-            log.trim(start)
+            self._trim(log, start)
+
+    def _trim(self, log: SequenceLog, start: int) -> None:
+        log.trim(start)
+        if self._pruner is not None:
+            self._pruner.trimmed(log)
 
     # ---- decoding --------------------------------------------------------------------------
 
@@ -175,7 +215,7 @@ class SliceBackend(ABC):
             for log, end in zip(logs, ends, strict=True):
                 self._cells.doubt(log.seq)
                 self._context.drop(log.seq, end)
-                log.trim(end)
+                self._trim(log, end)
             raise
         return [outputs[index] for index in range(len(steps))]
 
@@ -261,10 +301,12 @@ class SliceBackend(ABC):
     def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
         """Copy cells out; see the port.
 
-        Raises :class:`InvalidRequest` (``kv_range``, ``no_sequence``) and :class:`Unsupported`
-        (``kv_not_portable``).
+        Raises :class:`InvalidRequest` (``kv_range``, ``no_sequence``), :class:`Conflict`
+        (``kv_pruned``) and :class:`Unsupported` (``kv_not_portable``).
         """
-        return self._cells.export(self._log(seq), start, stop)
+        log = self._log(seq)
+        log.check_whole()
+        return self._cells.export(log, start, stop)
 
     def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
         """Write cells in; see the port.
@@ -274,6 +316,26 @@ class SliceBackend(ABC):
         (``kv_malformed``, ``not_finite``).  On any of these the sequence is unchanged.
         """
         self._cells.load(self._log(seq), kv, tokens)
+
+    # ---- attention -------------------------------------------------------------------------
+
+    def attention(self, seq: int) -> CellAttention:
+        """Return where a watched sequence attended; see the port.
+
+        Raises :class:`InvalidRequest` (``no_sequence``, ``not_watched``) and :class:`Unsupported`
+        (``no_pruning``).
+        """
+        log = self._log(seq)
+        if self._pruner is None:
+            raise no_pruning()
+        return self._pruner.attention(log)
+
+    def kv_usage(self, seq: int) -> KvUsage:
+        """Return what the cells of a sequence take; raises :class:`InvalidRequest`."""
+        log = self._log(seq)
+        if self._pruner is None:
+            return KvUsage(log.count, log.count * self._info.kv_bytes_per_token, None, pruned=False)
+        return self._pruner.usage(log)
 
 
 def check_numbers(*, n_ctx: int, n_seq: int, threads: int, n_ctx_train: int) -> None:

@@ -241,7 +241,7 @@ def _sample(log: SequenceLog, logits: NDArray[np.float32]) -> Sampled:
     try:
         token, logprob, top = sample(
             logits,
-            log.tokens,
+            log.history,
             log.end,
             seed=params.seed,
             temperature=params.temperature,

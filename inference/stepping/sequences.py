@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest, LimitExceeded
+from pyagent_node.base.errors import Conflict, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.sampling import SamplingParams
 
@@ -39,6 +39,11 @@ class SequenceLog:
         """One past the highest position, 0 when empty: where the next step begins."""
         self.straight = True
         """Whether llama.cpp keeps the cells in the order of their positions, which begin at 0."""
+        self.ordered = True
+        """Whether it keeps them in that order, whichever positions they are."""
+        self._gone_tokens = np.zeros(0, np.int32)
+        self._gone_positions = np.zeros(0, np.int32)
+        self._pruned = False
         self._tokens = np.zeros(n_ctx, np.int32)
         self._positions = np.zeros(n_ctx, np.int32)
 
@@ -56,6 +61,18 @@ class SequenceLog:
     def positions(self) -> NDArray[np.int32]:
         """Their positions (a view)."""
         return self._positions[: self.count]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether cells were given up: what is computed from them is not exact."""
+        return self._pruned
+
+    @property
+    def history(self) -> Tokens:
+        """The tokens so far, with those whose cells were given up, in any order."""
+        if not len(self._gone_tokens):
+            return self.tokens
+        return np.concatenate([self._gone_tokens, self.tokens])
 
     def check_room(self, position: int, n: int) -> None:
         """Check that ``n`` cells at ``position`` fit.
@@ -91,6 +108,41 @@ class SequenceLog:
         self.count = kept
         self.end = int(self.positions.max()) + 1 if kept else 0
         self.straight = self.straight or kept == 0
+        self.ordered = self.ordered or kept == 0
+        self._pruned = self._pruned and kept > 0
+        left = self._gone_positions < (start if kept else 0)
+        self._gone_tokens, self._gone_positions = (
+            self._gone_tokens[left],
+            self._gone_positions[left],
+        )
+
+    def check_trim(self, start: int) -> None:
+        """Check that a sequence that is trimmed to ``start`` ends there, or before with all cells.
+
+        Raises :class:`Conflict` (``kv_pruned``) where the cell before was given up.
+        """
+        if 0 < start < self.end and (self._gone_positions == start - 1).any():
+            raise _pruned(self.seq, f"cannot go back to position {start}")
+
+    def check_whole(self) -> None:
+        """Raise :class:`Conflict` (``kv_pruned``) when cells were given up."""
+        if self._pruned:
+            raise _pruned(self.seq, "has no cells to give away or to move")
+
+    def prune(self, kept: NDArray[np.intp]) -> None:
+        """Forget all cells but those at the indices ``kept``, which ascend, the last among them."""
+        gone = np.ones(self.count, np.bool_)
+        gone[kept] = False
+        if not gone.any():
+            return
+        self._gone_tokens = np.concatenate([self._gone_tokens, self.tokens[gone]])
+        self._gone_positions = np.concatenate([self._gone_positions, self.positions[gone]])
+        n = len(kept)
+        self._tokens[:n] = self.tokens[kept]
+        self._positions[:n] = self.positions[kept]
+        self.count = n
+        self.straight = False
+        self._pruned = True
 
     def select(self, start: int, stop: int) -> NDArray[np.intp]:
         """Return the indices of the cells at positions ``[start, stop)``, by position.
@@ -126,6 +178,15 @@ class SequenceLog:
             raise InvalidRequest(
                 f"Shifting by {delta} would put two tokens at one position.", code="kv_range"
             )
-        self.straight = False
+        self.straight = self.ordered = False
         self._positions[: self.count] = moved
         self.end = int(moved.max()) + 1 if len(moved) else 0
+
+
+def _pruned(seq: int, what: str) -> Conflict:
+    return Conflict(
+        f"Sequence {seq} was pruned and {what}.",
+        code="kv_pruned",
+        remedy="Free the sequence and compute its tokens again.",
+        seq=seq,
+    )
