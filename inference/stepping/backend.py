@@ -272,28 +272,31 @@ class SliceBackend(ABC):
             )
         return log
 
-    def score(self, tokens: Tokens) -> NDArray[np.float32]:
+    def score(self, tokens: Tokens, seq: int | None = None) -> NDArray[np.float32]:
         """Return the logits behind each token of a text, shape (n, n_vocab): for measuring.
 
-        Slot 0 of a whole model is used for it, and must not be open: else :class:`Conflict`
+        The text follows what sequence ``seq`` holds, which is as before in the end (if it was
+        pruned, too).  Without one slot 0 is used, and must not be open: else :class:`Conflict`
         (``sequence_in_use``).  Raises :class:`InvalidRequest` (``bad_parameter``) for a slice.
         """
         if self._info.slice.first or not self._info.slice.head:
             raise InvalidRequest("Only a whole model scores texts.", code="bad_parameter")
-        if self._logs[0] is not None:
+        if seq is None and self._logs[0] is not None:
             raise Conflict("Sequence 0 is in use.", code="sequence_in_use", seq=0)
-        SequenceLog(0, self._info.n_ctx, None).check_room(0, len(tokens))
+        log = SequenceLog(0, self._info.n_ctx, None) if seq is None else self._log(seq)
+        slot, end = log.seq, log.end
+        log.check_room(end, len(tokens))
         found: list[NDArray[np.float32]] = []
         try:
             for at in range(0, len(tokens), MAX_DECODE_ROWS):
                 piece = tokens[at : at + MAX_DECODE_ROWS]
                 n = len(piece)
-                positions = np.arange(at, at + n, dtype=np.int32)
-                rows = Rows(np.zeros(n, np.int32), positions, piece, None, np.ones(n, np.int8))
+                positions = np.arange(end + at, end + at + n, dtype=np.int32)
+                rows = Rows(np.full(n, slot, np.int32), positions, piece, None, np.ones(n, np.int8))
                 self._context.decode(rows, None, lone_threads=1)
                 found += [self._context.logits(row).copy() for row in range(n)]
         finally:
-            self._context.drop(0, 0)
+            self._context.drop(slot, end)
         return np.stack(found)
 
     # ---- KV ranges -------------------------------------------------------------------------
