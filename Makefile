@@ -3,8 +3,8 @@
 # Both set up everything they need in .venv; PYTHON=/path/to/python3.12 picks the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help python-found setup setup-dev setup-torch demo test test-torch lint format bench lock \
-  clean distclean
+.PHONY: help python-found setup setup-dev setup-torch demo test test-torch lint format bench \
+  bench-backends lock clean distclean
 MAKEFLAGS += --no-print-directory
 # The tests start hundreds of processes: each would compile all it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,7 +27,8 @@ step = @printf '\n--- %s\n' "$(1)"
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "Also: setup, setup-torch, test-torch, lint, format, bench, lock, clean, distclean."
+	@echo "Also: setup, setup-torch, test-torch, lint, format, bench, bench-backends, lock, clean,"
+	@echo "distclean."
 
 python-found:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -105,6 +106,10 @@ format: setup-dev
 
 bench: setup
 	@$(BIN)/pyagent-node bench pipeline --ranks 1,2,3
+
+# All three backends beside transformers and mlx-lm; JSON on standard output.
+bench-backends: setup-torch
+	@.venv-torch/bin/python -m pyagent_node.cli.main bench backends --json
 
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
   --custom-compile-command "make lock" $(LOCK_FLAGS)

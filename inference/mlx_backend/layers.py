@@ -21,17 +21,28 @@ from pyagent_node.inference.formats.weights import (
     head_weights,
     layer_weights,
 )
+from pyagent_node.inference.mlx_backend import library
 
 
 def _float(dtype: mx.Dtype) -> Float:
     return np.float16 if dtype == mx.float16 else np.float32
 
 
+def turned(matrix: mx.array) -> mx.array:
+    """Return a matrix of shape (out, in) as (in, out), for products of rows with it.
+
+    On processors the numbers are moved, too: rows times a matrix that lies the other way round take
+    1.4 to 2 times as long there, one row or many (with the same bits for every number of rows,
+    either way).
+    """
+    return mx.contiguous(matrix.T) if library.device() == "cpu" else matrix.T
+
+
 class Linear:
     """A matrix of shape (out, in), and a bias or none."""
 
     def __init__(self, weight: Array, bias: Array | None, dtype: mx.Dtype) -> None:
-        self._matrix = mx.array(weight, dtype=dtype).T
+        self._matrix = turned(mx.array(weight, dtype=dtype))
         self._bias = None if bias is None else mx.array(bias, dtype=dtype)
         mx.eval(self._matrix)
 
@@ -120,11 +131,12 @@ class Ends:
         if part.head:
             norm, head = head_weights(weights, kind)
             self._norm, matrix = mx.array(norm, dtype=dtype), mx.array(head)
-            self._head = matrix.T
+            self._head = turned(matrix)
             if part.first == 0:
                 tied = weights.config.tied
-                self._table = matrix if tied else mx.array(embedding_weights(weights, kind))
-            mx.eval(self._norm, matrix)
+                # a view: the numbers are there once
+                self._table = self._head.T if tied else mx.array(embedding_weights(weights, kind))
+            mx.eval(self._norm, self._head)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the rows of tokens; only in the whole model."""
