@@ -23,10 +23,12 @@ Computing the vectors takes minutes; ``--cache`` keeps them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -36,19 +38,24 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.files import make_private_dir
 from pyagent_node.benchmarks.context_corpus import Fact, corpus, facts
-from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
+from pyagent_node.inference.gguf_embedder import GgufIdentity
+from pyagent_node.inference.models.encoders import minilm_files
+from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.inference.models.stored_model import About
 from pyagent_node.native import Blake3, lsh_probes, sketch_scan
+from pyagent_node.node.api.following import nobody
 from pyagent_node.node.config import load_settings
+from pyagent_node.node.context_encoder import Encoders
 from pyagent_node.node.home import Home
 from pyagent_node.node.offline import open_store
 from pyagent_node.sharding.context.chunking import Chunk, chunks
-from pyagent_node.sharding.context.defaults import Axes, default_model
+from pyagent_node.sharding.context.defaults import Axes, axes_of
 from pyagent_node.sharding.context.duplicates import near_texts
-from pyagent_node.sharding.context.embedder import Embedder, Vectors
+from pyagent_node.sharding.context.embedder import MAX_TEXTS, Embedder, Vectors
 from pyagent_node.sharding.context.index import RERANKED, Index, Way
 from pyagent_node.sharding.context.index_codec import StoredIndex, encode_index
 from pyagent_node.sharding.context.lexical import Lexical
-from pyagent_node.sharding.context.minilm import MAX_TEXTS, MiniLm
+from pyagent_node.sharding.context.minilm import MiniLm
 from pyagent_node.sharding.context.sketches import BITS, Buckets, Sketches
 from pyagent_node.sharding.context.windows import windows
 
@@ -109,7 +116,7 @@ def material(tokens: int, embedder: Embedder, split: str, cache: Path | None) ->
         for fact in wanted
     ]
     asked = time.perf_counter()
-    questions = np.concatenate([embedder.embed([fact.question]) for fact in wanted])
+    questions = np.stack([embedder.embed_question(fact.question) for fact in wanted])
     answered = time.perf_counter()
     words = Lexical(chunk.text for chunk in found)
     seconds = {
@@ -119,7 +126,7 @@ def material(tokens: int, embedder: Embedder, split: str, cache: Path | None) ->
         "embed_one_question": (answered - asked) / len(wanted),
         "words": time.perf_counter() - answered,
     }
-    axes = default_model(embedder.identity, embedder.dimensions)
+    axes = axes_of(embedder)
     aimed = np.stack([axes.model.aim(question) for question in questions])
     searched = Searched(
         np.array(owners, np.uint32), vectors, wanted, aimed, questions, answers, words
@@ -326,6 +333,31 @@ def run(material: Material, identity: str) -> dict[str, object]:
     }
 
 
+def _minilm(folder: Path | None) -> Embedder:
+    if folder is not None:
+        return MiniLm(folder / "model.onnx", folder / "tokenizer.json")
+    home = Home.default()
+    return MiniLm(*trio.run(minilm_files, open_store(home, load_settings(home))))
+
+
+@contextlib.contextmanager
+def _gguf(path: Path, question: str, text: str) -> Iterator[Embedder]:
+    """Open a GGUF encoder as a node would that holds nothing else."""
+
+    async def open_it(encoders: Encoders, identity: str) -> Embedder:
+        return await encoders.open(identity, nobody)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = ModelStore(Path(folder))
+        model = store.add_file(path, about=About("encoder"))
+        encoders = Encoders(store)
+        identity = GgufIdentity(model.digest, model.manifest, question, text)
+        try:
+            yield trio.run(open_it, encoders, identity.checked())
+        finally:
+            trio.run(encoders.close)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -334,16 +366,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--split", choices=("held-out", "tuning", "all"), default="held-out")
     parser.add_argument("--encoder", type=Path, help="a folder of model.onnx and tokenizer.json")
+    parser.add_argument("--gguf", type=Path, help="a GGUF encoder instead of MiniLM")
+    parser.add_argument("--question-prefix", default="", help="what it wants before questions")
+    parser.add_argument("--text-prefix", default="", help="what it wants before texts")
     parser.add_argument("--cache", type=Path, help="a folder for the windows' vectors")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.encoder:
-        files = EncoderFiles(args.encoder / "model.onnx", args.encoder / "tokenizer.json")
-    else:
-        home = Home.default()
-        files = trio.run(minilm_files, open_store(home, load_settings(home)))
-    embedder = MiniLm(*files)
-    report = run(material(args.tokens, embedder, args.split, args.cache), embedder.identity)
+    with contextlib.ExitStack() as stack:
+        embedder = (
+            stack.enter_context(_gguf(args.gguf, args.question_prefix, args.text_prefix))
+            if args.gguf
+            else _minilm(args.encoder)
+        )
+        report = run(material(args.tokens, embedder, args.split, args.cache), embedder.identity)
     if args.json:
         json.dump(report, sys.stdout, indent=1)
         print()

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
@@ -67,14 +68,27 @@ class TimedEncoder:
         self.seconds += time.perf_counter() - began
         return found
 
+    @property
+    def centre(self) -> NDArray[np.float32] | None:
+        """See ``Embedder``."""
+        return self._inner.centre
+
+    def embed_question(self, question: str) -> NDArray[np.float32]:
+        """See ``Embedder``."""
+        return np.asarray(self.embed([question])[0], np.float32)
+
     def count_tokens(self, text: str) -> int:
         """See ``Embedder``."""
         return self._inner.count_tokens(text)
 
-    def check(self) -> None:
+    async def choose(self) -> str:
+        """See ``EncoderSource``."""
+        return self.identity
+
+    def check(self, identity: str) -> None:
         """See ``EncoderSource``: it is there."""
 
-    async def open(self, report: Report) -> Embedder:
+    async def open(self, identity: str, report: Report) -> Embedder:
         """See ``EncoderSource``."""
         report(Progress(step="encoder"))
         return self

@@ -37,7 +37,7 @@ from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.node.api.context_schema import ContextView, QueryRequest
 from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.context_store import open_context_store
-from pyagent_node.sharding.context.defaults import default_model
+from pyagent_node.sharding.context.defaults import axes_of
 from pyagent_node.sharding.context.lexical import Lexical
 from pyagent_node.sharding.context.minilm import MiniLm
 from pyagent_node.sharding.context.records import ChunkBody
@@ -297,8 +297,8 @@ async def _bodies(folders: Sequence[Path]) -> list[ChunkBody]:
 def _searched(bodies: Sequence[ChunkBody], wanted: list[Fact], embedder: MiniLm) -> Searched:
     """Make of chunks what every other way searches."""
     owners = [number for number, body in enumerate(bodies) for _ in body.spans]
-    questions = np.concatenate([embedder.embed([fact.question]) for fact in wanted])
-    aim = default_model(embedder.identity, embedder.dimensions).model.aim
+    questions = np.stack([embedder.embed_question(fact.question) for fact in wanted])
+    aim = axes_of(embedder).model.aim
     return Searched(
         chunk_of=np.array(owners, np.uint32),
         vectors=np.concatenate([body.matrix() for body in bodies]),

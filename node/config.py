@@ -68,6 +68,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_level: str
     context_disk_bytes: int
     context_bytes_per_second: int
+    context_encoder: str
+    context_question_prefix: str
+    context_text_prefix: str
     model_dir: str
     n_ctx: int
     n_seq: int

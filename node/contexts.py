@@ -18,7 +18,7 @@ import numpy as np
 import trio
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound
+from pyagent_node.base.errors import LimitExceeded, NotFound
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.node.api.context_schema import (
@@ -40,7 +40,7 @@ from pyagent_node.node.context_drafts import KEPT_FROM, Drafts
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
 from pyagent_node.sharding.context.catalog import Known
-from pyagent_node.sharding.context.defaults import default_model
+from pyagent_node.sharding.context.defaults import axes_of
 from pyagent_node.sharding.context.documents import About, Cut, cut, document, removal
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
@@ -88,8 +88,9 @@ class Contexts:
 
     async def create(self, request: CreateContextRequest) -> ContextView:
         """Make a context; raises :class:`Conflict` (``context_exists``)."""
-        self._encoder.check()
-        info = await self.mesh.create(request.name, request.policy, encoder=self._encoder.identity)
+        encoder = await self._encoder.choose()
+        self._encoder.check(encoder)
+        info = await self.mesh.create(request.name, request.policy, encoder=encoder)
         return self._view(info)
 
     async def drop(self, name: str) -> RemoveReply:
@@ -170,11 +171,11 @@ class Contexts:
         if known is not None and known.record.digest == digest and self._current(info, known):
             return _reply(known.record, "unchanged", 0, "")
         read = await read_document(data, source)
-        encoder = await self._encoder.open(report)
+        encoder = await self._encoder.open(info.encoder, report)
         parts = await trio.to_thread.run_sync(cut, read.text, source, encoder.count_tokens)
         _check_window(info, sum(chunk.tokens for chunk in parts.chunks), source)
         vectors, embedded = await self._vectors(encoder, parts, known, source, report)
-        axes = default_model(encoder.identity, encoder.dimensions)
+        axes = axes_of(encoder)
         about = About(
             context=info.id,
             source=source,
@@ -221,14 +222,7 @@ class Contexts:
 
     def _writable(self, name: str) -> ContextInfo:
         info = self.mesh.find(name)
-        self._encoder.check()
-        if info.encoder != self._encoder.identity:
-            raise Conflict(
-                f"The context {name!r} was made with the encoder {info.encoder}; this node has"
-                f" {self._encoder.identity}.",
-                code="context_encoder_differs",
-                remedy="Set context_encoder as it was, or make another context.",
-            )
+        self._encoder.check(info.encoder)
         return info
 
     def _current(self, info: ContextInfo, known: Known) -> bool:
@@ -325,11 +319,11 @@ class Contexts:
         """
         check_question(request.question, request.count)
         info = self._writable(name)
-        encoder = await self._encoder.open(report)
+        encoder = await self._encoder.open(info.encoder, report)
         began = time.monotonic()
-        (vector,) = await trio.to_thread.run_sync(encoder.embed, [request.question])
+        vector = await trio.to_thread.run_sync(encoder.embed_question, request.question)
         seconds = time.monotonic() - began
-        vector = default_model(encoder.identity, encoder.dimensions).model.aim(vector)
+        vector = axes_of(encoder).model.aim(vector)
         answer = await self.mesh.search(
             info, request.question, vector, count=request.count, way=request.way
         )

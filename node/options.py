@@ -282,6 +282,24 @@ OPTIONS: tuple[Option, ...] = (
         low=KIB,
         high=MIB * MIB,
     ),
+    Option(
+        "context_encoder",
+        "text",
+        "minilm",
+        "What embeds the texts of new contexts: minilm, or a GGUF embedding model of this node.",
+    ),
+    Option(
+        "context_question_prefix",
+        "text",
+        "",
+        "What a GGUF context_encoder wants before a question, such as 'query: '.",
+    ),
+    Option(
+        "context_text_prefix",
+        "text",
+        "",
+        "What a GGUF context_encoder wants before a text, such as 'passage: '.",
+    ),
     Option("model_dir", "text", "", "Where models are kept; empty: in the home."),
     Option(
         "n_ctx",

@@ -28,7 +28,7 @@ from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
-from pyagent_node.node.context_encoder import MiniLmSource
+from pyagent_node.node.context_encoder import open_encoders
 from pyagent_node.node.context_parts import NodeContexts, open_node_contexts
 from pyagent_node.node.draft_model import DraftModel, keep_drafting
 from pyagent_node.node.engines import open_consensus
@@ -144,11 +144,12 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             stream_bytes_per_second=settings.kv_stream_bytes_per_second,
             level=level_named(settings.kv_level),
         ) as kv,
+        open_encoders(mesh, store, settings) as encoders,
         open_node_contexts(
             mesh,
             consensus,
             home.contexts_dir(profile.mesh_id),
-            MiniLmSource(store, threads=settings.threads),
+            encoders,
             limit_bytes=settings.context_disk_bytes,
             bytes_per_second=settings.context_bytes_per_second,
         ) as contexts,

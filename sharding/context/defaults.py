@@ -2,8 +2,9 @@
 
 Those of MiniLM were learned from texts of many kinds (``benchmarks/context_axes.py``) and travel
 with this package.  An encoder that has no axes of its own here gets random ones, the same on every
-node: a rotation keeps distances, and signs along random axes keep neighbours, if not as well as
-learned ones.  Pure, but for the one file of the package.
+node, around the mean of its vectors of some fixed texts (:func:`calibration_texts`): a rotation
+keeps distances, and signs along random axes keep neighbours, if not as well as learned ones.
+Pure, but for the files of the package.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from pyagent_node.base.errors import CorruptData
 from pyagent_node.native import blake3
-from pyagent_node.sharding.context.embedder import Vectors
+from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.sketches import (
     BITS,
     Buckets,
@@ -34,6 +35,12 @@ _BUCKET_SEED: Final = 0x6275636B
 _MAGIC: Final = b"pyagent axes 1\0\0"
 _SUM: Final = 32
 _SIZES: Final = 4
+
+
+def calibration_texts() -> list[str]:
+    """Return the texts whose vectors' mean is the centre of an encoder without learned axes."""
+    data = (files("pyagent_node.sharding.context") / "calibration.txt").read_text("utf-8")
+    return [text for text in data.split("\n\n") if text.strip()]
 
 
 class Axes(NamedTuple):
@@ -61,6 +68,16 @@ def default_model(identity: str, dimensions: int) -> Axes:
         SketchModel.of_axes(centre, rotated),
         Buckets(centre, random_axes(BUCKET_BITS, dimensions, _BUCKET_SEED).astype(np.float32)),
     )
+
+
+def axes_of(embedder: Embedder) -> Axes:
+    """Return the axes of an encoder: learned ones, or random ones around the centre it tells."""
+    axes = default_model(embedder.identity, embedder.dimensions)
+    centre = embedder.centre
+    if centre is None:
+        return axes
+    model, buckets = axes
+    return Axes(SketchModel(centre, model.steps, model.scales), Buckets(centre, buckets.axes))
 
 
 def learn_axes(vectors: Vectors, bucket_bits: int = BUCKET_BITS) -> Axes:

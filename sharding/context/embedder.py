@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyagent_node.base.errors import InvalidRequest, LimitExceeded
+
 Vectors = NDArray[np.float32]
 """One unit vector a row."""
+MAX_TEXTS: Final = 1 << 16
+"""The most texts in one call."""
+MAX_CHARACTERS: Final = 1 << 16
+"""The most characters of one text."""
 
 
 class Embedder(Protocol):
@@ -37,6 +43,41 @@ class Embedder(Protocol):
         """
         ...
 
+    @property
+    def centre(self) -> NDArray[np.float32] | None:
+        """The mean of its vectors over texts of many kinds; ``None`` where axes were learned.
+
+        Nodes need not agree on it to the last digit: it shifts the signs of sketches, which then
+        lie as they are in the record of a document.
+        """
+        ...
+
+    def embed_question(self, question: str) -> NDArray[np.float32]:
+        """Return the unit vector of a question; some encoders want other words before those."""
+        ...
+
     def count_tokens(self, text: str) -> int:
         """Return how many tokens ``text`` has for this encoder, without marks of its own."""
         ...
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Check what an encoder is given.
+
+    Raises :class:`LimitExceeded` (``too_many_texts``, ``text_too_large``) and
+    :class:`InvalidRequest` (``bad_context_text``).
+    """
+    if len(texts) > MAX_TEXTS:
+        raise LimitExceeded(
+            f"{len(texts)} texts were given at once; the most is {MAX_TEXTS}.",
+            code="too_many_texts",
+        )
+    for text in texts:
+        if len(text) > MAX_CHARACTERS:
+            raise LimitExceeded(
+                f"A text has {len(text)} characters; the most is {MAX_CHARACTERS}.",
+                code="text_too_large",
+                remedy="Cut it into windows first.",
+            )
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise InvalidRequest("A text holds half characters.", code="bad_context_text")

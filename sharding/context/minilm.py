@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unavailable
+from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.files import read_limited
 from pyagent_node.base.limits import MIB
-from pyagent_node.sharding.context.embedder import Vectors
+from pyagent_node.sharding.context.embedder import Vectors, check_texts
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -27,15 +28,13 @@ MODEL_SHA256: Final = "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab01
 MODEL_BYTES: Final = 22_928_619
 TOKENIZER_SHA256: Final = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 TOKENIZER_BYTES: Final = 466_247
+NAME: Final = "minilm"
+"""What settings call it."""
 DIMENSIONS: Final = 384
 IDENTITY: Final = f"all-MiniLM-L6-v2/int8/{MODEL_SHA256[:16]}/{TOKENIZER_SHA256[:16]}"
 """The model, its digest, and that of its vocabulary."""
 MAX_TOKENS: Final = 256
 """Tokens of a text beyond these are not seen: the model was trained on no more."""
-MAX_TEXTS: Final = 1 << 16
-"""The most texts in one call."""
-MAX_CHARACTERS: Final = 1 << 16
-"""The most characters of one text."""
 BATCH: Final = 32
 """Texts of about the same length computed together."""
 
@@ -79,13 +78,22 @@ class MiniLm:
         """Numbers in a vector."""
         return DIMENSIONS
 
+    @property
+    def centre(self) -> NDArray[np.float32] | None:
+        """Its axes were learned, and their centre with them."""
+        return None
+
+    def embed_question(self, question: str) -> NDArray[np.float32]:
+        """Return the unit vector of a question: that of any other text."""
+        return np.asarray(self.embed([question])[0], np.float32)
+
     def count_tokens(self, text: str) -> int:
         """Return how many word pieces ``text`` has."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors ``[len(texts), 384]``: the mean over a text's tokens."""
-        _check(texts)
+        check_texts(texts)
         encodings = self._tokenizer.encode_batch(list(texts))
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
         vectors = np.zeros((len(texts), DIMENSIONS), np.float32)
@@ -109,23 +117,6 @@ class MiniLm:
         means = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None]
         norms = np.linalg.norm(means, axis=1, keepdims=True)
         return np.asarray(means / np.maximum(norms, 1e-12), np.float32)
-
-
-def _check(texts: Sequence[str]) -> None:
-    if len(texts) > MAX_TEXTS:
-        raise LimitExceeded(
-            f"{len(texts)} texts were given at once; the most is {MAX_TEXTS}.",
-            code="too_many_texts",
-        )
-    for text in texts:
-        if len(text) > MAX_CHARACTERS:
-            raise LimitExceeded(
-                f"A text has {len(text)} characters; the most is {MAX_CHARACTERS}.",
-                code="text_too_large",
-                remedy="Cut it into windows first.",
-            )
-        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise InvalidRequest("A text holds half characters.", code="bad_context_text")
 
 
 def _pinned(path: Path, sha256: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pyagent_node.benchmarks import context_index
 from pyagent_node.benchmarks.context_corpus import corpus, facts
@@ -21,7 +22,10 @@ def count(text: str) -> int:
 class Hashing:
     """Vectors of texts by their words, so that the figures need no model."""
 
-    identity, dimensions = "hashing", 256
+    identity, dimensions, centre = "hashing", 256, None
+
+    def embed_question(self, question: str) -> NDArray[np.float32]:
+        return np.asarray(self.embed([question])[0], np.float32)
 
     def count_tokens(self, text: str) -> int:
         return count(text)

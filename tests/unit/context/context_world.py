@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pyagent_node.base.errors import Conflict
 from pyagent_node.base.types import ContextPolicy, PeerId
 from pyagent_node.node.api.context_schema import AddReply, CreateContextRequest, QueryRequest
 from pyagent_node.node.api.schema import Progress
@@ -45,6 +47,13 @@ class WordEmbedder:
             self.embedded += len(texts)
         return np.stack([_vector(text) for text in texts])
 
+    @property
+    def centre(self) -> NDArray[np.float32] | None:
+        return None
+
+    def embed_question(self, question: str) -> NDArray[np.float32]:
+        return np.asarray(self.embed([question])[0], np.float32)
+
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
@@ -65,10 +74,14 @@ class GivenEncoder:
         self.embedder = embedder
         self.identity = embedder.identity
 
-    def check(self) -> None:
-        return None
+    async def choose(self) -> str:
+        return self.identity
 
-    async def open(self, report: Report) -> Embedder:
+    def check(self, identity: str) -> None:
+        if identity != self.identity:
+            raise Conflict("another encoder", code="context_encoder_differs")
+
+    async def open(self, identity: str, report: Report) -> Embedder:
         report(Progress(step="encoder"))
         return self.embedder
 

@@ -22,7 +22,7 @@ from pyagent_node.node import context_drafts as drafts
 from pyagent_node.node import context_encoder
 from pyagent_node.node import contexts as contexts_module
 from pyagent_node.node.api.context_schema import CreateContextRequest, QueryRequest
-from pyagent_node.node.context_encoder import MiniLmSource
+from pyagent_node.node.context_encoder import Encoders
 from pyagent_node.node.context_store import FILE, open_context_store
 from pyagent_node.node.contexts import Contexts
 
@@ -385,7 +385,7 @@ async def test_a_missing_extra_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(context_encoder, "find_spec", lambda name: None)
-    source = MiniLmSource(ModelStore(tmp_path / "models"))
+    source = Encoders(ModelStore(tmp_path / "models"))
     async with one_node(tmp_path) as world:
         contexts = Contexts(world.mesh, source, held=world.store.held)
         with pytest.raises(Unavailable) as caught:
