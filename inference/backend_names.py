@@ -52,6 +52,13 @@ MAX_CLASSES: Final = 8
 """Exactness classes that ranks of one pipeline may be of."""
 MAX_CLASS: Final = 64
 """Characters of the name of one."""
+ADOPTED: Final = "+kv"
+"""What the class of a rank ends in that goes on from KV that another class computed."""
+
+
+def is_adopted(name: str) -> bool:
+    """Whether a class is that of a rank that went on from KV of another class."""
+    return name.endswith(ADOPTED)
 
 
 def joined_classes(before: tuple[str, ...], own: str) -> tuple[str, ...]:

@@ -238,6 +238,7 @@ class ToyRunner:
         n_seq: int = 8,
         seconds: float = 0.0,
         one_way: bool = False,
+        exactness: str = "",
     ) -> None:
         self.seconds = seconds
         self._one_way = one_way
@@ -270,6 +271,7 @@ class ToyRunner:
             kv_codec=TOY_CELLS,
             prefill_cut=64,
             joint_shapes=((2, 4), (4, 4), (8, 4)),
+            exactness=exactness,
         )
 
     @property

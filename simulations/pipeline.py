@@ -85,11 +85,12 @@ class PipelineWorld:
         n_seq: int = 8,
         seconds: float = 0.01,
         keep: bool = False,
+        classes: Sequence[str] = (),
     ) -> Placement:
         """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last.
 
         With ``keep`` the runners go over to the new placement, rank by rank, and their old stages
-        are left to end by that.
+        are left to end by that.  ``classes`` are the exactness classes that the runners name.
         """
         kept = self.runners if keep else []
         if not keep:
@@ -103,7 +104,14 @@ class PipelineWorld:
         placement = Placement(MODEL, self._epoch, ranks, n_ctx, n_seq)
         self.placement = placement
         self.runners = kept or [
-            ToyRunner(r.slice, whole=last == 0, n_ctx=n_ctx, n_seq=n_seq, seconds=seconds)
+            ToyRunner(
+                r.slice,
+                whole=last == 0,
+                n_ctx=n_ctx,
+                n_seq=n_seq,
+                seconds=seconds,
+                exactness=classes[r.rank] if classes else "",
+            )
             for r in ranks
         ]
         for rank in ranks:
@@ -111,7 +119,7 @@ class PipelineWorld:
         self.offer(placement)
         return placement
 
-    def restart(self, rank: int) -> None:
+    def restart(self, rank: int, exactness: str = "") -> None:
         """Serve one rank of the placement with a new runner, as after the death of the last."""
         placement, old = self.placement, self.runners[rank]
         self.runners[rank] = ToyRunner(
@@ -120,6 +128,7 @@ class PipelineWorld:
             n_ctx=placement.n_ctx,
             n_seq=placement.n_seq,
             seconds=old.seconds,
+            exactness=exactness,
         )
         self.start_rank(placement, rank)
 

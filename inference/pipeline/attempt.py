@@ -42,6 +42,7 @@ from pyagent_node.inference.pipeline.frames import (
     pack_tail,
 )
 from pyagent_node.inference.pipeline.joining import Joining, wish
+from pyagent_node.inference.pipeline.origins import Origin
 from pyagent_node.inference.pipeline.restoring import Restoring, bad_result
 from pyagent_node.inference.pipeline.stage_types import MAX_STEPS_PER_SESSION, Outgoing
 from pyagent_node.inference.sampling import Sampled
@@ -75,7 +76,8 @@ class Attempt:
         self.embed = embed
         ranks = route.placement.ranks
         self._entry = ranks[0].peer_id
-        self._tail = ranks[-1].peer_id
+        self.tail = ranks[-1].peer_id
+        """Who sends the results."""
         self.peers = frozenset(rank.peer_id for rank in ranks)
         self._window = min(len(ranks) + 1, MAX_STEPS_PER_SESSION)
         self._total = len(prompt) + len(answer)
@@ -101,8 +103,8 @@ class Attempt:
 
     # ---- what goes out ---------------------------------------------------------------------
 
-    def open(self) -> Outgoing:
-        """Return the message that admits the session."""
+    def open(self, former: tuple[Origin, ...] = ()) -> Outgoing:
+        """Return the message that admits the session; ``former`` as in ``OpenSession``."""
         route, n = self.route, len(self._prompt)
         placement = route.placement
         return Outgoing(
@@ -117,6 +119,7 @@ class Attempt:
                 prompt_tokens=n,
                 sampling=route.sampling,
                 root=route.root,
+                former=former,
             ),
         )
 
@@ -344,7 +347,7 @@ class Attempt:
 
         The caller adds the tokens to the answer.  Raises :class:`CorruptData` (``bad_result``).
         """
-        if sender != self._tail:
+        if sender != self.tail:
             return None
         flights = self._flights
         if not flights or flights[0].step != result.step:

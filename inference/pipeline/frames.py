@@ -52,6 +52,7 @@ from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.inference.kv.pieces import Piece
+from pyagent_node.inference.pipeline.origins import Origin
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
@@ -68,7 +69,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     ``prompt_tokens`` included.  ``head`` takes its results and errors, and alone may close it.
     ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
     ``cut`` is the greatest ``prefill_cut`` of the ranks so far, and ``classes`` are their exactness
-    classes (``BackendInfo``): these names depend on both, too.
+    classes (``BackendInfo``): these names depend on both, too.  ``trail`` are the ranks so far, and
+    ``former`` those that computed the session before, whose KV may be gone on from (``origins``).
     """
 
     session: SessionId
@@ -82,6 +84,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     root: bytes = b""
     cut: int = BLOCK_TOKENS
     classes: tuple[str, ...] = ()
+    trail: tuple[Origin, ...] = ()
+    former: tuple[Origin, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
@@ -236,7 +240,8 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     """From the last rank to the head: a step is done.
 
     ``sampled`` when it asked for tokens: its guesses that were right, and one token more.
-    ``classes``, with the first token, are the exactness classes of the ranks that computed it.
+    ``classes``, with the first token, are the exactness classes of the ranks that computed it;
+    ``trail``, with the first result of all, are those ranks.
     """
 
     session: SessionId
@@ -247,6 +252,7 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     spent: float
     sampled: tuple[Sampled, ...] = ()
     classes: tuple[str, ...] = ()
+    trail: tuple[Origin, ...] = ()
 
 
 class StageError(msgspec.Struct, frozen=True, tag="stage_error"):

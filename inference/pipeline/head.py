@@ -26,7 +26,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
-from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
+from pyagent_node.inference.backend_names import ADOPTED, MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.generation import (
     FetchWhen,
@@ -50,6 +50,7 @@ from pyagent_node.inference.pipeline.frames import (
     StageError,
 )
 from pyagent_node.inference.pipeline.journal import Outcome
+from pyagent_node.inference.pipeline.origins import Origin, check_origins
 from pyagent_node.inference.pipeline.recovery import Patience
 from pyagent_node.inference.pipeline.restoring import bad_result, holders, parted
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
@@ -128,6 +129,7 @@ class HeadCore:
         self._begun = False
         self._held = False
         self._classes: list[str] = []
+        self._trail: tuple[Origin, ...] = ()
         self._told = False
         self._skip = 0
         self._recomputed = 0
@@ -183,10 +185,11 @@ class HeadCore:
         )
         if self.speculation is not None:
             self.speculation.begun()
-        opening = self.attempt.open()
         rest = 0
         if self._parted:  # all was computed but the last token, and is handed over
             blocks, rest = divmod(n + len(self.answer) - 1, BLOCK_TOKENS)
+        adopts = (blocks or rest) and plan.fetch != "never"
+        opening = self.attempt.open(self._trail if adopts else ())
         if self._joins and plan.join is not None:
             return opening, self.attempt.join(plan.join, plan.join_root, self._holders, now)
         if not blocks and not rest:
@@ -297,6 +300,9 @@ class HeadCore:
             return ()
         try:
             landed = attempt.on_result(sender, result, now)
+            if result.trail and sender == attempt.tail:
+                check_origins(result.trail)
+                self._trail = result.trail
             if landed is None:
                 return ()
             for sampled in landed.sampled:
@@ -304,7 +310,7 @@ class HeadCore:
         except PyAgentError as error:
             self.fail(error)
             return ()
-        self._note_classes(result.classes)
+        self._note_classes(result.classes, adopted=attempt.began_at > 0)
         spec = self.speculation
         if spec is not None:
             spec.landed(landed, result.spent, now)
@@ -314,9 +320,14 @@ class HeadCore:
             return self._speculate(spec, attempt, landed, now)
         return () if self._held else (attempt.send_token(self.answer[-1].token, now),)
 
-    def _note_classes(self, classes: Sequence[str]) -> None:
-        """Note who computes the attempt; a hostile tail cannot make that long."""
-        for each in classes[:MAX_CLASSES]:
+    def _note_classes(self, classes: Sequence[str], *, adopted: bool) -> None:
+        """Note who computes the attempt; a hostile tail cannot make that long.
+
+        Ranks that meant to go on from KV of other classes have not ``adopted`` any where all was
+        computed again.
+        """
+        for name in classes[:MAX_CLASSES]:
+            each = name if adopted else name.removesuffix(ADOPTED)
             if each not in self._classes and len(self._classes) < MAX_CLASSES:
                 self._classes.append(each[:MAX_CLASS])
 

@@ -19,7 +19,9 @@ from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, rest_links
 class SessionBlocks:
     """What a rank knows of the tokens whose cells it holds, guesses included.
 
-    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.
+    ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.  The names of its blocks
+    begin with ``root``, those of the blocks that it begins from with ``source``, which is another
+    one where these are of other classes (see ``origins``).
     """
 
     __slots__ = (
@@ -32,10 +34,14 @@ class SessionBlocks:
         "seen",
         "settled",
         "shown",
+        "source",
     )
 
-    def __init__(self, root: bytes, prompt_tokens: int, cut: int) -> None:
+    def __init__(
+        self, root: bytes, prompt_tokens: int, cut: int, source: bytes | None = None
+    ) -> None:
         self.root = root
+        self.source = root if source is None else source
         self.cut = cut
         self.prompt_tokens = prompt_tokens
         self.settled = 0

@@ -35,7 +35,6 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK, SequenceOp, StepOutput
-from pyagent_node.inference.backend_names import joined_classes, rooted
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
@@ -51,6 +50,7 @@ from pyagent_node.inference.pipeline.frames import (
     onward,
     pack_tail,
 )
+from pyagent_node.inference.pipeline.origins import roots
 from pyagent_node.inference.pipeline.stage_blocks import Import, Parting, StageBlocks
 from pyagent_node.inference.pipeline.stage_checks import check_opening, check_room, check_step
 from pyagent_node.inference.pipeline.stage_errors import (
@@ -176,14 +176,29 @@ class StageCore:
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
-        session.classes = joined_classes(message.classes, self._exactness)
-        root = rooted(message.root, session.classes)
-        cut = self.blocks.opened(session, root, message.cut, message.prompt_tokens)
+        found = roots(
+            message.root,
+            message.classes,
+            message.trail,
+            message.former,
+            session=message.session,
+            part=spec.slice,
+            own=self._exactness,
+        )
+        session.classes = found.classes
+        session.trail = (*message.trail, found.origin)
+        cut = self.blocks.opened(
+            session, found.origin.root, message.cut, message.prompt_tokens, found.source
+        )
         session.cut = cut
         if spec.downstream is None:
             return []
         onward = msgspec.structs.replace(
-            message, rank=spec.rank + 1, cut=cut, classes=session.classes
+            message,
+            rank=spec.rank + 1,
+            cut=cut,
+            classes=session.classes,
+            trail=session.trail,
         )
         return [Outgoing(spec.downstream, onward)]
 
@@ -391,7 +406,9 @@ class StageCore:
                     message.spent + seconds,
                     output.sampled,
                     session.classes if first else (),
+                    session.trail,
                 )
+                session.trail = ()
                 out.append(Outgoing(session.head, result))
             else:
                 session.computed(queued, ())

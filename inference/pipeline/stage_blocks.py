@@ -117,11 +117,22 @@ class StageBlocks:
         self._due: dict[SessionId, ServedSession] = {}
         self._ended: list[SessionId] = []
 
-    def opened(self, session: ServedSession, root: bytes, cut: int, prompt_tokens: int) -> int:
-        """Take note of a new session; returns the ``cut`` that the next rank is told."""
+    def opened(
+        self,
+        session: ServedSession,
+        root: bytes,
+        cut: int,
+        prompt_tokens: int,
+        source: bytes | None = None,
+    ) -> int:
+        """Take note of a new session; returns the ``cut`` that the next rank is told.
+
+        Its blocks are named by ``root``; those that it begins from by ``source``, or also
+        by ``root``.
+        """
         cut = max(cut, self._cut)
         if root:
-            session.blocks = SessionBlocks(root, prompt_tokens, cut)
+            session.blocks = SessionBlocks(root, prompt_tokens, cut, source)
         return cut
 
     def freed(self, session: ServedSession) -> None:
@@ -200,7 +211,7 @@ class StageBlocks:
             if load.seq < 0 and seq is not None and blocks is not None:
                 load.seq = seq
                 load.chain = block_chain(
-                    blocks.root, load.tokens, blocks.prompt_tokens, prefill_cut=blocks.cut
+                    blocks.source, load.tokens, blocks.prompt_tokens, prefill_cut=blocks.cut
                 )
                 began.append(load)
         return began
@@ -246,7 +257,7 @@ class StageBlocks:
         blocks, start = load.session.blocks, len(load.chain) * BLOCK_TOKENS
         if blocks is None or len(load.tokens) == start or not load.held:
             return None
-        parent = load.chain[-1] if load.chain else blocks.root
+        parent = load.chain[-1] if load.chain else blocks.source
         part = self._spec.slice
         return Rest(
             session=load.session.id,

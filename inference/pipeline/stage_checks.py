@@ -8,6 +8,7 @@ from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
+from pyagent_node.inference.pipeline.origins import check_origins
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
 from pyagent_node.inference.trees import check_tree, depths
@@ -40,6 +41,8 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
             code="bad_parameter",
             parameter="classes",
         )
+    check_origins(message.trail)
+    check_origins(message.former)
     if spec.is_tail:
         message.sampling.check(spec.n_vocab)
 

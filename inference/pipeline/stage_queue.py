@@ -66,7 +66,7 @@ class ServedSession:
     ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one, ``gaps`` has the cells
     that can be taken over, by where they begin, and their tokens; ``keeps`` says that the head is
     to be told when its blocks are kept.  ``classes`` are the exactness classes of the ranks up to
-    this one.
+    this one, and ``trail`` are those ranks, until the last one has told the head of them.
     """
 
     __slots__ = (
@@ -98,6 +98,7 @@ class ServedSession:
         "settled",
         "sure",
         "sure_step",
+        "trail",
         "verdict",
         "void",
     )
@@ -131,6 +132,7 @@ class ServedSession:
         self.restores = False
         self.cut = message.cut
         self.classes = message.classes
+        self.trail = message.trail
         self.gaps: dict[int, tuple[KvRange, Tokens]] = {}
         self.keeps = False
 
