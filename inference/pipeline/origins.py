@@ -29,7 +29,7 @@ from pyagent_node.inference.backend_names import (
 from pyagent_node.native import blake3
 from pyagent_node.sharding.kv_keys import LINK_BYTES
 
-MAX_ORIGINS = 64
+MAX_ORIGINS = 256
 """Ranks that a session may say this of."""
 
 
