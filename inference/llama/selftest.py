@@ -13,7 +13,7 @@ The reference is one row at a time on one thread.  Tried against it, with ``==``
 Only widths that passed are used, so a kernel that is not invariant costs speed, never bits.  Two or
 three rows that take longer together than one by one are not used either (llama.cpp's way with a
 single row is a special one).  A takeover waits for all this, so what a session can do without at
-first is tried later, when it comes up: the widths between, and several sequences (see ``shapes``).
+first is tried later, as it comes up: the widths between, and several sequences (see ``shapes``).
 
 Measured on AVX-512: for SmolLM2-135M Q4_1 every shape passes at every length, and a lone row beyond
 256 cells differs by up to 0.7 in its logits between one thread and two; for Qwen2.5-Coder 0.5B and

@@ -90,9 +90,11 @@ class CallRunner:
             shape = Shape(len(call), call[0].n)
             if work.is_prefill(call) or self._shapes.is_safe(shape, cells):
                 self._compute(call, work)
-            else:
+            elif self._shapes.is_due(shape, cells):
                 self._try(call, shape, work, cells)
                 planner.use(self._shapes.order)
+            else:
+                self._cut(call[0], work)
             for part in call:
                 if work.is_refuted(part):
                     planner.drop(part.step)
@@ -103,6 +105,16 @@ class CallRunner:
         out = work.place(call)
         self._run(rows, out, work.logs[call[0].step])
         work.note(call, out if len(call) > 1 else None)
+
+    def _cut(self, part: Part, work: _Work) -> None:
+        """Compute rows of one sequence in safe widths, up to the first guess that is wrong."""
+        log, at, stop = work.logs[part.step], part.offset, part.offset + part.n
+        while at < stop:
+            piece = Part(part.step, at, self._shapes.safe_width(stop - at, log.count))
+            self._compute((piece,), work)
+            at += piece.n
+            if work.is_refuted(piece):
+                return
 
     def _try(self, call: Call, shape: Shape, work: _Work, cells: int) -> None:
         """Compute a call in its shape and in safe ones; the latter counts, and both are compared.

@@ -16,7 +16,7 @@ from pyagent_node.inference.stepping.batching import JOINT_SHAPES, Shape
 from pyagent_node.inference.stepping.calls import CallRunner, LonePolicy
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
-from pyagent_node.inference.stepping.shapes import LONG, ShapeBook
+from pyagent_node.inference.stepping.shapes import LONG, PATIENCE, ShapeBook
 
 N_SEQ = 8
 N_CTX = 4 * LONG
@@ -126,6 +126,12 @@ class World:
         self.context.calls.clear()
         return self.runner.decode(steps, logs)
 
+    def wish(self, *widths: int) -> None:
+        """Have so many rows of one sequence come up as often as is needed for a trial."""
+        for width in widths:
+            for _ in range(PATIENCE):
+                assert not self.book.is_due(Shape(1, width), 20)
+
     def begin(self, cells: int = 20) -> None:
         for seq in range(N_SEQ):
             self.decode([seq], [[seq] * cells])
@@ -141,6 +147,7 @@ def test_a_trial_gives_what_single_rows_give_whatever_comes_of_it(
     shape: Shape, wrong: bool
 ) -> None:
     world = World([shape] if wrong else [])
+    world.wish(7)
     world.begin()
     for turn in range(3):
         seqs = range(shape.sequences)
@@ -161,6 +168,7 @@ def test_a_trial_gives_what_single_rows_give_whatever_comes_of_it(
 @pytest.mark.parametrize("good", range(5))
 def test_a_wrong_guess_ends_a_trial_as_it_ends_any_call(good: int) -> None:
     world = World()
+    world.wish(5)
     world.begin()
     for seqs in ([0], range(4)):
         rows = [(chain(5, world.logs[seq].end, good) + [0] * 4)[:5] for seq in seqs]
@@ -173,11 +181,38 @@ def test_a_wrong_guess_ends_a_trial_as_it_ends_any_call(good: int) -> None:
 
 def test_a_trial_that_is_cut_short_has_no_verdict() -> None:
     world = World([Shape(1, 5)])
+    world.wish(5)
     world.begin()
     world.decode([0], [[9, 0, 0, 0, 0]], drafts=4)
     assert Shape(1, 5) in world.book.order
     world.decode([0], [chain(9, world.logs[0].end, 4)], drafts=4)
     assert Shape(1, 5) not in world.book.order
+
+
+@pytest.mark.parametrize("good", range(8))
+def test_rows_of_one_sequence_are_cut_into_safe_widths_until_a_trial_pays(good: int) -> None:
+    world = World([Shape(1, 7)])
+    world.begin()
+    for turn in range(PATIENCE + 2):
+        end = world.logs[0].end
+        rows = (chain(9, end, good) + [0] * 7)[:7]
+        (output,) = tokens_of(world.decode([0], [rows], drafts=6))
+        right = min(good, 6)
+        assert output == chain(9, end, right + 1)[1:]
+        assert world.context.cells[0] == world.logs[0].end == end + right + 1
+        cut = [Shape(1, 4), Shape(1, 2), Shape(1, 1)]
+        if turn < PATIENCE:
+            assert world.context.calls == cut[: 1 + (right > 3) + (right > 5)]
+        elif turn == PATIENCE:
+            assert world.context.calls[0] == Shape(1, 7)
+    assert (Shape(1, 7) in world.book.order) is (good < 6)
+
+
+def test_a_width_that_passed_for_short_sequences_is_not_used_for_long_ones() -> None:
+    book = ShapeBook(LOADED, failed=(), slow=(), n_seq=N_SEQ)
+    book.note(Shape(1, 7), LONG, passed=True)
+    assert [book.safe_width(7, cells) for cells in (0, LONG - 7, LONG - 6)] == [7, 7, 4]
+    assert [book.safe_width(rows, 999) for rows in (1, 2, 3, 7, 8)] == [1, 2, 2, 4, 8]
 
 
 def test_prompts_are_no_trials() -> None:
