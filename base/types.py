@@ -20,6 +20,10 @@ SessionId = NewType("SessionId", str)
 AUTO_BACKEND: Final = "auto"
 """Leaves the choice of a backend to the node that loads a slice."""
 
+EXACT_ACTIVATIONS: Final = "f32"
+ACTIVATIONS: Final = (EXACT_ACTIVATIONS, "f16", "bf16")
+"""In which numbers activations may cross from rank to rank; in the first one unless said."""
+
 Backends = tuple[tuple[PeerId, str], ...]
 """Which backend nodes shall use for a model, by name; the others choose."""
 
@@ -77,7 +81,8 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     ``want_spares`` are how many each rank shall have, ``None`` what the mesh's settings say.
     ``drafting`` says how its sessions guess, ``None`` that nothing was said.  ``fixed``: a person
     chose the cut or the nodes, so they are not changed for more speed.  ``backends`` names those
-    that a person chose.
+    that a person chose.  ``activations`` says in which numbers they cross between ranks, where
+    that is not :data:`EXACT_ACTIVATIONS`.
     """
 
     model: Digest
@@ -90,6 +95,12 @@ class Placement(msgspec.Struct, frozen=True, omit_defaults=True):
     drafting: Drafting | None = None
     fixed: bool = False
     backends: Backends = ()
+    activations: str = ""
+
+    @property
+    def crossing(self) -> str:
+        """In which numbers activations cross between ranks."""
+        return self.activations or EXACT_ACTIVATIONS
 
     @property
     def tail(self) -> Rank:

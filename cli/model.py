@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from pyagent_node.base.errors import InvalidRequest, NotFound
+from pyagent_node.base.types import ACTIVATIONS
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.output import size
 
@@ -202,6 +203,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
         draft_tree: bool | None,
         drafter: str | None,
         backend: str | None,
+        activations: str | None,
     ) -> None:
         from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
@@ -220,6 +222,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             draft_tree=draft_tree,
             drafter=drafter,
             backend=backend,
+            activations=activations,
         )
         command(app, request)
 
@@ -243,6 +246,11 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             "--drafter",
             metavar="NAME[@NODE]",
             help="A smaller model of the same vocabulary that guesses on a node; none: no more.",
+        ),
+        click.option(
+            "--activations",
+            type=click.Choice(ACTIVATIONS),
+            help="How activations cross from rank to rank: f32 (exact), or half the bytes.",
         ),
         click.option(
             "--backend",

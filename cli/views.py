@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyagent_node.base.mesh import PeerInfo
+from pyagent_node.base.types import EXACT_ACTIVATIONS
 from pyagent_node.cli.output import duration, short, size
 from pyagent_node.inference.generation import SessionView, SpeculationUsage
 from pyagent_node.node.api.kv_schema import KvView
@@ -142,6 +143,8 @@ def placement_view(placement: PlacementView) -> RenderableType:
         )
         text = f"changing to {ranks}: {prepared.ready} of {len(prepared.nodes)} loaded beside"
         parts.append(Text(f"{text} (by {prepared.by})", "yellow"))
+    if placement.activations != EXACT_ACTIVATIONS:
+        parts.append(Text(f"activations cross in {placement.activations}", "dim"))
     guessing = _placed_guessing(placement)
     return Group(*parts, guessing) if guessing else Group(*parts)
 

@@ -74,6 +74,7 @@ MAX_DRAFT_LENGTH = 256
 """Far above what any head sends."""
 
 _BACKEND = re.compile(r"[a-z][a-z0-9._-]{0,31}")
+_NUMBERS = re.compile(r"[a-z0-9]{1,16}")
 _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TICKET = re.compile(r"[0-9a-f]{32}")
@@ -178,6 +179,8 @@ def _check_models(command: Command) -> None:
                 _number(field, getattr(command, field) or 0, 0, MAX_STANDBYS)
             _number("prepared", command.prepared, 0)
             _backends(command.backends)
+            numbers = command.activations
+            _ensure(not numbers or _NUMBERS.fullmatch(numbers) is not None, "activations", numbers)
         case PreparePlacement():
             _digest("model", command.model)
             _number("n_ctx", command.n_ctx, 1, MAX_CONTEXT)

@@ -94,6 +94,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     of the preparation that this commits: if that is not what is prepared now, it is a
     :class:`Conflict` (``not_prepared``).  With 0 whatever was prepared for the model is dropped.
     ``fixed``: a person chose the cut or the nodes.  ``backends``: those that a person chose.
+    ``activations`` as in ``Placement``.
     """
 
     model: Digest
@@ -106,6 +107,7 @@ class SetPlacement(msgspec.Struct, frozen=True, tag="set_placement"):
     prepared: int = 0
     fixed: bool = False
     backends: Backends = ()
+    activations: str = ""
 
 
 class PreparePlacement(msgspec.Struct, frozen=True, tag="prepare_placement"):

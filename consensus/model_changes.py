@@ -86,6 +86,7 @@ def place(state: State, command: SetPlacement) -> State:
         old.drafting if old is not None else None,
         command.fixed,
         command.backends,
+        command.activations,
     )
     _check_peers(state, old, placement)
     placement.check(model.n_layers)

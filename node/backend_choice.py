@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unsupported
-from pyagent_node.base.types import AUTO_BACKEND, Backends, PeerId, Rank, backend_of
+from pyagent_node.base.types import (
+    ACTIVATIONS,
+    AUTO_BACKEND,
+    EXACT_ACTIVATIONS,
+    Backends,
+    PeerId,
+    Rank,
+    backend_of,
+)
 from pyagent_node.inference.backend_names import DEFAULT, check_choice, choose, install_hint
 from pyagent_node.inference.formats.config import ARCHITECTURES
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
@@ -60,6 +68,31 @@ def has(node: NodeFacts, name: str) -> bool:
     """Whether a node has a backend; every node has llama.cpp."""
     installed = {state.name for state in node.backends if state.installed}
     return name in {AUTO_BACKEND, DEFAULT, *installed}
+
+
+def with_activations(nodes: Sequence[NodeFacts], wanted: str | None) -> tuple[list[NodeFacts], str]:
+    """Return the nodes that can pass activations on in ``wanted``, and what the log is to say.
+
+    Raises :class:`InvalidRequest` (``bad_parameter``) and :class:`Unsupported`
+    (``unsupported_activations``), where no node knows how.
+    """
+    if wanted in (None, EXACT_ACTIVATIONS):
+        return list(nodes), ""
+    if wanted not in ACTIVATIONS:
+        raise InvalidRequest(
+            f"Activations cannot cross in {wanted[:40]!r}.",
+            code="bad_parameter",
+            remedy=f"Choose one of {', '.join(ACTIVATIONS)}.",
+            parameter="activations",
+        )
+    able = [node for node in nodes if wanted in node.activations]
+    if nodes and not able:
+        raise Unsupported(
+            f"No node can pass activations on in {wanted}: their versions are too old.",
+            code="unsupported_activations",
+            remedy=f"Update them, or load the model with --activations {EXACT_ACTIVATIONS}.",
+        )
+    return able, wanted
 
 
 def explain_backends(

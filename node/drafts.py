@@ -9,7 +9,16 @@ import msgspec
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
 from pyagent_node.base.limits import MIB
-from pyagent_node.base.types import Backends, Digest, Drafting, PeerId, Placement, Rank, backend_of
+from pyagent_node.base.types import (
+    EXACT_ACTIVATIONS,
+    Backends,
+    Digest,
+    Drafting,
+    PeerId,
+    Placement,
+    Rank,
+    backend_of,
+)
 from pyagent_node.consensus.commands import ModelRecord
 from pyagent_node.inference.pipeline.plan_types import (
     MEMORY_SHARE,
@@ -61,6 +70,8 @@ class Draft(msgspec.Struct, frozen=True):
     fixed: bool
     """Whether a person chose the cut or the nodes."""
     backends: Backends
+    activations: str = ""
+    """As in ``Placement``."""
 
 
 def with_reserves(
@@ -227,7 +238,7 @@ def slowed(swarm: Swarm, slowness: Mapping[PeerId, float]) -> Swarm:
 def chooses(request: LoadRequest) -> bool:
     """Whether the request says how the model is to be placed."""
     chosen = (request.ranks, request.layers, request.nodes, request.n_ctx, request.n_seq)
-    more = (request.standbys, request.spares, request.backend)
+    more = (request.standbys, request.spares, request.backend, request.activations)
     return any(value is not None for value in (*chosen, *more))
 
 
@@ -242,6 +253,7 @@ def as_it_is(request: LoadRequest, current: Placement | None) -> LoadRequest:
         standbys=current.want_standbys if request.standbys is None else request.standbys,
         spares=current.want_spares if request.spares is None else request.spares,
         backend=_said(current.backends) if request.backend is None else request.backend,
+        activations=current.crossing if request.activations is None else request.activations,
     )
 
 
@@ -269,6 +281,8 @@ def same(draft: Draft) -> bool:
     wanted = (before.want_standbys, before.want_spares)
     peers = [rank.peer_id for rank in before.ranks]
     if any(backend_of(before.backends, p) != backend_of(draft.backends, p) for p in peers):
+        return False
+    if before.activations != draft.activations:
         return False
     return wanted == (draft.want_standbys, draft.want_spares) and peers == [
         rank.peer_id for rank in draft.ranks
@@ -323,6 +337,8 @@ def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
         lines.append(f"guessing: {guessing}")
     if (before.n_ctx, before.n_seq) != (draft.n_ctx, draft.n_seq):
         lines.append(f"{draft.n_seq} sessions of {draft.n_ctx} tokens")
+    if before.activations != draft.activations:
+        lines.append(f"activations cross in {draft.activations or EXACT_ACTIVATIONS}")
     old = {rank.slice: rank for rank in before.ranks}
     for rank in draft.ranks:
         was = old.get(rank.slice)

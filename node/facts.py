@@ -18,7 +18,7 @@ import trio
 from numpy.typing import NDArray
 
 from pyagent_node.base.limits import MIB
-from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.base.types import ACTIVATIONS, Digest, PeerId, Slice
 from pyagent_node.inference import backends
 from pyagent_node.inference.backend_names import BackendState
 from pyagent_node.inference.llama.memory import available_memory
@@ -130,4 +130,5 @@ class FactsProvider:
             compute=self._speed.compute,
             held=await trio.to_thread.run_sync(self._held, model),
             backends=self._backends,
+            activations=ACTIVATIONS,
         )

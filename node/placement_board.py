@@ -155,6 +155,7 @@ class PlacementBoard:
             drafter=drafter_view(placement, _drafter_of(placement, reports), model, name),
             prepared=prepared_view(state.prepared.get(placement.model), reports, name),
             fixed=placement.fixed,
+            activations=placement.crossing,
         )
 
     async def wait_ready(

@@ -397,4 +397,5 @@ def stage_spec(model: ModelRecord, placement: Placement, rank: Rank) -> StageSpe
         n_vocab=model.n_vocab,
         n_ctx=placement.n_ctx,
         n_seq=placement.n_seq,
+        activations=placement.crossing,
     )

@@ -40,7 +40,7 @@ from pyagent_node.inference.models.transfer import ensure_head_assets
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
-from pyagent_node.node.backend_choice import explain_backends, with_backends
+from pyagent_node.node.backend_choice import explain_backends, with_activations, with_backends
 from pyagent_node.node.drafter_placing import DrafterPlacer
 from pyagent_node.node.drafts import (
     Draft,
@@ -228,6 +228,7 @@ class Placer:
                 raise
             options = msgspec.structs.replace(options, ranks=1)
         nodes, backends = with_backends(nodes, request.backend, header.architecture)
+        nodes, activations = with_activations(nodes, request.activations)
         shape = planner_shape(header, record.name)
         best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
         why = explain_backends(best.ranks, nodes, backends, header.architecture)
@@ -273,6 +274,7 @@ class Placer:
             gain(shape, before, ranks, swarm),
             any(each is not None for each in (request.ranks, request.layers, request.nodes)),
             backends,
+            activations,
         )
 
     async def _plain_swarm(self, record: ModelRecord) -> Swarm:
@@ -376,6 +378,7 @@ class Placer:
             want_spares=draft.want_spares,
             fixed=draft.fixed,
             backends=draft.backends,
+            activations=draft.activations,
         )
         report(Progress(step="place", text=switching(draft) or "placing the model"))
         if draft.before is not None and not draft.lacking:
@@ -411,6 +414,7 @@ class Placer:
                         want_spares=before.want_spares,
                         fixed=before.fixed,
                         backends=before.backends,
+                        activations=before.activations,
                     )
                 )
                 restored = self._consensus.state.placements.get(before.model)

@@ -111,6 +111,7 @@ def heal(placement: Placement, outlook: Outlook) -> Healing:
                 placement.want_spares,
                 fixed=placement.fixed,
                 backends=placement.backends,
+                activations=placement.activations,
             )
             return Healing(command, tuple(reasons), tuple(problems))
     if any(not trouble.patient for trouble in troubles.values()):

@@ -86,11 +86,13 @@ class PipelineWorld:
         seconds: float = 0.01,
         keep: bool = False,
         classes: Sequence[str] = (),
+        activations: str = "",
     ) -> Placement:
         """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last.
 
         With ``keep`` the runners go over to the new placement, rank by rank, and their old stages
-        are left to end by that.  ``classes`` are the exactness classes that the runners name.
+        are left to end by that.  ``classes`` are the exactness classes that the runners name,
+        ``activations`` as in ``Placement``.
         """
         kept = self.runners if keep else []
         if not keep:
@@ -101,7 +103,7 @@ class PipelineWorld:
         ranks = tuple(
             Rank(r, Slice(cuts[r], cuts[r + 1], r == last), peer(nodes[r])) for r in range(last + 1)
         )
-        placement = Placement(MODEL, self._epoch, ranks, n_ctx, n_seq)
+        placement = Placement(MODEL, self._epoch, ranks, n_ctx, n_seq, activations=activations)
         self.placement = placement
         self.runners = kept or [
             ToyRunner(
@@ -154,6 +156,7 @@ class PipelineWorld:
             n_vocab=N_VOCAB,
             n_ctx=placement.n_ctx,
             n_seq=placement.n_seq,
+            activations=placement.crossing,
         )
         scope = trio.CancelScope()
         self._scopes.append(scope)

@@ -248,6 +248,7 @@ class SessionWorld:
             n_vocab=N_VOCAB,
             n_ctx=placement.n_ctx,
             n_seq=placement.n_seq,
+            activations=placement.crossing,
         )
         runner = ToyRunner(
             rank.slice,

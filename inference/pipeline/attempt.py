@@ -324,7 +324,7 @@ class Attempt:
         self.carried = 0
         self.position = self._gaps.get(flight.stop, flight.stop)
         self._flights.append(flight)
-        return Outgoing(self._entry, step, pack_tail(tokens, rows))
+        return Outgoing(self._entry, step, pack_tail(tokens, rows, placement.crossing))
 
     def cancel(self, void: Sequence[Flight]) -> list[Outgoing]:
         """Return what spares the ranks steps that are void; the last one knows by itself."""

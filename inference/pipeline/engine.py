@@ -16,6 +16,7 @@ from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, erro
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK
+from pyagent_node.inference.backend_names import MAX_CLASSES
 from pyagent_node.inference.generation import (
     ChatMessage,
     GenerationEvent,
@@ -32,6 +33,7 @@ from pyagent_node.inference.pipeline.journal import JournalSink, SessionJournal
 from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.making import PieceMaker
 from pyagent_node.inference.pipeline.offers import Offers
+from pyagent_node.inference.pipeline.origins import Origin
 from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.proposals import release
 from pyagent_node.inference.pipeline.recovery import READY_SECONDS
@@ -96,6 +98,8 @@ class PipelineEngine:
         self.refused: Counter[str] = Counter()
         """Messages for sessions of this node that are not by one of their ranks."""
         self._prefill: dict[Digest, float] = {}
+        self._served: dict[Digest, tuple[tuple[str, ...], tuple[Origin, ...]]] = {}
+        """The exactness classes, and the ranks, of the last answer of each model."""
         """What a token of a prompt takes all ranks of a model together, in seconds."""
         self._offers = Offers()
         self._sessions: dict[SessionId, Session] = {}
@@ -288,6 +292,8 @@ class PipelineEngine:
             return
         core = session.core
         steps = core.on_result(sender, message, trio.current_time())
+        if message.classes:
+            self._served[message.model] = message.classes[:MAX_CLASSES], core.trail
         if core.fed is not None:
             self._learn(core.plan.model, *core.fed)
             core.fed = None
@@ -376,6 +382,7 @@ class PipelineEngine:
             model.placement,
             self._shelf,
             known=core.known,
+            last=self._served.get(model.placement.model, ((), ())),
         )
         now, seconds = trio.current_time(), self._prefill.get(core.plan.model, 0.0)
         embed = embedder(model)

@@ -9,8 +9,9 @@ only; hence every rank sees the sessions of a pipeline in the order in which ran
 Between lanes there is no order: a stage may see a session closed before it is opened.
 
 Every message names its stage by (model, epoch, rank).  A :class:`Step`'s tail is ``n`` token ids
-(int32) followed by ``n`` rows of activations (float32), both little-endian; the rows are missing
-when one rank holds the whole model.
+(int32) followed by ``n`` rows of activations, both little-endian; the rows are missing when one
+rank holds the whole model.  Their numbers are float32, or what the placement says (see
+``activations``), which both sides know by the epoch.
 
 Guesses.  The last ``drafts`` tokens of a step are guesses; the last rank keeps those that it would
 have sampled.  A step with a ``parent`` was sent before the parent's result: it holds only if all
@@ -47,11 +48,12 @@ import msgspec
 import numpy as np
 
 from pyagent_node.base.errors import CorruptData, ErrorInfo
-from pyagent_node.base.types import Digest, PeerId, SessionId
+from pyagent_node.base.types import EXACT_ACTIVATIONS, Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.inference.kv.pieces import Piece
+from pyagent_node.inference.pipeline.activations import number_bytes, pack_rows, unpack_rows
 from pyagent_node.inference.pipeline.origins import Origin
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import principal
@@ -302,30 +304,36 @@ PIPE_CODEC: Codec[PipeMessage] = Codec(
 Tail = bytes | bytearray | memoryview
 
 _INT32 = np.dtype("<i4")
-_FLOAT32 = np.dtype("<f4")
 
 
-def pack_tail(tokens: Tokens, activations: Activations | None) -> bytes:
-    """Return the tail of a step: token ids, then the rows of ``activations`` if there are any."""
+def pack_tail(
+    tokens: Tokens, activations: Activations | None, kind: str = EXACT_ACTIVATIONS
+) -> bytes:
+    """Return the tail of a step: token ids, then the rows of ``activations`` if there are any.
+
+    ``kind`` is how their numbers cross; raises :class:`Unsupported` (``unsupported_activations``).
+    """
     ids = np.ascontiguousarray(tokens, dtype=_INT32)
     if activations is None:
         return ids.tobytes()
-    rows = np.ascontiguousarray(activations, dtype=_FLOAT32)
-    return b"".join((ids.data, rows.data))
+    return b"".join((ids.data, pack_rows(activations, kind)))
 
 
-def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | None]:
-    """Return the ``n`` tokens of a tail and its (n, n_embd) activations, as views of it.
+def unpack_tail(
+    tail: Tail, n: int, n_embd: int, kind: str = EXACT_ACTIVATIONS
+) -> tuple[Tokens, Activations | None]:
+    """Return the ``n`` tokens of a tail and its (n, n_embd) activations, as views if it can be.
 
-    Raises :class:`CorruptData` (``malformed_step``) when the size is neither that of tokens alone
-    nor that of tokens and activations.
+    ``kind`` is how their numbers cross.  Raises :class:`CorruptData` (``malformed_step``) when the
+    size is neither that of tokens alone nor that of tokens and activations, and
+    :class:`Unsupported` (``unsupported_activations``).
     """
     size = memoryview(tail).nbytes
-    with_rows = 4 * n * (1 + n_embd)
+    with_rows = n * (4 + number_bytes(kind) * n_embd)
     if n < 1 or size not in (4 * n, with_rows):
         raise CorruptData(
             f"A step of {n} tokens has a tail of {size} bytes;"
-            f" it must be {4 * n} (tokens alone) or {with_rows}.",
+            f" it must be {4 * n} (tokens alone) or {with_rows} (activations in {kind}).",
             code="malformed_step",
             size=size,
             n=n,
@@ -333,8 +341,7 @@ def unpack_tail(tail: Tail, n: int, n_embd: int) -> tuple[Tokens, Activations | 
     tokens: Tokens = np.frombuffer(tail, dtype=_INT32, count=n)
     if size == 4 * n:
         return tokens, None
-    rows: Activations = np.frombuffer(tail, dtype=_FLOAT32, count=n * n_embd, offset=4 * n)
-    return tokens, rows.reshape(n, n_embd)
+    return tokens, unpack_rows(tail, n, n_embd, kind, 4 * n)
 
 
 def unpack_tokens(tail: Tail, n: int, rest: int = 0) -> Tokens:

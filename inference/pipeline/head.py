@@ -24,7 +24,7 @@ from pyagent_node.base.errors import (
     RunnerFailed,
     error_from_info,
 )
-from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
+from pyagent_node.base.types import ACTIVATIONS, Digest, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.backend_names import ADOPTED, MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.drafting.port import Draft
@@ -38,6 +38,7 @@ from pyagent_node.inference.generation import (
     Usage,
 )
 from pyagent_node.inference.kv.pieces import JoinPlan
+from pyagent_node.inference.pipeline.activations import unsupported
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
 from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route
@@ -129,7 +130,8 @@ class HeadCore:
         self._begun = False
         self._held = False
         self._classes: list[str] = []
-        self._trail: tuple[Origin, ...] = ()
+        self.trail: tuple[Origin, ...] = ()
+        """The ranks of the last attempt that had a result."""
         self._told = False
         self._skip = 0
         self._recomputed = 0
@@ -173,6 +175,9 @@ class HeadCore:
         if len(self.answer) >= self._limit:
             self.fail(self._too_long())
             return ()
+        if placement.crossing not in ACTIVATIONS:
+            self.fail(unsupported(placement.crossing))
+            return ()
         if self.answer and not self.failovers:  # another head's, see recall
             self.failovers, self._reached = 1, n + len(self.answer)
         self.attempt = Attempt(
@@ -189,7 +194,7 @@ class HeadCore:
         if self._parted:  # all was computed but the last token, and is handed over
             blocks, rest = divmod(n + len(self.answer) - 1, BLOCK_TOKENS)
         adopts = (blocks or rest) and plan.fetch != "never"
-        opening = self.attempt.open(self._trail if adopts else ())
+        opening = self.attempt.open(self.trail if adopts else ())
         if self._joins and plan.join is not None:
             return opening, self.attempt.join(plan.join, plan.join_root, self._holders, now)
         if not blocks and not rest:
@@ -302,7 +307,7 @@ class HeadCore:
             landed = attempt.on_result(sender, result, now)
             if result.trail and sender == attempt.tail:
                 check_origins(result.trail)
-                self._trail = result.trail
+                self.trail = result.trail
             if landed is None:
                 return ()
             for sampled in landed.sampled:

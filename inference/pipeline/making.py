@@ -111,7 +111,7 @@ class PieceMaker:
             len(part),
             sample=False,
         )
-        return Outgoing(placement.ranks[0].peer_id, step, pack_tail(part, rows))
+        return Outgoing(placement.ranks[0].peer_id, step, pack_tail(part, rows, placement.crossing))
 
     def on_restored(self, sender: PeerId, message: Restored) -> None:
         """Take a rank's word that it has kept the blocks of a piece."""

@@ -71,12 +71,8 @@ def roots(
 
     def named(label: str) -> Roots:
         joined = joined_classes(classes, label)
-        name = rooted(root, joined)
-        runs = _runs((*trail, Origin(part.first, label, b"")))
-        if name and len(runs) > 1:  # the same classes may meet at another layer
-            name = blake3(b"\0".join((name, *(b"%d %s" % (at, of.encode()) for at, of in runs))))
-        if name and any(is_adopted(label) for _, label in runs):
-            name = blake3(b"\0".join((name, session.encode())))
+        origins = (*trail, Origin(part.first, label, b""))
+        name = block_root(root, joined, origins, session=session)
         return Roots(joined, Origin(part.first, label, name), name)
 
     plain = named(own)
@@ -84,6 +80,21 @@ def roots(
     if not root or not own or source in (None, plain.origin.root):
         return plain
     return named(adopting(own))._replace(source=source or b"")
+
+
+def block_root(
+    root: bytes, classes: tuple[str, ...], origins: Sequence[Origin], *, session: SessionId
+) -> bytes:
+    """Return what the names of blocks begin with on the last rank of ``origins``.
+
+    ``root`` is what a request says, ``classes`` are those of these ranks and their crossings.
+    """
+    name, runs = rooted(root, classes), _runs(origins)
+    if name and len(runs) > 1:  # the same classes may meet at another layer
+        name = blake3(b"\0".join((name, *(b"%d %s" % (at, of.encode()) for at, of in runs))))
+    if name and any(is_adopted(label) for _, label in runs):
+        name = blake3(b"\0".join((name, session.encode())))
+    return name
 
 
 def adopting(label: str) -> str:

@@ -23,7 +23,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     ``memory_bytes`` is what it can give to a model now, ``bandwidth`` its memory's bytes a second
     and ``compute`` its floating-point operations a second with all ``threads``.  ``held`` are the
     slices of the model in question whose bytes are on its disk already.  ``backends`` are
-    those that it knows of, installed or not.
+    those that it knows of, installed or not; ``activations`` how it can pass them on.
     """
 
     peer_id: PeerId
@@ -34,6 +34,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     compute: float
     held: tuple[Slice, ...] = ()
     backends: tuple[BackendState, ...] = ()
+    activations: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:

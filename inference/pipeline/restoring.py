@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyagent_node.base.errors import CorruptData
-from pyagent_node.base.types import PeerId, Placement
+from pyagent_node.base.types import PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.kv.port import KvShelf
 from pyagent_node.inference.pipeline.frames import MAX_HELD, Held, Restored
+from pyagent_node.inference.pipeline.origins import Origin, block_root
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, reusable
 
 RESTORE_SECONDS: Final = 30.0
@@ -83,11 +84,14 @@ def worth_asking(
     shelf: KvShelf,
     *,
     known: bool,
+    last: tuple[tuple[str, ...], tuple[Origin, ...]] = ((), ()),
 ) -> int:
     """Return how many leading blocks of a journal to ask the ranks for; 0: do not ask.
 
     ``known`` says that the journal was computed before, here or elsewhere, so that its blocks may
-    well be there; otherwise the ``shelf`` is asked what it promises.
+    well be there; otherwise the ``shelf`` is asked what it promises.  ``last`` are the classes
+    and the ranks of the model's last answer: the names of the last rank's blocks may depend on
+    them, and speak for those of the others.
     """
     if not root:
         return 0
@@ -99,9 +103,13 @@ def worth_asking(
     )
     if known or not most:
         return most
-    chain = block_chain(root, prompt[: most * BLOCK_TOKENS], len(prompt))
-    layers = range(placement.ranks[0].slice.first, placement.ranks[-1].slice.last)
-    return min(most, shelf.promises(placement.model, chain, layers))
+    part = placement.ranks[-1].slice
+    names = {root: range(part.last)}
+    other = block_root(root, *last, session=SessionId(""))
+    names.setdefault(other, range(part.first, part.last))
+    chains = {each: block_chain(each, prompt[: most * BLOCK_TOKENS], len(prompt)) for each in names}
+    promised = (shelf.promises(placement.model, chains[each], names[each]) for each in names)
+    return min(most, max(promised))
 
 
 def parted(placement: Placement) -> tuple[Held, ...]:

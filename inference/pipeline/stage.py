@@ -35,6 +35,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.types import PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK, SequenceOp, StepOutput
+from pyagent_node.inference.pipeline.activations import check_fits, crossed
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
     CloseSession,
@@ -176,9 +177,12 @@ class StageCore:
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
+        came = message.classes
+        if not spec.is_whole:
+            came = crossed(came, spec.activations, spec.slice.first)
         found = roots(
             message.root,
-            message.classes,
+            came,
             message.trail,
             message.former,
             session=message.session,
@@ -422,8 +426,13 @@ class StageCore:
                 if rows is None or rows.shape != (message.n, spec.n_embd):
                     out += self._give_up(session, runner_protocol("no activations"))
                     continue
-                on = onward(message, seconds)
-                out.append(Outgoing(spec.downstream, on, pack_tail(queued.tokens, rows)))
+                try:
+                    check_fits(rows, spec.activations)
+                except PyAgentError as error:
+                    out += self._give_up(session, error)
+                    continue
+                tail = pack_tail(queued.tokens, rows, spec.activations)
+                out.append(Outgoing(spec.downstream, onward(message, seconds), tail))
         return out
 
     def take_ops(self) -> tuple[SequenceOp, ...]:

@@ -77,8 +77,8 @@ def check_step(
     """Return a step of ``session`` ready to be queued.
 
     Raises :class:`CorruptData` (``out_of_order``, ``malformed_step``), :class:`InvalidRequest`
-    (``step_too_long``, ``bad_parameter``, ``bad_tree``) and :class:`LimitExceeded`
-    (``too_many_steps``).
+    (``step_too_long``, ``bad_parameter``, ``bad_tree``), :class:`LimitExceeded`
+    (``too_many_steps``) and :class:`Unsupported` (``unsupported_activations``).
     """
     position = message.position
     plain = message.parent is None and message.step == session.next_step
@@ -98,7 +98,7 @@ def check_step(
             parameter="drafts",
         )
     _check_end(message, position + message.n if not message.parents else position, session)
-    tokens, activations = unpack_tail(tail, message.n, spec.n_embd)
+    tokens, activations = unpack_tail(tail, message.n, spec.n_embd, spec.activations)
     if message.parents:
         check_tree(message.parents, tokens.tolist(), message.drafts)
         known = message.known

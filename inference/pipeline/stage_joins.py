@@ -26,6 +26,7 @@ from pyagent_node.inference.pipeline.frames import (
     Tail,
     unpack_tokens,
 )
+from pyagent_node.inference.pipeline.origins import block_root
 from pyagent_node.inference.pipeline.stage_queue import ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
 from pyagent_node.sharding.kv_codec import KvShape
@@ -138,10 +139,12 @@ class StageJoins:
     def wanted(self, load: JoinLoad, index: int, skip: int, prefill_seconds: float) -> Wanted:
         """Return what to ask the shelf for, from block ``skip`` of a piece on."""
         part, message, tokens = self._spec.slice, load.message, load.tokens[index]
+        session = load.session
+        root = block_root(message.root, session.classes, session.trail, session=session.id)
         return Wanted(
             session=load.session.id,
             model=self._spec.model,
-            chain=block_chain(message.root, tokens, len(tokens), prefill_cut=load.session.cut),
+            chain=block_chain(root, tokens, len(tokens), prefill_cut=load.session.cut),
             first_layer=part.first,
             last_layer=part.last,
             cells=self._cells,

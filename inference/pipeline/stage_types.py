@@ -13,7 +13,7 @@ from pyagent_node.base.limits import (
     MAX_SESSIONS_PER_PEER,
     MIB,
 )
-from pyagent_node.base.types import Digest, PeerId, SessionId, Slice
+from pyagent_node.base.types import EXACT_ACTIVATIONS, Digest, PeerId, SessionId, Slice
 from pyagent_node.inference.backend import MAX_DECODE_ROWS
 from pyagent_node.inference.pipeline.frames import PipeMessage, Tail
 
@@ -32,7 +32,7 @@ class StageSpec(msgspec.Struct, frozen=True):
 
     ``upstream`` is the peer of the rank before (``None`` at rank 0, where heads send), and
     ``downstream`` that of the rank after (``None`` at the last).  ``max_width`` is the greatest
-    number of sessions in one batch.
+    number of sessions in one batch.  ``activations`` is how they cross (see ``activations``).
     """
 
     model: Digest
@@ -47,6 +47,7 @@ class StageSpec(msgspec.Struct, frozen=True):
     n_ctx: int
     n_seq: int
     max_width: int = MAX_DECODE_ROWS
+    activations: str = EXACT_ACTIVATIONS
 
     @property
     def is_tail(self) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 
 from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.mesh import PeerInfo
-from pyagent_node.base.types import Digest, PeerId
+from pyagent_node.base.types import EXACT_ACTIVATIONS, Digest, PeerId
 from pyagent_node.consensus.port import ConsensusStatus
 from pyagent_node.inference.generation import SessionView
 from pyagent_node.node.api.kv_schema import KvView
@@ -125,6 +125,7 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     ``speculation``, ``draft_length``, ``draft_depth`` and ``draft_tree`` hold for requests that do
     not say; where they are ``None``, the setting of the node that is asked.  ``prepared`` is what
     is to follow while a change is under way.  ``fixed``: a person chose the cut or the nodes.
+    ``activations`` is how they cross from rank to rank.
     """
 
     model: Digest
@@ -141,6 +142,7 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     drafter: DrafterView | None = None
     prepared: PreparedView | None = None
     fixed: bool = False
+    activations: str = EXACT_ACTIVATIONS
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,7 +243,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``NAME@NODE``; ``none`` takes it away.
 
     ``backend`` is a backend's name or ``auto`` for every node, or ``NODE=NAME`` for some of them,
-    separated by commas.
+    separated by commas.  ``activations`` (f32, f16, bf16) is how they cross from rank to rank.
     """
 
     model: str
@@ -258,6 +260,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     draft_tree: bool | None = None
     drafter: str | None = None
     backend: str | None = None
+    activations: str | None = None
 
 
 class UnloadRequest(msgspec.Struct, frozen=True):

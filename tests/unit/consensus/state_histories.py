@@ -430,4 +430,15 @@ HISTORIES: dict[str, list[Command]] = {
         DropPrepared(D1, 0),
         SetPlacement(D1, ranks(0, 4), 64, 1, 0, None, None, -1),
     ],
+    "activations": [
+        *ADMIT_ALL,
+        RegisterModel(record()),
+        SetPlacement(D1, ranks(0, 2, 4), 64, 2, 0, activations="f16"),
+        PreparePlacement(D1, ranks(0, 1, 4), 64, 2, 1, A),
+        SetPlacement(D1, ranks(0, 1, 4), 64, 2, 1, activations="bf16"),
+        SetPlacement(D1, ranks(0, 1, 4), 64, 2, 2, activations="later1"),
+        SetPlacement(D1, ranks(0, 1, 4), 64, 2, 3),
+        SetPlacement(D1, ranks(0, 4), 64, 1, 4, activations="F 16"),
+        SetPlacement(D1, ranks(0, 4), 64, 1, 4, activations="f" * 17),
+    ],
 }

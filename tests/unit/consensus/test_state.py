@@ -193,6 +193,21 @@ def test_contexts_are_in_a_snapshot_of_version_4() -> None:
         decode_snapshot(encode_snapshot(msgspec.structs.replace(state, contexts=twice)))
 
 
+def test_how_activations_cross_is_in_a_snapshot_and_nothing_where_that_is_exact() -> None:
+    history = [*ADMIT_ALL, RegisterModel(record()), place()]
+    plain, _ = run(history)
+    assert b"activations" not in encode_snapshot(plain)
+    assert plain.placements[D1].crossing == "f32"
+    history[-1] = msgspec.structs.replace(place(), activations="bf16")
+    state, _ = run(history)
+    again = decode_snapshot(encode_snapshot(state))
+    assert again == state
+    assert again.placements[D1].crossing == "bf16"
+    earlier = json.loads(msgspec.json.encode(place()))
+    del earlier["activations"]
+    assert msgspec.convert(earlier, SetPlacement) == place()
+
+
 def prepared(state: State, **changes: object) -> Prepared:
     return msgspec.structs.replace(state.prepared[D1], **changes)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError, Unsupported
-from pyagent_node.base.types import PeerId, Placement, Prepared, Rank, Slice, backend_of
+from pyagent_node.base.types import (
+    ACTIVATIONS,
+    PeerId,
+    Placement,
+    Prepared,
+    Rank,
+    Slice,
+    backend_of,
+)
 from pyagent_node.inference.backend_names import AUTO, CHOICES, BackendState, choose
 from pyagent_node.inference.backends import open_backend, survey
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
-from pyagent_node.node.backend_choice import explain_backends, with_backends
+from pyagent_node.node.backend_choice import explain_backends, with_activations, with_backends
 from pyagent_node.node.holdings import runner_key, wanted
 
 LLAMA = BackendState("llama.cpp", "0.3", "cpu")
@@ -115,6 +124,19 @@ def test_a_runner_is_named_by_its_backend_too() -> None:
     found = {key.backend for key in wanted([placement], PC.peer_id, [later]).runners}
     assert found == {"torch", AUTO}
     assert backend_of((), PC.peer_id) == AUTO
+
+
+def test_activations_cross_only_between_nodes_that_can() -> None:
+    new = [msgspec.structs.replace(node, activations=ACTIVATIONS) for node in (MAC, PC)]
+    mixed = [*new, OLD]
+    assert with_activations(mixed, None) == with_activations(mixed, "f32") == (mixed, "")
+    assert with_activations(mixed, "bf16") == (new, "bf16")
+    with pytest.raises(InvalidRequest) as bad:
+        with_activations(mixed, "f8")
+    assert bad.value.code == "bad_parameter"
+    with pytest.raises(Unsupported) as old:
+        with_activations([OLD], "f16")
+    assert old.value.code == "unsupported_activations"
 
 
 def test_this_machine_has_llama_cpp() -> None:

@@ -8,7 +8,7 @@ import pytest
 from trio.testing import MockClock
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.base.types import Digest, PeerId, Slice
+from pyagent_node.base.types import ACTIVATIONS, Digest, PeerId, Slice
 from pyagent_node.inference.backends import survey
 from pyagent_node.inference.models.gguf_header import read_header
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
@@ -100,6 +100,8 @@ async def test_the_speed_is_measured_once_and_the_memory_every_time(
     )
     first = await provider.facts(Digest("a"))
     second = await provider.facts(Digest("b"))
-    assert first == NodeFacts(PeerId("p"), "me", 10, 3, 1.0, 2.0, (Slice(0, 3, False),), survey())
-    assert second == NodeFacts(PeerId("p"), "me", 20, 3, 1.0, 2.0, (), survey())
+    assert first == NodeFacts(
+        PeerId("p"), "me", 10, 3, 1.0, 2.0, (Slice(0, 3, False),), survey(), ACTIVATIONS
+    )
+    assert second == NodeFacts(PeerId("p"), "me", 20, 3, 1.0, 2.0, (), survey(), ACTIVATIONS)
     assert measured == [3]
