@@ -30,10 +30,11 @@ MAX_TOKENS: Final = 1 << 48
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ContextInfo(msgspec.Struct, frozen=True):
+class ContextInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """A context as everybody knows it.
 
     ``encoder`` is the identity of the encoder of all its vectors; ``created`` in Unix seconds.
+    ``spread``: its sketches are not on every node, but lie spread over the nodes by bucket.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ContextInfo(msgspec.Struct, frozen=True):
     policy: ContextPolicy
     encoder: str
     created: int
+    spread: bool = False
 
 
 def check_context_name(name: str) -> str:

@@ -43,6 +43,7 @@ from pyagent_node.consensus.commands import (
     SetPlacement,
     SetStandbys,
     SetVote,
+    SpreadContext,
 )
 from pyagent_node.consensus.settings import check_setting
 
@@ -118,7 +119,7 @@ def _check_contexts(command: Command) -> None:
     match command:
         case CreateContext():
             _context(command.context)
-        case DropContext():
+        case DropContext() | SpreadContext():
             check_context_name(command.name)
             _ensure(len(command.id) == CONTEXT_ID_BYTES, "id", "its length")
         case _:

@@ -302,6 +302,14 @@ class DropContext(msgspec.Struct, frozen=True, tag="drop_context"):
     id: ContextId
 
 
+class SpreadContext(msgspec.Struct, frozen=True, tag="spread_context"):
+    """Say whether the sketches of a context lie spread over the nodes, or all on every node."""
+
+    name: str
+    id: ContextId
+    spread: bool
+
+
 Command = (
     AdmitMember
     | RevokeMember
@@ -324,6 +332,7 @@ Command = (
     | ClaimSession
     | CreateContext
     | DropContext
+    | SpreadContext
 )
 
 COMMANDS: Codec[Command] = Codec(
@@ -349,4 +358,5 @@ COMMANDS: Codec[Command] = Codec(
     ClaimSession,
     CreateContext,
     DropContext,
+    SpreadContext,
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import Conflict, NotFound
+from pyagent_node.base.types import ContextId
 from pyagent_node.consensus.cluster import State, room
-from pyagent_node.consensus.commands import CreateContext, DropContext
+from pyagent_node.consensus.commands import CreateContext, DropContext, SpreadContext
 
 MAX_CONTEXTS = 1024
 
@@ -29,14 +31,26 @@ def create(state: State, command: CreateContext) -> State:
     return msgspec.structs.replace(state, contexts={**state.contexts, new.name: new})
 
 
+def spread(state: State, command: SpreadContext) -> State:
+    """Say where the sketches of a context lie."""
+    known = _known(state, command.name, command.id)
+    new = msgspec.structs.replace(known, spread=command.spread)
+    return msgspec.structs.replace(state, contexts={**state.contexts, new.name: new})
+
+
 def drop(state: State, command: DropContext) -> State:
     """Forget a context."""
-    known = state.contexts.get(command.name)
-    if known is None or known.id != command.id:
+    _known(state, command.name, command.id)
+    rest = {name: each for name, each in state.contexts.items() if name != command.name}
+    return msgspec.structs.replace(state, contexts=rest)
+
+
+def _known(state: State, name: str, context: ContextId) -> ContextInfo:
+    known = state.contexts.get(name)
+    if known is None or known.id != context:
         raise NotFound(
-            f"There is no context {command.name!r}.",
+            f"There is no context {name!r}.",
             code="context_not_found",
             remedy="'pyagent-node context list' shows those that there are.",
         )
-    rest = {name: each for name, each in state.contexts.items() if name != command.name}
-    return msgspec.structs.replace(state, contexts=rest)
+    return known

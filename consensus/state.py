@@ -41,6 +41,7 @@ from pyagent_node.consensus.commands import (
     SetPlacement,
     SetStandbys,
     SetVote,
+    SpreadContext,
 )
 from pyagent_node.consensus.snapshots import check_invariants, decode_snapshot, encode_snapshot
 
@@ -112,6 +113,8 @@ def _step(state: State, command: Command) -> State:
             return context_changes.create(state, command)
         case DropContext():
             return context_changes.drop(state, command)
+        case SpreadContext():
+            return context_changes.spread(state, command)
 
 
 def _set(state: State, command: SetMeshSetting) -> State:

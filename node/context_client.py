@@ -16,6 +16,8 @@ from pyagent_node.node.context_messages import (
     MAX_USES,
     AskBodies,
     AskHeld,
+    AskLikely,
+    AskParts,
     AskRecords,
     AskScores,
     AskSlots,
@@ -23,6 +25,8 @@ from pyagent_node.node.context_messages import (
     Bodies,
     Done,
     Held,
+    LikelyWindows,
+    Parts,
     PutBodies,
     Records,
     Scores,
@@ -36,11 +40,15 @@ from pyagent_node.node.context_messages import (
     pack_ids,
     pack_question,
     pack_uses,
+    pack_vector,
     unpack,
     unpack_digests,
+    unpack_likely,
+    unpack_parts,
     unpack_scores,
 )
 from pyagent_node.node.rpc import RpcClient
+from pyagent_node.sharding.context.probing import Likely
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
@@ -49,6 +57,7 @@ from pyagent_node.sharding.context.records import (
     encode_body,
 )
 from pyagent_node.sharding.context.search import Scored
+from pyagent_node.sharding.context.shares import Part
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -169,6 +178,34 @@ class ContextClient:
                 "A peer scored what it was not asked for.", code="bad_context_message"
             )
         return scored, {ChunkId(each) for each in reply.stale}
+
+    async def parts(
+        self, peer: PeerId, context: ContextId, chunks: Sequence[ChunkId], groups: int
+    ) -> dict[ChunkId, Part]:
+        """Return the sketches in some groups of those of the chunks whose bodies a peer has."""
+        found: dict[ChunkId, Part] = {}
+        left = list(chunks)
+        while left:
+            asked = left[:MAX_IDS]
+            reply, tail = await self._ask(
+                peer, AskParts(context, groups), Parts, pack_ids(asked), MOVE_SECONDS
+            )
+            if not 0 < reply.looked <= len(asked):
+                raise CorruptData("A peer looked for nothing.", code="bad_context_message")
+            some = unpack_parts(tail, groups)
+            if not some.keys() <= set(asked[: reply.looked]):
+                raise CorruptData("A peer sent another part.", code="bad_context_message")
+            found |= some
+            left = left[reply.looked :]
+        return found
+
+    async def likely(
+        self, peer: PeerId, context: ContextId, vector: NDArray[np.float32]
+    ) -> tuple[int, tuple[int, ...], list[Likely]]:
+        """Return groups that a peer has looked through, their marks, and the likeliest windows."""
+        ask = AskLikely(context, len(vector))
+        reply, tail = await self._ask(peer, ask, LikelyWindows, pack_vector(vector), SCORE_SECONDS)
+        return reply.groups, *unpack_likely(reply, tail)
 
     async def tell_uses(self, peer: PeerId, context: ContextId, uses: dict[str, int]) -> None:
         """Say when documents were last used."""

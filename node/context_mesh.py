@@ -32,11 +32,12 @@ from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.consensus.commands import CreateContext, DropContext
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_client import MOVE_SECONDS, ContextClient
+from pyagent_node.node.context_keeper import SketchKeeper
 from pyagent_node.node.context_messages import PROTOCOL
 from pyagent_node.node.context_mover import Mover
 from pyagent_node.node.context_reach import Reach
-from pyagent_node.node.context_search import ContextSearch, Models
-from pyagent_node.node.context_server import ContextServer
+from pyagent_node.node.context_search import ContextSearch
+from pyagent_node.node.context_server import ContextServer, Models
 from pyagent_node.node.context_steward import BucketSteward
 from pyagent_node.node.context_sync import RecordSync
 from pyagent_node.node.kv_vault import Offload, in_thread
@@ -49,7 +50,9 @@ from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
     DocumentRecord,
+    bare,
     encode_record,
+    record_digest,
 )
 
 log = logging.getLogger("pyagent_node.context")
@@ -103,7 +106,9 @@ class ContextService:
             rpc.server,
             store,
             self.reach,
+            models=models,
             clock=trio.current_time,
+            now=clock,
             offload=offload,
         )
         self.sync = RecordSync(
@@ -127,8 +132,22 @@ class ContextService:
             collect_seconds=pace.collect,
             orphan_seconds=pace.orphan,
         )
+        self.keeper = SketchKeeper(
+            consensus,
+            self.client,
+            store,
+            self.reach,
+            sync=self.sync,
+            server=self.server,
+            seconds=pace.move,
+        )
         self.searcher = ContextSearch(
-            self.client, store, self.reach, models=models, clock=clock, offload=offload
+            self.client,
+            store,
+            self.reach,
+            server=self.server,
+            clock=clock,
+            offload=offload,
         )
         self.steward = BucketSteward(
             mesh,
@@ -147,7 +166,8 @@ class ContextService:
         self._stale: set[PeerId] = set()
         self._stale_seen = trio.Event()
         self.server.on_records = self.sync.merge
-        self.sync.on_news = self.mover.wake
+        self.sync.on_news = self._news
+        self.mover.on_change = self.keeper.wake
         self.searcher.on_stale = self._is_stale
 
     async def run(self) -> None:
@@ -155,6 +175,7 @@ class ContextService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.sync.run)
             nursery.start_soon(self.mover.run)
+            nursery.start_soon(self.keeper.run)
             nursery.start_soon(self.steward.run)
             nursery.start_soon(self._catch_up)
 
@@ -203,6 +224,8 @@ class ContextService:
         encoded = encode_record(record)
         if bodies:
             await self._place(record, bodies)
+        if self._spread(record.context):
+            encoded = encode_record(bare(record, record_digest(encoded)))
         await self.sync.merge([encoded])
         self.published += 1
         await self.sync.tell(encoded)
@@ -245,7 +268,15 @@ class ContextService:
             await self.store.use(context, uses)
             self.sync.used(context, uses)
 
+    def _news(self) -> None:
+        self.mover.wake()
+        self.keeper.wake()
+
     # ---- parts -------------------------------------------------------------------------------
+
+    def _spread(self, context: ContextId) -> bool:
+        infos = self._consensus.state.contexts.values()
+        return any(info.id == context and info.spread for info in infos)
 
     def _locate(self, chunk: ChunkId) -> tuple[DocumentRecord, int] | None:
         for info in self._consensus.state.contexts.values():
@@ -329,7 +360,7 @@ async def open_contexts(
 ) -> AsyncIterator[ContextService]:
     """Hold contexts together with the other nodes while the block lasts.
 
-    ``models`` gives the sketch model of an encoder; ``clock`` gives Unix seconds.
+    ``models`` gives the axes of an encoder; ``clock`` gives Unix seconds.
     """
     async with open_rpc(mesh, PROTOCOL) as rpc, background() as nursery:
         service = ContextService(

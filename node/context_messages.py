@@ -19,10 +19,14 @@ from pyagent_node.base.contexts import CONTEXT_ID_BYTES
 from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import ContextId
-from pyagent_node.sharding.context.catalog import SLOT_DIGEST_BYTES, SLOTS
+from pyagent_node.native import blake3
+from pyagent_node.sharding.context.catalog import MARK_BYTES, SLOT_DIGEST_BYTES, SLOTS
+from pyagent_node.sharding.context.index import RERANKED
+from pyagent_node.sharding.context.probing import Likely
 from pyagent_node.sharding.context.records import CHUNK_ID_BYTES, ChunkId
 from pyagent_node.sharding.context.search import MAX_TERMS, Scored
-from pyagent_node.sharding.context.sketches import MAX_DIMENSIONS
+from pyagent_node.sharding.context.shares import ALL_GROUPS, Part, decode_part
+from pyagent_node.sharding.context.sketches import MAX_DIMENSIONS, in_range
 
 PROTOCOL: Final = "/pyagent/context/1"
 
@@ -49,10 +53,16 @@ class AskSummary(msgspec.Struct, frozen=True, tag="ask_summary"):
 
 
 class ContextSummary(msgspec.Struct, frozen=True, array_like=True):
-    """``digest`` covers all records of a context: equal ones hold the same records."""
+    """``digest`` covers all records of a context: equal ones hold the same records.
+
+    ``groups`` are those of spread sketches that the node holds in full, of the chunks that
+    ``marks`` is the digest of.
+    """
 
     context: bytes
     digest: bytes
+    groups: int = 0
+    marks: bytes = b""
 
 
 class Summary(msgspec.Struct, frozen=True, tag="summary"):
@@ -151,6 +161,35 @@ class Scores(msgspec.Struct, frozen=True, tag="scores"):
     stale: tuple[bytes, ...] = ()
 
 
+class AskParts(msgspec.Struct, frozen=True, tag="ask_parts"):
+    """Ask for the sketches in some groups of windows of chunks whose ids are in the tail."""
+
+    context: bytes
+    groups: int
+
+
+class Parts(msgspec.Struct, frozen=True, tag="parts"):
+    """The tail holds ids and parts in turn, those there are of the first ``looked`` chunks."""
+
+    looked: int
+
+
+class AskLikely(msgspec.Struct, frozen=True, tag="ask_likely"):
+    """Ask for the likeliest windows by the sketches that a node holds; the tail is the vector."""
+
+    context: bytes
+    dimensions: int
+
+
+class LikelyWindows(msgspec.Struct, frozen=True, tag="likely_windows"):
+    """The tail holds the marks of the slots of a catalog, then ``Likely`` in MessagePack.
+
+    ``groups`` are those that the node has looked through, of the chunks that the marks cover.
+    """
+
+    groups: int
+
+
 class TellUses(msgspec.Struct, frozen=True, tag="tell_uses"):
     """When documents were last part of an answer; the tail is a map in MessagePack."""
 
@@ -159,6 +198,7 @@ class TellUses(msgspec.Struct, frozen=True, tag="tell_uses"):
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_wanted: Final = msgspec.msgpack.Decoder(list[Wanted])
+_decode_likely: Final = msgspec.msgpack.Decoder(list[Likely])
 _decode_scores: Final = msgspec.msgpack.Decoder(list[Scored])
 _decode_uses: Final = msgspec.msgpack.Decoder(dict[str, int])
 
@@ -267,6 +307,70 @@ def unpack_scores(tail: bytes, terms: int) -> list[Scored]:
         if not sane or len(each.counts) != terms or min(each.counts, default=0) < 0:
             raise _corrupt("holds scores that make no sense")
     return scored
+
+
+def marks_digest(marks: Sequence[int]) -> bytes:
+    """Return the digest of the marks of a catalog."""
+    return blake3(_pack_marks(marks))[:MARK_BYTES]
+
+
+def _pack_marks(marks: Sequence[int]) -> bytes:
+    return np.array(marks, "<u8").tobytes()
+
+
+def pack_vector(vector: NDArray[np.float32]) -> bytes:
+    """Return the tail of :class:`AskLikely`."""
+    return vector.astype("<f4").tobytes()
+
+
+def unpack_vector(ask: AskLikely, tail: bytes) -> NDArray[np.float32]:
+    """Return the vector; raises :class:`CorruptData` (``bad_context_message``)."""
+    if not 0 < ask.dimensions <= MAX_DIMENSIONS or len(tail) != 4 * ask.dimensions:
+        raise _corrupt("holds no question")
+    vector = np.frombuffer(tail, "<f4").astype(np.float32)
+    if not in_range(vector):
+        raise _corrupt("holds no vector")
+    return vector
+
+
+def pack_likely(marks: Sequence[int], found: Sequence[Likely]) -> bytes:
+    """Return the tail of :class:`LikelyWindows`."""
+    return _pack_marks(marks) + _encode(list(found))
+
+
+def unpack_likely(reply: LikelyWindows, tail: bytes) -> tuple[tuple[int, ...], list[Likely]]:
+    """Return marks and windows; raises :class:`CorruptData` (``bad_context_message``)."""
+    size = SLOTS * MARK_BYTES
+    _check_list(tail)
+    if len(tail) < size or not 0 <= reply.groups <= ALL_GROUPS:
+        raise _corrupt("holds no marks")
+    try:
+        found = _decode_likely.decode(tail[size:])
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        raise _corrupt("holds no windows") from None
+    if sum(len(each.places) for each in found) > RERANKED:
+        raise _corrupt("holds too many windows")
+    for each in found:
+        sane = len(each.id) == CHUNK_ID_BYTES and len(each.places) == len(each.estimates)
+        if not sane or not np.isfinite(each.estimates).all() or min(each.places, default=0) < 0:
+            raise _corrupt("holds windows that make no sense")
+    return tuple(np.frombuffer(tail[:size], "<u8").tolist()), found
+
+
+def unpack_parts(tail: bytes, groups: int) -> dict[ChunkId, Part]:
+    """Return the parts of a reply to :class:`AskParts`.
+
+    Raises :class:`CorruptData` (``bad_context_message``, ``bad_context_part``).
+    """
+    flat = unpack(tail)
+    if len(flat) % 2 or any(len(chunk) != CHUNK_ID_BYTES for chunk in flat[::2]):
+        raise _corrupt("does not hold parts")
+    found = {
+        ChunkId(chunk): decode_part(data) for chunk, data in zip(flat[::2], flat[1::2], strict=True)
+    }
+    if any(part.groups != groups for part in found.values()):
+        raise _corrupt("holds parts that were not asked for")
+    return found
 
 
 def pack_uses(uses: dict[str, int]) -> bytes:

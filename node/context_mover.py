@@ -67,6 +67,8 @@ class Mover:
         """Bodies given up because no document has them any more."""
         self.lacking = 0
         """Bodies that this node owned and could not get, when it last looked."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Told when the owners, or the contexts that there are, have changed."""
         self._consensus = consensus
         self._client = client
         self._store = store
@@ -81,7 +83,7 @@ class Mover:
         self._pending = False
         """Whether something could not be moved yet: others are looking for it, or at it, too."""
         self._wake = trio.Event()
-        self._seen: tuple[int, frozenset[str]] = (0, frozenset())
+        self._seen: tuple[int, frozenset[tuple[str, bool]]] = (0, frozenset())
 
     def wake(self) -> None:
         """Look soon."""
@@ -117,11 +119,13 @@ class Mover:
             await trio.sleep(AGAIN_SECONDS)
 
     def _note(self) -> None:
-        seen = (self._reach.epoch, frozenset(self._consensus.state.contexts))
+        contexts = self._consensus.state.contexts.values()
+        seen = (self._reach.epoch, frozenset((info.name, info.spread) for info in contexts))
         if seen != self._seen:
             self._seen = seen
             self._reach.table()  # so that it remembers the one before
             self.wake()
+            self.on_change()
 
     async def once(self, budget: ByteBudget) -> None:
         """Look at everything once."""

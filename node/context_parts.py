@@ -18,7 +18,6 @@ from pyagent_node.node.context_store import SqliteContextStore, open_context_sto
 from pyagent_node.node.contexts import Contexts
 from pyagent_node.node.nurseries import background
 from pyagent_node.sharding.context.defaults import default_model
-from pyagent_node.sharding.context.sketches import SketchModel
 
 
 class NodeContexts(NamedTuple):
@@ -47,13 +46,9 @@ async def open_node_contexts(
     pace = Pace(bytes_per_second=bytes_per_second)
     async with (
         open_context_store(folder, limit_bytes=limit_bytes) as store,
-        open_contexts(mesh, consensus, store, models=_model, pace=pace) as together,
+        open_contexts(mesh, consensus, store, models=default_model, pace=pace) as together,
         background() as nursery,
     ):
         nursery.start_soon(Collector(together, clock=time.time).run)
         service = Contexts(together, encoder, held=store.held, drafts=Drafts(folder))
         yield NodeContexts(service, together, store)
-
-
-def _model(identity: str, dimensions: int) -> SketchModel:
-    return default_model(identity, dimensions).model

@@ -92,6 +92,12 @@ class Reach:
         """Return who of those present may have what lies in a bucket, the likeliest first."""
         return self._sources(bucket, frozenset(self.present()))
 
+    def holders(self, bucket: int) -> list[PeerId]:
+        """Return who of those present owns a bucket, or did before, owners first."""
+        present = self.present()
+        found = sources(bucket, [self.table(), *self._earlier], ())
+        return [peer for peer in found if peer in present]
+
     def _sources(self, bucket: int, present: frozenset[PeerId]) -> list[PeerId]:
         table, key = self.table(), (self._epoch, present)
         if self._found[0] != key:

@@ -14,29 +14,26 @@ from pyagent_node.base.errors import DeadlineExceeded
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.context_client import SCORE_SECONDS, ContextClient
 from pyagent_node.node.context_messages import Wanted
+from pyagent_node.node.context_probe import Prober
 from pyagent_node.node.context_reach import Reach
+from pyagent_node.node.context_server import ContextServer
 from pyagent_node.node.kv_vault import Offload
-from pyagent_node.sharding.context.index import RERANKED, Way, words_weight
+from pyagent_node.sharding.context.index import Way, words_weight
 from pyagent_node.sharding.context.port import Answer, ContextStore
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId
 from pyagent_node.sharding.context.search import (
     Scored,
-    candidates,
     check_question,
     found,
     question_terms,
     rank,
     score_all,
 )
-from pyagent_node.sharding.context.sketches import SketchModel
 
 SEARCH_SECONDS: Final = 20.0
 """Longest time for an answer."""
 SPARE: Final = 2
 """So many times the chunks that are wanted are fetched: some say the same, some may be gone."""
-
-Models = Callable[[str, int], SketchModel]
-"""Returns the sketch model of an encoder (its identity, its dimensions)."""
 
 
 class ContextSearch:
@@ -48,13 +45,15 @@ class ContextSearch:
         store: ContextStore,
         reach: Reach,
         *,
-        models: Models,
+        server: ContextServer,
         clock: Callable[[], float],
         offload: Offload,
     ) -> None:
         self.questions = 0
         self.asked = 0
         """Nodes asked, over all questions."""
+        self.probed = 0
+        """Those of them that were asked for sketches."""
         self.missing = 0
         """Candidates that could be had from nobody."""
         self.on_stale: Callable[[PeerId], None] = lambda _peer: None
@@ -62,8 +61,7 @@ class ContextSearch:
         self._client = client
         self._store = store
         self._reach = reach
-        self._models = models
-        self._clock = clock
+        self._prober = Prober(client, store, reach, server, now=clock)
         self._offload = offload
 
     async def search(
@@ -96,15 +94,15 @@ class ContextSearch:
         way: Way,
     ) -> Answer:
         catalog = self._store.catalog(context.id)
-        model = self._models(context.encoder, len(vector))
-        policy, now = context.policy, self._clock()
-        table = await self._offload(lambda: catalog.table(model, policy, now))
-        picked = await self._offload(lambda: candidates(table, vector, RERANKED))
+        found_by = await self._prober.pick(context, vector)
+        picked = found_by.candidates
+        for peer in found_by.newer:
+            self.on_stale(peer)
         places = {each.id: each for each in picked}
         terms = () if way == "meaning" else question_terms(question)
         scored: dict[ChunkId, Scored] = {}
         owners: dict[ChunkId, PeerId] = {}
-        asked: set[PeerId] = set()
+        asked: set[PeerId] = set(found_by.asked)
 
         async def ask(peer: PeerId, chunks: list[ChunkId]) -> Collection[ChunkId]:
             asked.add(peer)
@@ -121,21 +119,23 @@ class ContextSearch:
             return [each.id for each in some] + list(stale)
 
         buckets = {each.id: each.bucket for each in picked}
-        missing = await self._reach.gather(buckets, ask)
+        missing = len(await self._reach.gather(buckets, ask)) + found_by.unseen
         ranked = rank(scored.values(), count=SPARE * count, way=way, words=words_weight(question))
         bodies = await self._texts([each.id for each in ranked], owners, buckets, asked)
         self.questions += 1
         self.asked += len(asked)
-        self.missing += len(missing)
+        self.missing += missing
+        self.probed += len(found_by.asked)
         nodes = {peer for row in self._reach.table() for peer in row}
         return Answer(
             hits=found(ranked, bodies, catalog.locate, count=count, owners=owners),
-            windows=len(table.sketches),
+            windows=found_by.windows,
             candidates=sum(len(each.windows) for each in picked),
             candidate_chunks=len(picked),
             nodes=max(1, len(nodes)),
             nodes_asked=len(asked),
-            missing=len(missing),
+            missing=missing,
+            probed=len(found_by.asked),
         )
 
     async def _score_here(

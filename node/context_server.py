@@ -11,6 +11,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded, NotFound, Refused
 from pyagent_node.base.limits import MAX_PEERS, MIB
 from pyagent_node.base.mesh import Mesh
@@ -21,6 +25,8 @@ from pyagent_node.native import blake3
 from pyagent_node.node.context_messages import (
     AskBodies,
     AskHeld,
+    AskLikely,
+    AskParts,
     AskRecords,
     AskScores,
     AskSlots,
@@ -29,6 +35,8 @@ from pyagent_node.node.context_messages import (
     ContextSummary,
     Done,
     Held,
+    LikelyWindows,
+    Parts,
     PutBodies,
     Records,
     Scores,
@@ -38,20 +46,25 @@ from pyagent_node.node.context_messages import (
     TellUses,
     context_of,
     first_parts,
+    marks_digest,
     pack,
+    pack_likely,
     pack_scores,
     unpack,
     unpack_digests,
     unpack_ids,
     unpack_question,
     unpack_uses,
+    unpack_vector,
 )
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.kv_server import ByteBudget
 from pyagent_node.node.kv_vault import Offload
 from pyagent_node.node.rpc import RpcServer
 from pyagent_node.sharding.context.catalog import SLOTS, Catalog
+from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.port import ContextStore
+from pyagent_node.sharding.context.probing import MAX_UNSURE, Likely, likely
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
@@ -61,6 +74,13 @@ from pyagent_node.sharding.context.records import (
     encode_record,
 )
 from pyagent_node.sharding.context.search import Scored, score_all
+from pyagent_node.sharding.context.shares import (
+    ALL_GROUPS,
+    GROUPS,
+    Part,
+    encode_part,
+    part_of,
+)
 
 log = logging.getLogger("pyagent_node.context")
 
@@ -68,12 +88,20 @@ PUT_BURST: Final = 512 * MIB
 """Bytes of bodies that a peer may send here to be held at once ..."""
 PUT_RATE: Final = 64 * MIB
 """... and how many more each second."""
+FEW: Final = 16
+"""A group counts as held here if the sketches of less than one chunk in so many may be lacking."""
 BATCH: Final = 64
 """Bodies that are read at a time for a reply."""
 
+Models = Callable[[str, int], Axes]
+"""Returns the axes of an encoder (its identity, its dimensions)."""
+
 
 class ContextServer:
-    """The serving side; ``leaving`` are chunks that are being given up here."""
+    """The serving side; ``leaving`` are chunks that are being given up here.
+
+    ``models`` gives the axes of an encoder; ``now`` tells Unix seconds.
+    """
 
     def __init__(
         self,
@@ -83,7 +111,9 @@ class ContextServer:
         store: ContextStore,
         reach: Reach,
         *,
+        models: Models,
         clock: Callable[[], float],
+        now: Callable[[], float],
         offload: Offload,
     ) -> None:
         self.leaving: set[ChunkId] = set()
@@ -95,7 +125,9 @@ class ContextServer:
         self._consensus = consensus
         self._store = store
         self._reach = reach
+        self.models = models
         self._clock = clock
+        self._now = now
         self._offload = offload
         self._budgets: dict[PeerId, ByteBudget] = {}
         self._digests: dict[ContextId, tuple[int, bytes]] = {}
@@ -108,6 +140,8 @@ class ContextServer:
         rpc.register(AskBodies, self._bodies)
         rpc.register(AskScores, self._scores)
         rpc.register(TellUses, self._uses)
+        rpc.register(AskParts, self._parts)
+        rpc.register(AskLikely, self._likely)
 
     # ---- who ---------------------------------------------------------------------------------
 
@@ -127,12 +161,17 @@ class ContextServer:
             return "voter"
         return next((info.role for info in self._mesh.peers() if info.peer_id == peer), None)
 
+    def _info(self, data: bytes) -> ContextInfo:
+        """Return a context; raises :class:`NotFound` (``context_not_found``)."""
+        context = context_of(data)
+        for info in self._consensus.state.contexts.values():
+            if info.id == context:
+                return info
+        raise NotFound("The log of this node knows no such context.", code="context_not_found")
+
     def _known(self, data: bytes) -> Catalog:
         """Return a context's catalog; raises :class:`NotFound` (``context_not_found``)."""
-        context = context_of(data)
-        if all(info.id != context for info in self._consensus.state.contexts.values()):
-            raise NotFound("The log of this node knows no such context.", code="context_not_found")
-        return self._store.catalog(context)
+        return self._store.catalog(self._info(data).id)
 
     # ---- records -----------------------------------------------------------------------------
 
@@ -149,9 +188,21 @@ class ContextServer:
 
     async def _summary(self, peer: PeerId, ask: AskSummary, tail: bytes) -> tuple[Summary, bytes]:
         self._check_member(peer)
-        known = sorted(info.id for info in self._consensus.state.contexts.values())
-        contexts = tuple(ContextSummary(each, self.digest(each)) for each in known)
+        known = sorted(self._consensus.state.contexts.values(), key=lambda info: info.id)
+        contexts = tuple(
+            ContextSummary(each.id, self.digest(each.id), *self._sketched(each)) for each in known
+        )
         return Summary(contexts, self._store.limit_bytes), b""
+
+    def _sketched(self, info: ContextInfo) -> tuple[int, bytes]:
+        """Return the groups of spread sketches that are here in full, and what marks those."""
+        if not info.spread:
+            return 0, b""
+        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        own = sum(1 << group for group in range(GROUPS) if self._reach.owns(group))
+        if catalog.lacking(share, own, bare_only=False):
+            return 0, b""
+        return own, marks_digest(catalog.marks())
 
     async def _slots(self, peer: PeerId, ask: AskSlots, tail: bytes) -> tuple[Slots, bytes]:
         self._check_member(peer)
@@ -254,6 +305,61 @@ class ContextServer:
             return score_all(fresh, places, vector, ask.terms)
 
         return Scores(stale), pack_scores(await self._offload(work))
+
+    # ---- spread sketches ---------------------------------------------------------------------
+
+    async def parts(
+        self, info: ContextInfo, chunks: Sequence[ChunkId], groups: int
+    ) -> dict[ChunkId, Part]:
+        """Return the sketches in some groups of those of the chunks whose bodies are here."""
+        bodies = [body for body in await self._store.bodies(chunks) if body.context == info.id]
+
+        def work() -> dict[ChunkId, Part]:
+            found: dict[ChunkId, Part] = {}
+            for body in bodies:
+                axes = self.models(info.encoder, len(body.vectors) // 2 // len(body.spans))
+                found[body.id] = part_of(body, axes, groups)
+            return found
+
+        return await self._offload(work)
+
+    async def _parts(self, peer: PeerId, ask: AskParts, tail: bytes) -> tuple[Parts, bytes]:
+        self._check_member(peer)
+        info, chunks = self._info(ask.context), unpack_ids(tail)
+        if not chunks or not 0 <= ask.groups <= ALL_GROUPS:
+            raise InvalidRequest("No chunk was asked for.", code="bad_context_message")
+        flat: list[bytes] = []
+        looked = 0
+        for at in range(0, len(chunks), BATCH):
+            some = await self.parts(info, chunks[at : at + BATCH], ask.groups)
+            for chunk, part in some.items():
+                flat += (chunk, encode_part(part))
+            looked += len(chunks[at : at + BATCH])
+            if sum(map(len, flat)) > MIB:
+                break
+        return Parts(looked), pack(flat)
+
+    async def likely(
+        self, info: ContextInfo, vector: NDArray[np.float32]
+    ) -> tuple[int, tuple[int, ...], list[Likely]]:
+        """Return the groups that are here, what marks their chunks, and the likeliest windows.
+
+        A group of which a few sketches are not here yet counts: the marks tell.
+        """
+        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        axes, now = self.models(info.encoder, len(vector)), self._now()
+        groups = catalog.ready(share, min(MAX_UNSURE, catalog.chunks // FEW))
+        marks = catalog.covered(share, groups)
+        table = await self._offload(lambda: catalog.table(axes.model, info.policy, now, share))
+        return groups, marks, await self._offload(lambda: likely(table, vector))
+
+    async def _likely(
+        self, peer: PeerId, ask: AskLikely, tail: bytes
+    ) -> tuple[LikelyWindows, bytes]:
+        self._check_member(peer)
+        info = self._info(ask.context)
+        groups, marks, found = await self.likely(info, unpack_vector(ask, tail))
+        return LikelyWindows(groups), pack_likely(marks, found)
 
     def _budget(self, peer: PeerId) -> ByteBudget:
         now = self._clock()

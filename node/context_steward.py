@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import trio
 
 from pyagent_node.base.errors import Conflict, PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import PeerId
-from pyagent_node.consensus.commands import SetBuckets
+from pyagent_node.consensus.commands import SetBuckets, SpreadContext
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.steward import Sightings
+from pyagent_node.sharding.context.catalog import sketch_bytes
 from pyagent_node.sharding.context.owners import Table, owner_table
 from pyagent_node.sharding.context.port import ContextStore
 
@@ -54,8 +56,34 @@ def plan_owners(
     return new if new and new != table else None
 
 
+class Size(NamedTuple):
+    """How many bytes the sketches of a context have together, and whether they lie spread."""
+
+    name: str
+    bytes: int
+    spread: bool
+
+
+def plan_spread(sizes: Collection[Size], limit: int, *, owners: int, copies: int) -> Size | None:
+    """Return the context whose sketches should lie otherwise, ``None`` if all is well.
+
+    While a node would hold more than ``limit`` bytes the largest is spread; the smallest comes back
+    when three quarters of the limit are enough for it too, so that none goes to and fro.  Where
+    every node owns every bucket, nothing is gained by spreading.
+    """
+    held = sum(size.bytes for size in sizes if not size.spread)
+    if held > limit and owners > copies:
+        return max((size for size in sizes if not size.spread), key=lambda s: (s.bytes, s.name))
+    back = min((s for s in sizes if s.spread), key=lambda s: (s.bytes, s.name), default=None)
+    if back is not None and (held + back.bytes <= limit * 3 // 4 or owners <= copies):
+        return back
+    return None
+
+
 class BucketSteward:
-    """``weights`` gives what each peer offers; ``seconds`` lie between two looks."""
+    """Also has the log say which contexts' sketches lie spread over the nodes.
+
+    ``weights`` gives what each peer offers; ``seconds`` lie between two looks."""
 
     def __init__(
         self,
@@ -86,7 +114,7 @@ class BucketSteward:
             await trio.sleep(self._seconds)
 
     async def look(self) -> None:
-        """Look once; have another table committed if one is due."""
+        """Look once; have committed what is due."""
         state = self._consensus.state
         owning = {peer for row in state.buckets for peer in row}
         self._sightings.look(self._mesh.peers(), owning, trio.current_time())
@@ -106,6 +134,7 @@ class BucketSteward:
                 patience=state.settings["context_patience"],
                 settle=self._settle,
             )
+            await self._spread()
             if new is None:
                 return
             await self._consensus.propose(SetBuckets(new, state.bucket_epoch))
@@ -117,3 +146,21 @@ class BucketSteward:
             self.changes += 1
             names = sorted({peer for row in new for peer in row})
             log.info("contexts are spread over %d nodes", len(names))
+
+    async def _spread(self) -> None:
+        state = self._consensus.state
+        sizes = [
+            Size(info.name, sketch_bytes(self._store.catalog(info.id)), info.spread)
+            for info in state.contexts.values()
+        ]
+        found = plan_spread(
+            sizes,
+            state.settings["context_index_bytes"],
+            owners=len({peer for row in state.buckets for peer in row}),
+            copies=state.settings["context_copies"],
+        )
+        if found is not None:
+            context = state.contexts[found.name]
+            await self._consensus.propose(SpreadContext(found.name, context.id, not found.spread))
+            where = "on every node" if found.spread else "spread over the nodes"
+            log.info("the sketches of context %s are to be %s", found.name, where)

@@ -25,11 +25,14 @@ from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
     DocumentRecord,
+    bare,
     decode_body,
     decode_record,
     encode_body,
+    encode_record,
     record_digest,
 )
+from pyagent_node.sharding.context.shares import Part, Share, decode_part, encode_part
 
 log = logging.getLogger("pyagent_node.context")
 
@@ -56,6 +59,12 @@ CREATE TABLE uses (
 ) WITHOUT ROWID;
 PRAGMA user_version = 1;
 """
+_LATER_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS parts (
+    id BLOB PRIMARY KEY NOT NULL, context BLOB NOT NULL, data BLOB NOT NULL
+);
+"""
+"""Made in files of earlier versions too, which do not look at them."""
 
 
 class _Held(NamedTuple):
@@ -67,6 +76,7 @@ class _Loaded(NamedTuple):
     records: list[tuple[DocumentRecord, bytes]]
     bodies: dict[ChunkId, _Held]
     uses: list[tuple[ContextId, str, int]]
+    parts: list[tuple[ContextId, ChunkId, Part]]
 
 
 class SqliteContextStore:
@@ -81,6 +91,9 @@ class SqliteContextStore:
         self._used = sum(held.size for held in loaded.bodies.values())
         self._written_uses: dict[tuple[ContextId, str], int] = {}
         self._writing = trio.Lock()
+        self._shares: dict[ContextId, Share] = {}
+        for context, chunk, part in loaded.parts:
+            self.share(context).put({chunk: part})
         for record, data in loaded.records:
             self.catalog(record.context).merge(record, data)
         for context, source, at in loaded.uses:
@@ -188,6 +201,38 @@ class SqliteContextStore:
                 await _in_thread(lambda: self._database.delete_bodies(gone))
                 self._gone(gone)
 
+    def share(self, context: ContextId) -> Share:
+        """See ``ContextStore``."""
+        return self._shares.setdefault(context, Share())
+
+    async def put_parts(self, context: ContextId, parts: Mapping[ChunkId, Part]) -> None:
+        """See ``ContextStore``."""
+        async with self._writing:
+            rows = [(chunk, context, encode_part(part)) for chunk, part in parts.items()]
+            await _in_thread(lambda: self._database.put_parts(rows))
+            self.share(context).put(parts)
+
+    async def forget_parts(self, context: ContextId, chunks: Collection[ChunkId]) -> None:
+        """See ``ContextStore``."""
+        async with self._writing:
+            await _in_thread(lambda: self._database.delete_parts(chunks))
+            self.share(context).drop(chunks)
+
+    async def strip(self, context: ContextId, sources: Sequence[str]) -> None:
+        """See ``ContextStore``."""
+        async with self._writing:
+            catalog = self.catalog(context)
+            found = [known for source in sources if (known := catalog.get(source)) is not None]
+            rows = await _in_thread(
+                lambda: [
+                    (context, known.record.source, encode_record(bare(known.record, known.digest)))
+                    for known in found
+                ]
+            )
+            await _in_thread(lambda: self._database.put_records(rows))
+            for known in found:
+                catalog.strip(known.record.source)
+
     async def forget_source(self, context: ContextId, source: str) -> None:
         """See ``ContextStore``."""
         async with self._writing:
@@ -214,6 +259,7 @@ class SqliteContextStore:
         async with self._writing:
             await _in_thread(lambda: self._database.delete_context(context))
             self._catalogs.pop(context, None)
+            self._shares.pop(context, None)
             self._gone([chunk for chunk, held in self._held.items() if held.context == context])
             for key in [key for key in self._written_uses if key[0] == context]:
                 del self._written_uses[key]
@@ -251,7 +297,13 @@ def _load(database: _Database) -> _Loaded:
             log.error(
                 "the record of %r in context %s is given up: %s", source, context.hex(), error
             )
-    return _Loaded(records, dict(database.held()), list(database.uses()))
+    parts: list[tuple[ContextId, ChunkId, Part]] = []
+    for context, chunk, data in database.parts():
+        try:
+            parts.append((context, chunk, decode_part(data)))
+        except PyAgentError as error:
+            log.warning("a part of the index is made anew: %s", error)
+    return _Loaded(records, dict(database.held()), list(database.uses()), parts)
 
 
 def _read(database: _Database, ids: Sequence[ChunkId]) -> tuple[list[ChunkBody], list[ChunkId]]:
@@ -287,6 +339,7 @@ class _Database:
                     remedy="Update this node, or move the file away: what other nodes hold of it is"
                     " copied anew.",
                 )
+            self._writer.executescript(_LATER_TABLES)
             self._writer.execute("PRAGMA journal_mode = WAL")
             self._writer.execute("PRAGMA synchronous = FULL")
 
@@ -325,6 +378,16 @@ class _Database:
         full = [(chunk, context, len(data), data) for chunk, context, data in rows]
         self._write("INSERT OR REPLACE INTO bodies VALUES (?, ?, ?, ?)", full)
 
+    def parts(self) -> list[tuple[ContextId, ChunkId, bytes]]:
+        rows = self._all("SELECT context, id, data FROM parts")
+        return [(ContextId(context), ChunkId(chunk), data) for context, chunk, data in rows]
+
+    def put_parts(self, rows: Sequence[tuple[ChunkId, bytes, bytes]]) -> None:
+        self._write("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", rows)
+
+    def delete_parts(self, ids: Collection[ChunkId]) -> None:
+        self._write("DELETE FROM parts WHERE id = ?", [(chunk,) for chunk in ids])
+
     def put_uses(self, rows: Sequence[tuple[bytes, str, int]]) -> None:
         self._write("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", rows)
 
@@ -342,7 +405,7 @@ class _Database:
 
     def delete_context(self, context: ContextId) -> None:
         with self._transaction() as connection:
-            for table in ("records", "uses", "bodies"):
+            for table in ("records", "uses", "bodies", "parts"):
                 connection.execute(f"DELETE FROM {table} WHERE context = ?", (context,))  # noqa: S608
         self._shrink()
 

@@ -57,6 +57,8 @@ class RecordSync:
         """Bytes that each peer offers for bodies, as it says."""
         self.superseded: dict[ChunkId, float] = {}
         """When a chunk's document was replaced or removed, as far as this node saw it."""
+        self.sketched: dict[tuple[PeerId, ContextId], tuple[int, bytes]] = {}
+        """Groups of spread sketches that each peer has in full, and of which chunks, as it says."""
         self.merged = 0
         """Records that came from peers and were news."""
         self.on_news: Callable[[], None] = lambda: None
@@ -110,6 +112,8 @@ class RecordSync:
         try:
             summary = await self._client.summary(peer)
             self.capacities[peer] = min(max(summary.capacity, 0), MAX_CAPACITY)
+            for each in summary.contexts:
+                self.sketched[peer, ContextId(each.context)] = (each.groups, each.marks)
             for context in self._differing(summary):
                 await self._fetch(peer, context)
         except PyAgentError as error:

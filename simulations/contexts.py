@@ -30,7 +30,7 @@ from pyagent_node.sharding.context.records import (
     Version,
     decode_record,
 )
-from pyagent_node.sharding.context.sketches import SketchModel
+from pyagent_node.sharding.context.shares import Part, Share
 from pyagent_node.simulations.kv import at_once
 
 ENCODER: Final = "toy words"
@@ -47,6 +47,7 @@ class MemoryContextStore:
         self._catalogs: dict[ContextId, Catalog] = {}
         self._bodies: dict[ChunkId, ChunkBody] = {}
         self._contexts: dict[ChunkId, ContextId] = {}
+        self._shares: dict[ContextId, Share] = {}
 
     @property
     def used_bytes(self) -> int:
@@ -97,6 +98,26 @@ class MemoryContextStore:
             self._bodies.pop(chunk, None)
             self._contexts.pop(chunk, None)
 
+    def share(self, context: ContextId) -> Share:
+        """See ``ContextStore``."""
+        return self._shares.setdefault(context, Share())
+
+    async def put_parts(self, context: ContextId, parts: Mapping[ChunkId, Part]) -> None:
+        """See ``ContextStore``."""
+        await trio.lowlevel.checkpoint()
+        self.share(context).put(parts)
+
+    async def forget_parts(self, context: ContextId, chunks: Collection[ChunkId]) -> None:
+        """See ``ContextStore``."""
+        await trio.lowlevel.checkpoint()
+        self.share(context).drop(chunks)
+
+    async def strip(self, context: ContextId, sources: Sequence[str]) -> None:
+        """See ``ContextStore``."""
+        await trio.lowlevel.checkpoint()
+        for source in sources:
+            self.catalog(context).strip(source)
+
     async def forget_source(self, context: ContextId, source: str) -> None:
         """See ``ContextStore``."""
         await trio.lowlevel.checkpoint()
@@ -111,6 +132,7 @@ class MemoryContextStore:
         """See ``ContextStore``."""
         await trio.lowlevel.checkpoint()
         self._catalogs.pop(context, None)
+        self._shares.pop(context, None)
         for chunk in [c for c, each in self._contexts.items() if each == context]:
             del self._bodies[chunk], self._contexts[chunk]
 
@@ -121,9 +143,9 @@ def toy_axes() -> Axes:
     return default_model(ENCODER, DIMENSIONS)
 
 
-def toy_model(encoder: str, dimensions: int) -> SketchModel:
-    """Return the sketch model of any encoder: the toy's."""
-    return toy_axes().model
+def toy_model(encoder: str, dimensions: int) -> Axes:
+    """Return the axes of any encoder: the toy's."""
+    return toy_axes()
 
 
 @lru_cache(maxsize=4096)

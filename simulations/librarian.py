@@ -29,6 +29,7 @@ PATIENCE: Final = 5
 """Seconds that a node may be away before others get its chunks."""
 ADD_SECONDS: Final = 1.5
 ASK_SECONDS: Final = 0.7
+RESIZE_SECONDS: Final = 8.0
 HITS: Final = 4
 SENTENCES: Final = 8
 _SOUNDS: Final = (
@@ -84,6 +85,15 @@ class Librarian:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._add_for_ever, nursery)
             nursery.start_soon(self._ask_for_ever, nursery)
+            nursery.start_soon(self._resize_for_ever)
+
+    async def _resize_for_ever(self) -> None:
+        """Have the sketches spread over the nodes, and brought back to all of them."""
+        rng = random.Random(self._rng.random())  # noqa: S311 - must repeat itself
+        while True:
+            await trio.sleep(rng.uniform(0.2, 1.0) * RESIZE_SECONDS)
+            limit = rng.choice((0, 0, None))
+            await self._swarm.propose(SetMeshSetting("context_index_bytes", limit))
 
     async def _add_for_ever(self, nursery: trio.Nursery) -> None:
         while True:

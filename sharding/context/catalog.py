@@ -12,6 +12,7 @@ slot's digest covers the records in it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
@@ -26,13 +27,18 @@ from pyagent_node.sharding.context.records import (
     ChunkId,
     DocumentRecord,
     Version,
+    bare,
     encode_record,
     record_digest,
 )
-from pyagent_node.sharding.context.sketches import Sketches, SketchModel
+from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS, Part, Share
+from pyagent_node.sharding.context.sketches import BITS, Sketches, SketchModel
 
 SLOTS: Final = 256
 SLOT_DIGEST_BYTES: Final = 16
+MARK_BYTES: Final = 8
+SKETCH_BYTES: Final = BITS // 8 + 2
+"""Bytes of a window's sketch and its weight."""
 MAX_DOCUMENTS: Final = 1 << 20
 """The most sources of a context, removed ones that are remembered included."""
 _NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
@@ -74,9 +80,13 @@ class Catalog:
         self._slots: list[dict[str, bytes]] = [{} for _ in range(SLOTS)]
         self._digests: list[bytes | None] = [_NOTHING] * SLOTS
         self._chunks: dict[ChunkId, tuple[str, int]] = {}
+        self._marks = [0] * SLOTS
+        self._ready: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)
+        self._lacking: tuple[tuple[int, int, int, bool], list[ChunkId]] = ((-1, 0, 0, True), [])
+        self._windows = 0
         self._uses: dict[str, int] = {}
         self._generation = 0
-        self._table: tuple[tuple[int, SketchModel, frozenset[str]], Table] | None = None
+        self._table: tuple[tuple[int, int, SketchModel, frozenset[str]], Table] | None = None
 
     def __len__(self) -> int:
         return len(self._known)
@@ -117,6 +127,16 @@ class Catalog:
             self._drop_chunks(held.record)
         self._put(Known(record, digest, len(encoded)))
         return True
+
+    def strip(self, source: str) -> DocumentRecord | None:
+        """Forget the sketches of a record; returns it as it is now if it had any."""
+        held = self._known.get(source)
+        if held is None or held.record.whole or not held.record.windows:
+            return None
+        record = bare(held.record, held.digest)
+        self._known[source] = Known(record, held.digest, len(encode_record(record)))
+        self._generation += 1
+        return record
 
     def forget(self, source: str) -> None:
         """Forget a source altogether, as when its removal is old enough."""
@@ -160,6 +180,75 @@ class Catalog:
         """Return the ids of all chunks that have bodies, of newest versions."""
         return self._chunks.keys()
 
+    @property
+    def chunks(self) -> int:
+        """Chunks of all documents that have bodies, fresh or not."""
+        return len(self._chunks)
+
+    @property
+    def windows(self) -> int:
+        """Windows of all documents, fresh or not."""
+        return self._windows
+
+    def marks(self) -> tuple[int, ...]:
+        """Return for each slot the sum (exclusive or) of the ids of its chunks that have bodies.
+
+        Nodes whose slots have the same mark know the same chunks in it.
+        """
+        return tuple(self._marks)
+
+    def lacking(self, share: Share, groups: int, *, bare_only: bool = True) -> list[ChunkId]:
+        """Return the chunks that have windows in ``groups`` of which no sketch may be here.
+
+        Such are neither in ``share`` nor, with ``bare_only``, in a record that is not bare.  The
+        list of the last call is kept, and serves until something changes.
+        """
+        key = (self._generation, share.generation, groups, bare_only)
+        if self._lacking[0] != key:
+            found = [
+                chunk
+                for chunk, (source, _) in self._chunks.items()
+                if not share.covers(chunk, groups)
+                and not (bare_only and not self._known[source].record.whole)
+            ]
+            self._lacking = (key, found)
+        return self._lacking[1]
+
+    def ready(self, share: Share, tolerance: int = 0) -> int:
+        """Return the groups of which all sketches are here, but for those of a few chunks."""
+        key = (self._generation, share.generation, tolerance)
+        if self._ready[0] != key:
+            held: Counter[int] = Counter()
+            for chunk, (source, _) in self._chunks.items():
+                part = share.get(chunk)
+                whole = not self._known[source].record.whole
+                held[ALL_GROUPS if whole else part.groups if part is not None else 0] += 1
+            lack = [
+                sum(count for groups, count in held.items() if not groups >> group & 1)
+                for group in range(GROUPS)
+            ]
+            found = sum(1 << group for group in range(GROUPS) if lack[group] <= tolerance)
+            self._ready = (key, found)
+        return self._ready[1]
+
+    def covered(self, share: Share, groups: int) -> tuple[int, ...]:
+        """Return :meth:`marks` of the chunks that are not :meth:`lacking`."""
+        marks = list(self._marks)
+        for chunk in self.lacking(share, groups):
+            marks[slot_of(self._chunks[chunk][0])] ^= mark_of(chunk)
+        return tuple(marks)
+
+    def in_slot(self, slot: int) -> list[ChunkId]:
+        """Return the chunks of a slot, those of documents that were added last first."""
+        records = [self._known[source].record for source in self._slots[slot]]
+        records.sort(key=lambda record: (-record.added, record.source))
+        return [
+            record.id_of(place)
+            for record in records
+            for place, row in enumerate(record.chunks)
+            if row.windows
+        ]
+
     # Last use ----------------------------------------------------------------------------------
 
     @property
@@ -197,40 +286,63 @@ class Catalog:
 
     # Searching ---------------------------------------------------------------------------------
 
-    def table(self, model: SketchModel, policy: ContextPolicy, now: float) -> Table:
+    def table(
+        self, model: SketchModel, policy: ContextPolicy, now: float, share: Share | None = None
+    ) -> Table:
         """Return the sketches of all windows that may be answered from at ``now``.
 
-        Documents whose sketches do not have the size of ``model`` are left out.  The table of the
+        Of bare records it has those that are in ``share``.  Documents whose sketches do not have
+        the size of ``model`` are left out.  The table of the
         last call is kept, and serves until something changes.  Another thread may call it: what is
         known is copied first, and the generation read before it, so that a table is never taken
         for newer than it is.
         """
         generation, known, uses = self._generation, list(self._known.values()), dict(self._uses)
+        parts = share.generation if share is not None else 0
         records = fresh((each.record for each in known), policy, now=now, uses=uses)
-        key = (generation, model, frozenset(record.source for record in records))
+        key = (generation, parts, model, frozenset(record.source for record in records))
         kept = self._table
         if kept is None or kept[0] != key:
-            kept = self._table = (key, _table(records, model))
+            kept = self._table = (key, _table(records, model, share.copy() if share else {}))
         return kept[1]
 
     def _put(self, known: Known) -> None:
         record = known.record
         self._known[record.source] = known
+        slot = slot_of(record.source)
         for place, row in enumerate(record.chunks):
             if row.windows:
-                self._chunks[record.id_of(place)] = (record.source, place)
-        slot = slot_of(record.source)
+                chunk = record.id_of(place)
+                self._chunks[chunk] = (record.source, place)
+                self._marks[slot] ^= mark_of(chunk)
+                self._windows += row.windows
         self._slots[slot][record.source] = known.digest
         self._digests[slot] = None
         self._generation += 1
 
     def _drop_chunks(self, record: DocumentRecord) -> None:
+        slot = slot_of(record.source)
         for place, row in enumerate(record.chunks):
             if row.windows:
-                self._chunks.pop(record.id_of(place), None)
+                chunk = record.id_of(place)
+                self._chunks.pop(chunk, None)
+                self._marks[slot] ^= mark_of(chunk)
+                self._windows -= row.windows
 
 
-def _table(records: Iterable[DocumentRecord], model: SketchModel) -> Table:
+def sketch_bytes(catalog: Catalog) -> int:
+    """Return how many bytes all sketches of a context have, wherever they lie."""
+    return catalog.windows * SKETCH_BYTES
+
+
+def mark_of(chunk: ChunkId) -> int:
+    """Return what a chunk adds to the mark of its slot."""
+    return int.from_bytes(chunk[:MARK_BYTES], "little")
+
+
+def _table(
+    records: Iterable[DocumentRecord], model: SketchModel, parts: Mapping[ChunkId, Part]
+) -> Table:
     width = model.bits // 8
     kept: list[DocumentRecord] = []
     packed = [np.zeros((0, width), np.uint8)]
@@ -238,6 +350,22 @@ def _table(records: Iterable[DocumentRecord], model: SketchModel) -> Table:
     documents, ordinals, places = _empty(), _empty(), _empty()
     for record in records:
         if not record.windows:
+            continue
+        if record.whole:
+            own = [
+                (at, parts[chunk])
+                for at, row in enumerate(record.chunks)
+                if row.windows and (chunk := record.id_of(at)) in parts
+            ]
+            own = [(at, part) for at, part in own if len(part) and part.width == width]
+            for at, part in own:
+                packed.append(part.rows())
+                weights.append(part.scales())
+                documents.append(np.full(len(part), len(kept), np.uint32))
+                ordinals.append(np.full(len(part), at, np.uint32))
+                places.append(part.at())
+            if own:
+                kept.append(record)
             continue
         rows, scale = record.packed()
         if rows.shape[1] != width:

@@ -14,6 +14,7 @@ from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.index import Way
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord, Version
+from pyagent_node.sharding.context.shares import Part, Share
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -55,7 +56,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     ``candidates`` windows in ``candidate_chunks`` chunks were picked by their sketches among
     ``windows``; ``nodes_asked`` of ``nodes`` owners were asked for them, and ``missing`` candidate
-    chunks could be had from none (then the answer may lack something).
+    chunks could be had from none (then the answer may lack something).  ``probed`` nodes were asked
+    for sketches: 0 where this node has all of them.
     """
 
     hits: tuple[Found, ...]
@@ -65,6 +67,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int = 1
     nodes_asked: int = 0
     missing: int = 0
+    probed: int = 0
 
 
 class ContextStore(Protocol):
@@ -118,6 +121,22 @@ class ContextStore(Protocol):
 
     async def forget(self, ids: Sequence[ChunkId]) -> None:
         """Give bodies up."""
+        ...
+
+    def share(self, context: ContextId) -> Share:
+        """Return the sketches that this node keeps of bare records; it follows what is put."""
+        ...
+
+    async def put_parts(self, context: ContextId, parts: Mapping[ChunkId, Part]) -> None:
+        """Keep parts instead of those that were there of the same chunks."""
+        ...
+
+    async def forget_parts(self, context: ContextId, chunks: Collection[ChunkId]) -> None:
+        """Give parts up."""
+        ...
+
+    async def strip(self, context: ContextId, sources: Sequence[str]) -> None:
+        """Forget the sketches in some records: these are bare from now on."""
         ...
 
     async def forget_source(self, context: ContextId, source: str) -> None:

@@ -13,6 +13,11 @@ A record as bytes::
     MessagePack array (see _Wire): chunks as differences, so that most numbers take one byte
     the first 16 bytes of BLAKE3 of all that
 
+A *bare* record (version 2) is one without its sketches, for contexts whose sketches lie spread
+over the nodes (``shares``).  Before its last 16 bytes stand those of the whole record, so that a
+document has one digest in either form.  Nobody can check that digest without the sketches: a
+member's word is taken for it, as for everything that a record says.
+
 What was not written by :func:`encode_record` or :func:`encode_body` is refused.
 """
 
@@ -53,6 +58,7 @@ MAX_NUMBER: Final = 1 << 53
 """Numbers in a record are below this, so that every reader has them exactly."""
 
 RECORD_VERSION: Final = 1
+BARE_VERSION: Final = 2
 _MAGIC: Final = b"PACR"
 _BODY_MAGIC: Final = b"PACB"
 _HEAD: Final = struct.Struct("<4sHH")
@@ -94,7 +100,8 @@ class DocumentRecord(msgspec.Struct, frozen=True, kw_only=True):
     ``digest`` is BLAKE3 of its bytes as they were read, ``size`` their number; ``modified`` and
     ``added`` are in seconds since 1970.  ``removed``: the document is there no longer; then there
     are no chunks.  ``encoder`` made the vectors.  ``sketches`` holds the packed sketches of all
-    windows, then their weights (little-endian float16).
+    windows, then their weights (little-endian float16).  ``whole`` is the digest of the whole
+    record where this one is bare: it has windows and no sketches.
     """
 
     context: ContextId
@@ -108,6 +115,7 @@ class DocumentRecord(msgspec.Struct, frozen=True, kw_only=True):
     encoder: str = ""
     chunks: tuple[ChunkRow, ...] = ()
     sketches: bytes = b""
+    whole: bytes = b""
 
     @property
     def windows(self) -> int:
@@ -260,7 +268,8 @@ def encode_record(record: DocumentRecord) -> bytes:
         b"".join(row.check for row in record.chunks),
         record.sketches,
     )
-    data = _HEAD.pack(_MAGIC, RECORD_VERSION, 0) + _encoder.encode(wire)
+    version = BARE_VERSION if record.whole else RECORD_VERSION
+    data = _HEAD.pack(_MAGIC, version, 0) + _encoder.encode(wire) + record.whole
     if len(data) + _SEAL > MAX_RECORD:
         raise LimitExceeded(
             f"The document {record.source[:200]!r} has too many windows for one record.",
@@ -278,7 +287,9 @@ def decode_record(data: bytes | bytearray | memoryview) -> DocumentRecord:
     Raises :class:`CorruptData` (``bad_context_record``) and, for a newer version,
     :class:`Unsupported` (``context_record_version``).
     """
-    inner = _open(bytes(data), _MAGIC, MAX_RECORD, _BAD_RECORD)
+    inner, whole = _open(bytes(data), _MAGIC, MAX_RECORD, _BAD_RECORD), b""
+    if _version(data) == BARE_VERSION:
+        inner, whole = inner[:-_SEAL], bytes(inner[-_SEAL:])
     try:
         wire = _decode_wire.decode(inner)
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -310,11 +321,22 @@ def decode_record(data: bytes | bytearray | memoryview) -> DocumentRecord:
         encoder=wire.encoder,
         chunks=tuple(chunks),
         sketches=wire.sketches,
+        whole=whole,
     )
     problem = _problem(record)
     if problem is not None:
         raise _corrupt(problem, _BAD_RECORD)
     return record
+
+
+def bare(record: DocumentRecord, digest: bytes) -> DocumentRecord:
+    """Return a record without its sketches; ``digest`` is its :func:`record_digest`.
+
+    One that has no windows has no sketches either, and stays as it is.
+    """
+    if record.whole or not record.windows:
+        return record
+    return msgspec.structs.replace(record, sketches=b"", whole=digest)
 
 
 def encode_body(body: ChunkBody) -> bytes:
@@ -367,12 +389,18 @@ def decode_body(data: bytes | bytearray | memoryview) -> ChunkBody:
 
 
 def record_digest(data: bytes) -> bytes:
-    """Return the digest of an encoded record: it ends with it."""
-    return data[-_SEAL:]
+    """Return the digest of an encoded record, the same for its bare form."""
+    if _version(data) == BARE_VERSION:
+        return bytes(data[-2 * _SEAL : -_SEAL])
+    return bytes(data[-_SEAL:])
 
 
 _BAD_RECORD: Final = "bad_context_record"
 _BAD_BODY: Final = "bad_context_body"
+
+
+def _version(data: bytes | bytearray | memoryview) -> int:
+    return int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
 
 
 def _open(data: bytes, magic: bytes, limit: int, code: str) -> memoryview:
@@ -381,7 +409,7 @@ def _open(data: bytes, magic: bytes, limit: int, code: str) -> memoryview:
     start, version, zero = _HEAD.unpack_from(data)
     if start != magic or zero:
         raise _corrupt("it does not begin like one", code)
-    if version != RECORD_VERSION:
+    if version != RECORD_VERSION and (magic, version) != (_MAGIC, BARE_VERSION):
         raise Unsupported(
             f"A part of a context has version {version}; this program knows {RECORD_VERSION}.",
             code="context_record_version",
@@ -419,7 +447,10 @@ def _problem(record: DocumentRecord) -> str | None:
             return f"chunk {place} is the same as one that stands for nothing"
         at, line, windows = row.end, row.line, windows + row.windows
     if not windows:
-        return "it has sketches of no window" if record.sketches else None
+        return "it has sketches of no window" if record.sketches or record.whole else None
+    if record.whole:
+        fits = len(record.whole) == _SEAL and not record.sketches
+        return None if fits else "it is bare and has sketches, or does not say of what it is bare"
     size, rest = divmod(len(record.sketches), windows)
     if rest or size <= _WEIGHT_BYTES:
         return "its sketches do not have one size"

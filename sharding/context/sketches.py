@@ -186,6 +186,11 @@ class Buckets:
             raise InvalidRequest(f"{count} buckets cannot be looked for.", code="bad_count")
         return lsh_probes(self._at(query[None])[0], min(count, 1 << len(self.axes)))[0]
 
+    def margins(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return how far ``query`` lies from the border of each bit: its sign is the bit."""
+        found: NDArray[np.float32] = self._at(query[None])[0]
+        return found
+
     def _at(self, vectors: Vectors) -> NDArray[np.float32]:
         check_vectors(vectors, self.axes.shape[1])
         return np.ascontiguousarray((vectors - self.centre) @ self.axes.T, np.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+from pyagent_node.sharding.context.shares import ALL_GROUPS
+
 if TYPE_CHECKING:
     from pyagent_node.simulations.swarm import Swarm
 
@@ -50,6 +52,7 @@ class ContextsStay:
             held = catalogs[0].get(source) if catalogs else None
             if held is None or held.record.version < known.version:
                 yield f"nodes do not know the version of {source} that one of them took"
+        yield from _sketches(swarm, librarian.info.name)
         here = {machine.peer_id for machine in up}
         for chunk in catalogs[0].chunk_ids() if catalogs else ():
             place = catalogs[0].locate(chunk)
@@ -70,6 +73,24 @@ class ContextsStay:
             if holders != set(owners):
                 yield f"a chunk of {place[0].source} lies at {len(holders)} nodes, not its owners"
                 return
+
+
+def _sketches(swarm: Swarm, name: str) -> Iterator[str]:
+    """Look whether every node has the sketches that it is to have, and no others."""
+    if _departed(swarm):
+        return  # what nobody holds any more has no sketches either
+    for machine in swarm.up():
+        if machine.parts is None:
+            continue
+        service = machine.parts.contexts
+        info = service.find(name)
+        catalog, share = service.catalog(info.id), service.store.share(info.id)
+        own = service.keeper.own_groups() if info.spread else ALL_GROUPS
+        if catalog.lacking(share, own, bare_only=not info.spread):
+            yield f"node {machine.number} lacks sketches that it is to have"
+        whole = any(record.windows and not record.whole for record in catalog.documents())
+        if info.spread and (whole or share.beyond(own)):
+            yield f"node {machine.number} has sketches that others are to have"
 
 
 def _departed(swarm: Swarm) -> bool:

@@ -15,6 +15,7 @@ from pyagent_node.base.types import ContextPolicy
 from pyagent_node.consensus.commands import SetMeshSetting
 from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.sharding.context.port import Answer
+from pyagent_node.sharding.context.shares import ALL_GROUPS
 from pyagent_node.simulations.contexts import ENCODER, removal, toy_document, toy_vector
 from pyagent_node.simulations.machine import Machine
 from pyagent_node.simulations.swarm import Swarm, open_swarm
@@ -191,6 +192,82 @@ async def test_two_nodes_die_and_one_comes_while_documents_are_added_and_asked_f
         for number, hits in before.items():
             answer = await it.ask(number, 0)
             assert answer.hits[0].text == hits[0][1]
+
+
+def spread_out(it: World, spread: bool) -> bool:
+    """Whether every node has the sketches that it is to have, and no others."""
+    for machine in it.swarm.up():
+        if machine.parts is None:
+            return False
+        service = machine.parts.contexts
+        info = service.find("shelf")
+        catalog, share = service.catalog(info.id), service.store.share(info.id)
+        own = service.keeper.own_groups() if spread else ALL_GROUPS
+        if info.spread != spread or catalog.lacking(share, own, bare_only=not spread):
+            return False
+        whole = any(record.windows and not record.whole for record in catalog.documents())
+        if spread and (whole or share.beyond(own)):
+            return False
+    return it.restored()
+
+
+async def test_sketches_are_spread_and_brought_back_while_nodes_die_and_come(autojump_clock):
+    async with world(5) as it:
+        for number in range(10):
+            await it.add(number, at=number % 5)
+        await it.calm()
+        asked = 0
+        wrong: list[int] = []
+        done = trio.Event()
+
+        async def keep_asking() -> None:
+            nonlocal asked
+            while not done.is_set():
+                number = asked % 10
+                answer = await it.ask(number, 0)
+                asked += 1
+                if not answer.hits or answer.hits[0].source != f"story{number}.txt":
+                    wrong.append(number)
+                await trio.sleep(0.2)
+
+        async def until_spread(spread: bool) -> None:
+            with trio.fail_after(120):
+                while not spread_out(it, spread):  # noqa: ASYNC110 - of many nodes
+                    await trio.sleep(0.5)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_asking)
+            await it.swarm.propose(SetMeshSetting("context_index_bytes", 0))
+            await until_spread(True)
+            full = it.node(0).catalog(it.info.id).windows
+            here = sum(len(part) for part in it.node(0).store.share(it.info.id).copy().values())
+            assert here < full  # of five nodes each has two fifths of the windows
+            answers = [await it.ask(number, 1) for number in range(10)]
+            assert all(answer.missing == 0 for answer in answers)
+            assert any(answer.probed for answer in answers)
+            it.swarm.kill(it.swarm.machines[4])
+            newcomer = it.swarm.add()
+            await it.swarm.start(newcomer)
+            await it.swarm.admit(newcomer)
+            for number in range(10, 16):
+                await it.add(number, at=number % 4)
+            await trio.sleep(25)  # longer than the mesh's patience
+            it.swarm.kill(it.swarm.machines[3])
+            await until_spread(True)
+            for number in range(16):
+                for machine in it.swarm.up():
+                    answer = await it.ask(number, machine.number)
+                    assert answer.hits[0].source == f"story{number}.txt"
+                    assert answer.missing == 0
+            await it.swarm.propose(SetMeshSetting("context_index_bytes", None))
+            await until_spread(False)
+            done.set()
+        assert asked > 50
+        assert wrong == []
+        for number in range(16):
+            answers = [await it.ask(number, machine.number) for machine in it.swarm.up()]
+            assert all(gist(answer) == gist(answers[0]) for answer in answers)
+            assert all(answer.probed == answer.missing == 0 for answer in answers)
 
 
 async def test_a_changed_document_is_answered_from_its_new_text_at_once(autojump_clock):

@@ -42,6 +42,7 @@ from pyagent_node.consensus.commands import (
     SetPlacement,
     SetStandbys,
     SetVote,
+    SpreadContext,
 )
 from pyagent_node.consensus.member_changes import FORGET_BURNT_AFTER
 
@@ -371,6 +372,16 @@ HISTORIES: dict[str, list[Command]] = {
         DropContext("shelf", context().id),
         DropContext("shelf", context().id),
         CreateContext(context(number=2)),
+    ],
+    "spread_context": [
+        SpreadContext("shelf", context().id, True),
+        CreateContext(context()),
+        SpreadContext("shelf", context(number=2).id, True),
+        SpreadContext("shelf", context().id, True),
+        SpreadContext("shelf", context().id, True),
+        SpreadContext("shelf", context().id, False),
+        SpreadContext("../shelf", context().id, True),
+        SpreadContext("shelf", ContextId(b""), True),
     ],
     "malformed_contexts": [
         CreateContext(context("../shelf")),

@@ -32,6 +32,7 @@ from pyagent_node.consensus.commands import (
     SetPlacement,
     SetStandbys,
     SetVote,
+    SpreadContext,
 )
 from pyagent_node.consensus.policy import check_proposal
 
@@ -78,6 +79,7 @@ CASES: list[tuple[Command, str, str, str, str, str]] = [
         *(OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     ),
     (DropContext("c", ContextId(bytes(16))), OK, OK, OK, *("role_not_allowed",) * 2),
+    (SpreadContext("c", ContextId(bytes(16)), True), OK, OK, OK, *("role_not_allowed",) * 2),
     (ForgetModel(D), OK, OK, OK, "role_not_allowed", "role_not_allowed"),
     (
         RegisterModel(ModelRecord(D, "m", 1, "llama", 1, 1, 1, 1, D, 1)),

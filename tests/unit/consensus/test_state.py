@@ -37,6 +37,7 @@ from pyagent_node.consensus.commands import (
     SetMeshSetting,
     SetPlacement,
     SetVote,
+    SpreadContext,
 )
 from pyagent_node.consensus.member_changes import FORGET_BURNT_AFTER
 from pyagent_node.consensus.settings import MESH_SETTINGS
@@ -318,6 +319,12 @@ COMMANDS = st.one_of(
     st.builds(
         CreateContext,
         st.builds(context, st.sampled_from(["a", "b", "../c"]), st.integers(1, 3)),
+    ),
+    st.builds(
+        SpreadContext,
+        st.sampled_from(["a", "b"]),
+        st.integers(1, 3).map(lambda n: context(number=n).id),
+        st.booleans(),
     ),
     st.builds(
         DropContext,

@@ -1,0 +1,140 @@
+"""Picks the candidates of a question: by this node's own sketches, or with those of other nodes.
+
+A node that has all sketches asks nobody.  Where they lie spread, the nodes that own the likeliest
+groups are asked (``sharding.context.probing``), others only while that changes something; if one
+does not answer, another owner is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from pyagent_node.base.contexts import ContextInfo
+from pyagent_node.base.errors import PyAgentError
+from pyagent_node.base.types import PeerId
+from pyagent_node.node.context_client import ContextClient
+from pyagent_node.node.context_reach import Reach
+from pyagent_node.node.context_server import ContextServer
+from pyagent_node.sharding.context.port import ContextStore
+from pyagent_node.sharding.context.probing import (
+    MAX_UNSURE,
+    Merged,
+    Probe,
+    chances,
+    picked,
+    unsure_of,
+)
+from pyagent_node.sharding.context.records import ChunkId
+from pyagent_node.sharding.context.search import Candidate
+from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS
+
+log = logging.getLogger("pyagent_node.context")
+
+PROBE_SECONDS: Final = 8.0
+"""Longest time for picking candidates; then what there is counts."""
+
+
+class Picked(NamedTuple):
+    """Candidates, how many windows they were picked from, and whom that took.
+
+    ``unseen`` chunks may have been left out because nobody who has their sketches answered.
+    ``newer`` are nodes that know of chunks that this one does not.
+    """
+
+    candidates: list[Candidate]
+    windows: int
+    asked: set[PeerId]
+    unseen: int
+    newer: set[PeerId]
+
+
+class Prober:
+    """``now`` tells Unix seconds."""
+
+    def __init__(
+        self,
+        client: ContextClient,
+        store: ContextStore,
+        reach: Reach,
+        server: ContextServer,
+        *,
+        now: Callable[[], float],
+    ) -> None:
+        self._client, self._store, self._reach, self._server = client, store, reach, server
+        self._now = now
+
+    async def pick(self, info: ContextInfo, vector: NDArray[np.float32]) -> Picked:
+        """Return the candidates of a question's vector."""
+        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        records = catalog.fresh(info.policy, self._now())
+        live = {record.source for record in records}
+        count = sum(record.windows for record in records)
+        merged, asked, said = Merged(), set[PeerId](), dict[ChunkId, PeerId]()
+        unsure: dict[ChunkId, None] = {}
+        partial: list[list[ChunkId]] = []
+        axes = self._server.models(info.encoder, len(vector))
+        here = self._reach.here
+        groups, _, found = await self._server.likely(info, vector)
+        elsewhere = frozenset(catalog.lacking(share, ALL_GROUPS))
+        if not elsewhere:
+            groups = ALL_GROUPS
+        else:
+            unsure |= dict.fromkeys(
+                chunk
+                for chunk in catalog.lacking(share, groups)
+                if self._is_live(chunk, live, info)
+            )
+        merged.add(found)
+        holders = [self._reach.holders(group) for group in range(GROUPS)]
+        owners = [self._reach.owners(group) for group in range(GROUPS)]
+        probe = Probe(chances(axes.buckets, vector), holders, owners)
+        probe.served(here, groups)
+
+        async def ask(peer: PeerId) -> None:
+            try:
+                groups, marks, found = await self._client.likely(peer, info.id, vector)
+            except PyAgentError as error:
+                log.debug("%s said nothing of its sketches: %s", peer, error)
+                return
+            asked.add(peer)
+            merged.add(found)
+            said.update((ChunkId(each.id), peer) for each in found)
+            doubtful = unsure_of(
+                catalog,
+                marks,
+                lambda chunk: chunk in elsewhere and self._is_live(chunk, live, info),
+            )
+            if len(doubtful) <= MAX_UNSURE:
+                probe.served(peer, groups)
+                unsure.update(dict.fromkeys(doubtful))
+            else:
+                partial.append(doubtful)
+
+        with trio.move_on_after(PROBE_SECONDS):
+            while wave := probe.wave():
+                for peer in wave:
+                    probe.served(peer, 0)
+                async with trio.open_nursery() as nursery:
+                    for peer in wave:
+                        nursery.start_soon(ask, peer)
+                probe.look(merged.top())
+        unseen = 0
+        if probe.short:
+            rest = min(partial, key=len, default=None)
+            if rest is None:
+                rest = [chunk for chunk in elsewhere if self._is_live(chunk, live, info)]
+            unsure.update(dict.fromkeys(rest[:MAX_UNSURE]))
+            unseen = max(0, len(rest) - MAX_UNSURE)
+        candidates, strange = picked(merged.best(), unsure, catalog, live)
+        newer = {said[chunk] for chunk in strange if chunk in said}
+        return Picked(candidates, count, asked, unseen, newer)
+
+    def _is_live(self, chunk: ChunkId, live: set[str], info: ContextInfo) -> bool:
+        place = self._store.catalog(info.id).locate(chunk)
+        return place is not None and place[0].source in live
