@@ -227,12 +227,17 @@ class KvRange(msgspec.Struct, frozen=True):
 
     ``codec`` names the cell format; a backend refuses others.  :data:`KV_ROWS` is the one that
     all backends share.
+
+    With ``kept`` there are rows for these positions only: ranges in order and apart, the last of
+    them up to ``stop``.  A sequence that gets such cells counts as pruned, see
+    :class:`PruneSequence`; the tokens that come with them are still those of all positions.
     """
 
     codec: str
     start: int
     stop: int
     layers: tuple[LayerKv, ...]
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 class CellAttention(NamedTuple):

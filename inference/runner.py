@@ -231,11 +231,17 @@ class SliceRunner(Runner):
         return joined(pieces)
 
     async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
-        """Write cells in; when a later part of a long range is refused the earlier ones stay."""
-        for first, last in self._kv_pieces(kv.start, kv.stop):
+        """Write cells in; when a later part of a long range is refused the earlier ones stay.
+
+        A range with gaps travels in one message, so it must fit in one.
+        """
+        pieces = [(kv.start, kv.stop)] if kv.kept else self._kv_pieces(kv.start, kv.stop)
+        for first, last in pieces:
             inside = tokens[first - kv.start : last - kv.start]
             packed = pack_kv(kv, inside, start=first, stop=last)
-            request = ImportKv(self._process.next_id(), seq, kv.codec, first, last, packed.layers)
+            request = ImportKv(
+                self._process.next_id(), seq, kv.codec, first, last, packed.layers, kv.kept
+            )
             await self._ask(request, Done, packed.tail)
 
     async def attention(self, seq: int) -> CellAttention:

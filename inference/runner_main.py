@@ -119,9 +119,9 @@ class _SliceService:
                 kv = backend.export_kv(seq, start, stop)
                 packed = pack_kv(kv)
                 return ExportedKv(id, kv.codec, packed.layers), packed.tail
-            case ImportKv(id, seq, codec, start, stop, layers):
+            case ImportKv(id, seq, codec, start, stop, layers, kept):
                 kv, tokens = unpack_kv(codec, start, stop, layers, tail, with_tokens=True)
-                backend.import_kv(seq, kv, tokens)
+                backend.import_kv(seq, msgspec.structs.replace(kv, kept=kept), tokens)
                 return Done(id), b""
             case GetAttention(id, seq):
                 found = backend.attention(seq)

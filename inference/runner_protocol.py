@@ -95,6 +95,7 @@ class ImportKv(Request, frozen=True, tag="import_kv"):
     start: int
     stop: int
     layers: tuple[LayerHeader, ...]
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 class GetAttention(Request, frozen=True, tag="get_attention"):

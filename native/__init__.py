@@ -1,4 +1,4 @@
-"""The Rust module: hashing, sampling, KV, sketches, suffixes, tensor tap, cipher, Raft."""
+"""The Rust module: hashing, sampling, KV, sketches, suffixes, tensor tap, attention, cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,
@@ -14,6 +14,7 @@ from pyagent_node.native._native import (
     SuffixIndex,
     TensorTap,
     XSalsa20,
+    attention_rows,
     blake3,
     gumbel,
     hash_chain,
@@ -41,6 +42,7 @@ __all__ = [
     "SuffixIndex",
     "TensorTap",
     "XSalsa20",
+    "attention_rows",
     "blake3",
     "gumbel",
     "hash_chain",

@@ -22,6 +22,7 @@ __all__ = [
     "SuffixIndex",
     "TensorTap",
     "XSalsa20",
+    "attention_rows",
     "blake3",
     "gumbel",
     "hash_chain",
@@ -521,7 +522,8 @@ class TensorTap:
     costs next to nothing.
 
     ``tensor_set`` is the address of ``ggml_backend_tensor_set``, for tensors that are to be
-    written.  ``early`` is the name of another tensor, after which a graph may be left: see
+    written, ``get_data`` that of ``ggml_get_data``, for tensors in this process's own memory whose
+    pages are to be given back.  ``early`` is the name of another tensor, after which a graph may be left: see
     :meth:`arm`.
     """
 
@@ -535,6 +537,7 @@ class TensorTap:
         tensor_get: int,
         tensor_set: int | None = None,
         early: str | None = None,
+        get_data: int | None = None,
     ) -> TensorTap: ...
     @property
     def callback(self) -> int:
@@ -561,6 +564,30 @@ class TensorTap:
         """Disarm; return how many floats were written since ``arm``.
 
         Returns -1 when some tensor did not fit.  Raises ``ValueError`` when the tap is not armed.
+        """
+
+    def query(
+        self,
+        prefix: str,
+        out: NDArray[np.float32],
+        rows: NDArray[np.int32],
+        /,
+        *,
+        layers: int,
+        call_rows: int,
+    ) -> None:
+        """Send the queries of ``rows`` of the next call, which has ``call_rows``, into ``out``.
+
+        Queries are the tensors named ``prefix`` and a layer's number; of several with one name the
+        last counts.  ``out`` (C-contiguous, writable) holds a row for each of ``rows`` in each of
+        ``layers`` layers.  The call must be one graph.  Raises ``ValueError`` for numbers that do
+        not fit together.
+        """
+
+    def queried(self) -> bool:
+        """Stop taking queries; return whether those of every layer came, in the expected size.
+
+        Raises ``ValueError`` when none were asked for.
         """
 
     def watch(self, prefix: str, /, *, tensor_bytes: int) -> None:
@@ -608,6 +635,22 @@ class HeldTensor:
         """Put ``data`` at ``offset``, in a tensor of a tap that was made with ``tensor_set``.
 
         Raises ``ValueError`` when it does not all fit in.
+        """
+
+    def release(self, offset: int, size: int, /) -> int | None:
+        """Give the whole pages among bytes ``[offset, offset + size)`` back to the system.
+
+        Returns how many bytes those were: they are read as zeros from now on.  Elsewhere than on
+        Linux nothing is done and ``None`` returned.  The tap must have been made with
+        ``tensor_set`` and ``get_data``.  Raises ``ValueError`` for bytes that are not all in the
+        tensor, and ``OSError``.
+        """
+
+    def resident(self, offset: int, size: int, /) -> int | None:
+        """Return how many of bytes ``[offset, offset + size)`` are in memory; errors as above.
+
+        ``None`` where the system does not say.  A page that was only read since it was given back
+        counts too.
         """
 
 @final
@@ -679,6 +722,30 @@ def kv_moved(
     ``keys`` are heads of ``width`` little-endian f16 each, any number of them; the rotation is told
     as for :func:`kv_encode`.  Raises ``ValueError`` for numbers out of range and for rows of
     another length.
+    """
+
+def attention_rows(
+    keys: list[HeldTensor],
+    first: int,
+    queries: NDArray[np.float32],
+    limits: NDArray[np.int32],
+    /,
+    *,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    scale: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Return where rows attended, summed over the rows: mass, peak and entropy.
+
+    ``keys`` are the key caches of the layers, in rows of ``kv_heads`` heads of ``width`` f16; the
+    cells begin at row ``first``.  ``queries`` (1-d) holds for each layer and row ``heads`` heads of
+    ``width`` numbers.  Row ``r`` sees the first ``limits[r]`` cells, at least one; n is the most
+    of them.  The weights of a row and head are the softmax of ``scale`` times the dot products.
+
+    Mass (layers * n numbers) is the mean over the heads, peak (n) the most in any head of any
+    layer, entropy (one a layer) the mean over the heads, in nats.  Raises ``ValueError`` for
+    numbers that do not fit together.
     """
 
 def gumbel(seed: int, position: int, n: int) -> NDArray[np.float64]:

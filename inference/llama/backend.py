@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil
 
 from pyagent_node.base.errors import InvalidRequest
@@ -29,8 +30,9 @@ from pyagent_node.inference.llama.cells import GGML_F16, CellStore
 from pyagent_node.inference.llama.context import LlamaContext, padded_cells
 from pyagent_node.inference.llama.kv_state import CellLayout, RowKind
 from pyagent_node.inference.llama.memory import available_memory, check_memory, memory_need
+from pyagent_node.inference.llama.pruner import LlamaPruner, find_pruner
 from pyagent_node.inference.llama.selftest import run_self_test
-from pyagent_node.inference.models.architectures import model_shape
+from pyagent_node.inference.models.architectures import model_shape, plain_attention
 from pyagent_node.inference.models.gguf_header import GgufHeader, read_header
 from pyagent_node.inference.models.kv_rows import kv_shape
 from pyagent_node.inference.models.layer_kinds import layers_of_every_kind
@@ -69,13 +71,14 @@ class LlamaBackend(SliceBackend):
         shape = model_shape(header)
         check_numbers(n_ctx=n_ctx, n_seq=n_seq, threads=threads, n_ctx_train=shape.n_ctx_train)
         _check_slice(header, part, shape.n_layers)
-        cells = padded_cells(n_ctx)
+        n_cells = padded_cells(n_ctx)
         outputs = max(MAX_DECODE_ROWS, min(n_seq * MAX_DECODE_ROWS, MAX_CALL_ROWS))
         need = memory_need(
-            header, cells=cells, n_seq=n_seq, n_vocab=shape.n_vocab, max_outputs=outputs
+            header, cells=n_cells, n_seq=n_seq, n_vocab=shape.n_vocab, max_outputs=outputs
         )
         check_memory(need, available())
         whole = part.first == 0 and part.head
+        plain = plain_attention(header)
         self._model = library.load_model(path)
         try:
             context = LlamaContext(
@@ -90,10 +93,11 @@ class LlamaBackend(SliceBackend):
             try:
                 findings = run_self_test(
                     context,
-                    n_cells=cells,
+                    n_cells=n_cells,
                     tapped=not part.head,
                     takes_tokens=whole,
                     clock=clock,
+                    query_width=plain.n_head * plain.head_dim if plain is not None else 0,
                 )
             except BaseException:
                 context.close()
@@ -114,7 +118,7 @@ class LlamaBackend(SliceBackend):
             n_ctx=n_ctx,
             n_seq=n_seq,
             threads=threads,
-            kv_bytes_per_token=need.kv // (cells * n_seq),
+            kv_bytes_per_token=need.kv // (n_cells * n_seq),
             memory_bytes=int(psutil.Process().memory_info().rss),
             batch_invariant_widths=findings.widths,
             kv_portable=moving.exact,
@@ -124,18 +128,18 @@ class LlamaBackend(SliceBackend):
             kv_shape=_kv_shape(header, layout),
             exactness=f"llama.cpp/{library.VERSION}/cpu",
         )
+        cells = CellStore(
+            context, part, layout, moving.cache, appends=moving.appends, takes_tokens=whole
+        )
+        pruner: LlamaPruner | None = None
+        if plain is not None and moving.queried and info.kv_shape is not None:
+            pruner = find_pruner(context, cells, plain, info.kv_bytes_per_token)
         super().__init__(
-            info,
+            msgspec.structs.replace(info, prunes=pruner is not None),
             context,
             CallRunner(context, shapes, findings.lone, head=part.head),
-            CellStore(
-                context,
-                part,
-                layout,
-                moving.cache,
-                appends=moving.appends,
-                takes_tokens=whole,
-            ),
+            cells,
+            pruner,
         )
         self._llama = context
 

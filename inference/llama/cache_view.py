@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, RowKind
 from pyagent_node.native import HeldTensor
@@ -60,6 +61,49 @@ class CacheView:
             for plane, rows in zip(planes, layers, strict=True):
                 assert rows.shape == (count, plane.row_bytes), "a row a cell"
                 plane.tensor.write(first * plane.row_bytes, np.ascontiguousarray(rows).data)
+
+    @property
+    def keys(self) -> list[HeldTensor]:
+        """The keys of every layer."""
+        return [plane.tensor for plane in self._keys]
+
+    def first_cell(self, seq: int) -> int:
+        """Return the row at which the cells of a sequence begin."""
+        return seq * self._n_cells
+
+    def pick(self, seq: int, cells: NDArray[np.intp], positions: NDArray[np.int32]) -> Cells:
+        """Return a copy of some cells, which are at these positions."""
+        first, count = seq * self._n_cells, int(cells[-1]) + 1
+
+        def rows(plane: _Plane) -> NDArray[np.uint8]:
+            data = plane.tensor.read(first * plane.row_bytes, count * plane.row_bytes)
+            # one plane at a time: all of them at once would be all of the cells a second time
+            return np.frombuffer(data, np.uint8).reshape(count, plane.row_bytes)[cells]
+
+        keys, values = (tuple(map(rows, planes)) for planes in (self._keys, self._values))
+        return Cells(positions, keys, values)
+
+    def release(self, seq: int, start: int) -> None:
+        """Give back the memory of a sequence's cells from ``start`` on, where that is possible.
+
+        They are read as zeros afterwards, as they were before they were first used.
+        """
+        for plane, first, size in self._spans(seq, start):
+            plane.tensor.release(first, size)
+
+    def resident(self, seq: int) -> int | None:
+        """Return how many bytes of what is set aside for a sequence are in memory."""
+        found = [plane.tensor.resident(first, size) for plane, first, size in self._spans(seq, 0)]
+        known = [size for size in found if size is not None]
+        return sum(known) if len(known) == len(found) else None
+
+    def _spans(self, seq: int, start: int) -> list[tuple[_Plane, int, int]]:
+        """Return where the cells of a sequence from ``start`` on lie in each plane, in bytes."""
+        first, count = seq * self._n_cells + start, self._n_cells - start
+        return [
+            (plane, first * plane.row_bytes, count * plane.row_bytes)
+            for plane in (*self._keys, *self._values)
+        ]
 
 
 def find_cache(

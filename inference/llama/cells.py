@@ -26,6 +26,7 @@ from pyagent_node.inference.llama.kv_state import (
     parse_state,
 )
 from pyagent_node.inference.stepping.cell_checks import check_append, check_codec, check_copy
+from pyagent_node.inference.stepping.pruning import kept_positions
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
 
@@ -91,24 +92,65 @@ class CellStore:
         check_codec(kv)
         layout = self._portable()
         check_append(log, kv.start, kv.stop)
+        positions = kept_positions(kv)
         count = kv.stop - kv.start
         if tokens.shape != (count,) or tokens.dtype != np.int32:
             raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
-        self._append(log, tokens, self._checked(layout, kv, count))
+        cells = self._checked(layout, kv, positions)
+        before = log.count
+        self._append(log, kv.start, tokens, cells)
+        if len(positions) < count:
+            old = np.arange(before, dtype=np.intp)
+            log.prune(np.concatenate([old, before + (positions - kv.start).astype(np.intp)]))
 
     def copy(self, log: SequenceLog, source: SequenceLog, start: int, stop: int) -> None:
         """Append cells of another sequence; errors as for :meth:`load`."""
         self._portable()
         picked = check_copy(log, source, start, stop)
         tokens = source.tokens[picked]
-        self._append(log, tokens, _picked(self._state(source), start, stop))
+        self._append(log, start, tokens, _picked(self._state(source), start, stop))
+
+    @property
+    def cache(self) -> CacheView | None:
+        """The cells in memory, where they are known to be."""
+        return self._cache
+
+    def in_order(self, log: SequenceLog) -> bool:
+        """Whether cell number i of a sequence is known to be the i-th of its log."""
+        return log.ordered and log.seq not in self._doubtful
+
+    def prune(self, log: SequenceLog, kept: NDArray[np.intp]) -> None:
+        """Keep only the cells at the indices ``kept`` of an ordered log, side by side, and note it.
+
+        What is kept is copied once on the way.  When llama.cpp refuses, the sequence is emptied.
+        """
+        layout, cache, context = self._portable(), self._cache, self._context
+        assert cache is not None, "a backend that prunes sees the cells"
+        positions = log.positions[kept]
+        if self.in_order(log):
+            cells = cache.pick(log.seq, kept, positions)
+        else:
+            state = self._state(log).cells
+            cells = state.pick(np.flatnonzero(np.isin(state.positions, positions)))
+        try:
+            data = build_state(layout, [cells], seq=log.seq, n_streams=context.n_seq, rows=False)
+            context.write_state(log.seq, data)
+            cache.write(log.seq, 0, cells)
+        except BaseException:
+            context.drop(log.seq, 0)
+            log.trim(0)
+            raise
+        self._doubtful.discard(log.seq)
+        log.prune(kept)
+        cache.release(log.seq, log.count)
 
     def _portable(self) -> CellLayout:
         if self._layout is None:
             raise Unsupported("The KV cache of this model cannot be moved.", code="kv_not_portable")
         return self._layout
 
-    def _checked(self, layout: CellLayout, kv: KvRange, count: int) -> Cells:
+    def _checked(self, layout: CellLayout, kv: KvRange, positions: NDArray[np.int32]) -> Cells:
+        count = len(positions)
         expected = list(range(self._part.first, self._part.last))
         if [layer.layer for layer in kv.layers] != expected:
             raise CorruptData(
@@ -132,7 +174,6 @@ class CellStore:
                         f"The KV of layer {layer.layer} is not all finite.", code="not_finite"
                     )
                 rows.append(np.frombuffer(data, np.uint8).reshape(count, kind.nbytes))
-        positions = np.arange(kv.start, kv.stop, dtype=np.int32)
         return Cells(positions, tuple(keys), tuple(values))
 
     def _state(self, log: SequenceLog) -> SequenceState:
@@ -159,12 +200,16 @@ class CellStore:
         context.drop(log.seq, log.end)
         self._shifted = False
 
-    def _append(self, log: SequenceLog, tokens: Tokens, new: Cells) -> None:
-        """Write checked cells behind those that are there; they stay when that fails."""
-        start, count = int(new.positions[0]), len(new.positions)
+    def _append(self, log: SequenceLog, start: int, tokens: Tokens, new: Cells) -> None:
+        """Write checked cells of ``tokens`` behind those that are there, which stay if that fails.
+
+        There may be fewer cells than tokens.
+        """
+        count = len(new.positions)
         if (
             self._cache is not None
             and self._appends
+            and count == len(tokens)
             and start == log.count > 0
             and self._is_straight(log)
         ):

@@ -13,7 +13,7 @@ All calls of a batch are one ubatch of llama.cpp, see ``batching``.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from llama_cpp import llama_cpp as lc
@@ -26,6 +26,8 @@ from pyagent_node.inference.llama.library import Model
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.native import HeldTensor, TensorTap
 
+QUERY_PREFIX: Final = "Qcur-"
+"""How llama.cpp names a layer's queries; of three tensors the last is turned by position."""
 CELL_STEP: Final = 256
 """llama.cpp rounds the cells of a stream, and the cells that attention walks over, up to this."""
 
@@ -33,6 +35,18 @@ CELL_STEP: Final = 256
 def padded_cells(n_ctx: int) -> int:
     """Cells of a stream for ``n_ctx`` tokens: one to spare for a companion row, then rounded up."""
     return -(-(n_ctx + 1) // CELL_STEP) * CELL_STEP
+
+
+class RowWatcher(Protocol):
+    """Measures rows of calls, see :meth:`LlamaContext.query`."""
+
+    def begin(self, rows: Rows) -> bool:
+        """Note what is wanted of a call that begins; return whether it is anything."""
+        ...
+
+    def end(self) -> None:
+        """Take what was wanted, if the call has computed it."""
+        ...
 
 
 class LlamaContext:
@@ -88,6 +102,8 @@ class LlamaContext:
             )
         self.handle = handle
         self._memory = lc.llama_get_memory(handle)
+        self.watcher: RowWatcher | None = None
+        """Told of every call; ``None`` while nobody watches."""
         self._lone_threads = threads
 
     def decode(self, rows: Rows, out: Activations | None, *, lone_threads: int) -> None:
@@ -138,11 +154,25 @@ class LlamaContext:
         if out is not None:
             assert out.shape == (len(rows.seqs), self.n_embd), "one row each"
             self._tap.arm(out, early=early)
+        watching = self.watcher is not None and self.watcher.begin(rows)
         status = lc.llama_decode(self.handle, batch)
+        if watching and self.watcher is not None:
+            self.watcher.end()
         written = self._tap.collect() if out is not None else 0
         _check(status)
         if out is not None and written != out.size:
             raise library.failure(f"to show its last layer ({written} floats)", "tap_failed")
+
+    def query(self, out: NDArray[np.float32], rows: NDArray[np.int32], call_rows: int) -> None:
+        """Note the queries of ``rows`` of the next call, which has ``call_rows`` rows in all.
+
+        ``out`` has shape (layers, rows, heads * width); the keys are turned by position alike.
+        """
+        self._tap.query(QUERY_PREFIX, out, rows, layers=self.model.n_layers, call_rows=call_rows)
+
+    def queried(self) -> bool:
+        """Stop noting queries; return whether those of all layers came."""
+        return self._tap.queried()
 
     def watch_cache(self) -> None:
         """Note the tensors of the KV cache when the next calls use them."""
@@ -262,4 +292,5 @@ def _tap(model: Model, early_layer: int) -> TensorTap:
         tensor_get=library.symbol("ggml_backend_tensor_get"),
         tensor_set=library.symbol("ggml_backend_tensor_set"),
         early=f"l_out-{early_layer}",
+        get_data=library.symbol("ggml_get_data"),
     )

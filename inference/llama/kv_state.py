@@ -150,11 +150,12 @@ def _parse_stream(reader: _Reader, count: int) -> SequenceState:
 
 
 def build_state(
-    layout: CellLayout, pieces: Sequence[Cells], *, seq: int, n_streams: int
+    layout: CellLayout, pieces: Sequence[Cells], *, seq: int, n_streams: int, rows: bool = True
 ) -> NDArray[np.uint8]:
     """Build the bytes that make llama.cpp hold exactly these cells in sequence ``seq``.
 
-    ``pieces`` are laid one after the other; their rows were checked against ``layout``.
+    ``pieces`` are laid one after the other; their rows were checked against ``layout``.  Without
+    ``rows`` zeros stand for them, which take no memory until they are written to.
     """
     count = sum(len(cells.positions) for cells in pieces)
     assert count > 0, "a sequence without cells is not written"
@@ -184,10 +185,13 @@ def build_state(
     ]
     for kind, stacks in layers:
         put(_ROWS.pack(*kind))
-        assert sum(len(rows) for rows in stacks) == count, "one row a cell"
-        for rows in stacks:
-            assert rows.shape[1] == kind.nbytes, "rows of the layout's length"
-            put(np.ascontiguousarray(rows).reshape(-1))
+        assert sum(len(stack) for stack in stacks) == count, "one row a cell"
+        for stack in stacks:
+            assert stack.shape[1] == kind.nbytes, "rows of the layout's length"
+            if rows:
+                put(np.ascontiguousarray(stack).reshape(-1))
+        if not rows:
+            at += count * kind.nbytes
     # the other streams follow with a cell count of zero each, as the buffer already holds
     assert at + (n_streams - 1) * _COUNT.size == size, "the size was computed right"
     return data

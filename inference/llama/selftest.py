@@ -57,13 +57,15 @@ _F16: Final = 1
 class Moving(NamedTuple):
     """How cells can be moved: not at all without a layout, not from memory without a cache.
 
-    ``appends`` says whether cells can be written into memory, too.
+    ``appends`` says whether cells can be written into memory, too, ``queried`` whether queries of
+    the expected size were seen.
     """
 
     layout: CellLayout | None
     exact: bool
     cache: CacheView | None
     appends: bool = False
+    queried: bool = False
 
 
 class Findings(NamedTuple):
@@ -87,18 +89,24 @@ def run_self_test(
     tapped: bool,
     takes_tokens: bool,
     clock: Callable[[], float],
+    query_width: int = 0,
 ) -> Findings:
     """Put a context without cells through its tests, and leave it without cells.
 
-    ``clock`` returns seconds.  Raises :class:`Unavailable` when the slice cannot compute at all.
+    ``clock`` returns seconds, ``query_width`` is how many numbers a layer's queries should have, 0
+    where that is not known.  Raises :class:`Unavailable` when the slice cannot compute at all.
     """
     probe = Probe(context, clock, tapped=tapped, takes_tokens=takes_tokens)
     until = clock() + BUDGET_SECONDS
     context.watch_cache()
+    if query_width:
+        out = np.empty((context.model.n_layers, PREFIX, query_width), np.float32)
+        context.query(out, np.arange(PREFIX, dtype=np.int32), PREFIX)
     probe.feed(0, range(MAX_DECODE_ROWS, MAX_DECODE_ROWS + PREFIX))
+    queried = query_width > 0 and context.queried()
     found = context.found_cache()
     reference = probe.singly(PREFIX)
-    moving = _round_trip(probe, reference, found, n_cells)
+    moving = _round_trip(probe, reference, found, n_cells)._replace(queried=queried)
     probe.drop(PREFIX)
 
     short = context.threads

@@ -182,6 +182,26 @@ def check_sliceable(header: GgufHeader) -> ModelShape:
     return shape
 
 
+def plain_attention(header: GgufHeader) -> ModelShape | None:
+    """Return the shape of a model, or slice, whose attention is the plain one; ``None`` otherwise.
+
+    That is: over all cells, the same heads in every layer, scores scaled by one over the square
+    root of a head's width and nothing else.
+    """
+    arch = header.architecture
+    if arch not in SLICEABLE:
+        return None
+    for key, field in header.fields.items():
+        setting = key.removeprefix(f"{arch}.")
+        if setting != key and setting not in _SETTINGS:
+            return None
+        if isinstance(field.value, tuple) and setting in PER_LAYER and len(set(field.value)) != 1:
+            return None
+    shape = model_shape(header)
+    fits = shape.n_head > 0 < shape.n_head_kv and shape.n_head % shape.n_head_kv == 0
+    return shape if fits else None
+
+
 def check_slice(part: Slice, n_layers: int) -> None:
     """Check a slice against the number of layers.
 

@@ -43,6 +43,7 @@ class AttentionBook:
         self._seen = np.zeros(log.n_ctx, np.int32)
         self._entropy = np.zeros(layers, np.float64)
         self._rows = 0
+        self._width = 0
 
     def picked(self, first: int, n: int) -> range:
         """Return which of ``n`` rows at position ``first`` and after are to be measured.
@@ -59,6 +60,7 @@ class AttentionBook:
     def add(self, position: int, rows: RowMass) -> None:
         """Note measured rows, the last of them at ``position``."""
         n = rows.mass.shape[1]
+        self._width = max(self._width, n)
         self._mass[:, :n] += rows.mass
         self._peak[:n] += rows.peak
         blind = np.searchsorted(np.sort(rows.limits), np.arange(n), side="right")
@@ -67,22 +69,32 @@ class AttentionBook:
         self._rows += len(rows.limits)
         self._last = position
 
+    def settle(self) -> None:
+        """Forget what was measured of cells that are not in the log, before a call is measured.
+
+        A call can be computed, measured and dropped without the log ever knowing.
+        """
+        self._clear(self.log.count)
+
     def trimmed(self) -> None:
-        """Forget what was measured of cells that are not in the log any more."""
-        count = self.log.count
-        self._mass[:, count:] = 0
-        self._peak[count:] = 0
-        self._seen[count:] = 0
+        """Note that cells were dropped from the log: positions from its end on come again."""
+        self._clear(self.log.count)
         self._last = min(self._last, self.log.end - 1)
+
+    def _clear(self, start: int) -> None:
+        stale = slice(start, self._width)
+        self._mass[:, stale] = 0
+        self._peak[stale] = 0
+        self._seen[stale] = 0
+        self._width = min(self._width, start)
 
     def pruned(self, kept: NDArray[np.intp]) -> None:
         """Close the gaps between the cells at the indices ``kept``, which ascend."""
         n = len(kept)
         self._mass[:, :n] = self._mass[:, kept]
-        self._mass[:, n:] = 0
         for array in (self._peak, self._seen):
             array[:n] = array[kept]
-            array[n:] = 0
+        self._clear(n)
 
     def result(self) -> CellAttention:
         """Return a copy of all that was gathered."""

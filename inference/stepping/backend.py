@@ -140,6 +140,8 @@ class SliceBackend(ABC):
             case ShiftSequence(seq, start, stop, delta):
                 log = self._log(seq)
                 log.check_whole()
+                if self._pruner is not None:
+                    self._pruner.forget(seq)
                 self._cells.shift(log, start, stop, delta)
             case WatchSequence(seq, every, window):
                 log = self._log(seq)
@@ -315,10 +317,13 @@ class SliceBackend(ABC):
         """Write cells in; see the port.
 
         Raises :class:`InvalidRequest` (``kv_range``, ``no_sequence``), :class:`LimitExceeded`
-        (``kv_full``), :class:`Unsupported` (``kv_codec``) and :class:`CorruptData`
+        (``kv_full``), :class:`Unsupported` (``kv_codec``, ``no_pruning``) and :class:`CorruptData`
         (``kv_malformed``, ``not_finite``).  On any of these the sequence is unchanged.
         """
-        self._cells.load(self._log(seq), kv, tokens)
+        log = self._log(seq)
+        if kv.kept and self._pruner is None:
+            raise no_pruning()
+        self._cells.load(log, kv, tokens)
 
     # ---- attention -------------------------------------------------------------------------
 

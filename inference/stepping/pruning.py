@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.errors import InvalidRequest, Unsupported
-from pyagent_node.inference.backend import CellAttention, KvUsage
+from pyagent_node.inference.backend import CellAttention, KvRange, KvUsage
 from pyagent_node.inference.stepping.sequences import SequenceLog
 
 
@@ -61,6 +61,38 @@ def check_watch(seq: int, every: int, window: int) -> None:
             )
 
 
+def kept_positions(kv: KvRange) -> NDArray[np.int32]:
+    """Return the positions for which a range has rows, ascending.
+
+    Raises :class:`InvalidRequest` (``kv_range``) for ``kept`` that are not as ``KvRange`` says.
+    """
+    if not kv.kept:
+        return np.arange(kv.start, kv.stop, dtype=np.int32)
+    return _positions(
+        kv.kept,
+        kv.start,
+        kv.stop,
+        lambda what: InvalidRequest(f"KV with gaps was refused: {what}.", code="kv_range"),
+    )
+
+
+def _positions(
+    ranges: Sequence[tuple[int, int]],
+    first: int,
+    last: int,
+    error: Callable[[str], InvalidRequest],
+) -> NDArray[np.int32]:
+    """Return the positions in ranges that must lie in order in ``[first, last)`` and end there."""
+    before = first
+    for start, stop in ranges:
+        if not before <= start < stop <= last:
+            raise error(f"positions {start} to {stop} are no range from {before} on up to {last}")
+        before = stop
+    if before != last:
+        raise error(f"the last cell, at {last - 1}, must stay")
+    return np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in ranges])
+
+
 def kept_cells(log: SequenceLog, keep: Sequence[tuple[int, int]]) -> NDArray[np.intp]:
     """Return the indices of the cells at the positions ``keep``, ascending.
 
@@ -80,16 +112,7 @@ def kept_cells(log: SequenceLog, keep: Sequence[tuple[int, int]]) -> NDArray[np.
         )
     if not keep:
         raise bad("nothing would be left of it; free it instead")
-    before = 0
-    for start, stop in keep:
-        if not before <= start < stop <= log.end:
-            raise bad(
-                f"positions {start} to {stop} are no range behind {before} and up to {log.end}"
-            )
-        before = stop
-    if before != log.end:
-        raise bad(f"its last cell, at {log.end - 1}, must stay")
-    wanted = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in keep])
+    wanted = _positions(keep, 0, log.end, bad)
     found = np.searchsorted(log.positions, wanted)
     missing = wanted[log.positions[found] != wanted]
     if len(missing):

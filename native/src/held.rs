@@ -13,7 +13,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::buffers::{integer, Bytes, DETACH_FROM};
-use crate::tap::{TensorGet, TensorSet};
+use crate::pages;
+use crate::tap::Access;
 
 /// More than any tensor takes, and more than any model has tensors of one kind.
 const MAX_TENSOR_BYTES: usize = 4096;
@@ -74,15 +75,14 @@ impl Watch {
     }
 
     /// What was seen, in the order of the names.
-    pub fn finish(self, tensor_get: TensorGet, tensor_set: Option<TensorSet>) -> Vec<HeldTensor> {
+    pub fn finish(self, access: Access) -> Vec<HeldTensor> {
         self.seen
             .into_iter()
             .map(|(name, (nbytes, copy))| HeldTensor {
                 name: String::from_utf8_lossy(&name).into_owned(),
                 nbytes,
                 copy,
-                tensor_get,
-                tensor_set,
+                access,
             })
             .collect()
     }
@@ -98,13 +98,12 @@ pub struct HeldTensor {
     #[pyo3(get)]
     nbytes: usize,
     copy: Copy,
-    tensor_get: TensorGet,
-    tensor_set: Option<TensorSet>,
+    access: Access,
 }
 
 impl HeldTensor {
     /// Refuse what is not all in the tensor.
-    fn check(&self, offset: usize, size: usize) -> PyResult<()> {
+    pub fn check(&self, offset: usize, size: usize) -> PyResult<()> {
         if offset > self.nbytes || size > self.nbytes - offset {
             return Err(PyValueError::new_err(format!(
                 "bytes {offset} and the next {size} are not in a tensor of {}",
@@ -113,10 +112,76 @@ impl HeldTensor {
         }
         Ok(())
     }
+
+    /// Copy the bytes from `offset` on.
+    ///
+    /// # Safety
+    /// The range must lie in the tensor (`check`), and the memory behind it must be alive.
+    pub unsafe fn copy_out(&self, offset: usize, out: &mut [u8]) {
+        // SAFETY: by the contract above.
+        unsafe {
+            (self.access.get)(
+                self.copy.as_ptr().cast::<c_void>(),
+                out.as_mut_ptr().cast::<c_void>(),
+                offset,
+                out.len(),
+            );
+        }
+    }
+
+    /// The address of a checked range, for which the tensor must lie in this process's memory.
+    fn address(&self, offset: usize, size: usize) -> PyResult<usize> {
+        self.check(offset, size)?;
+        let Some(data) = self.access.data else {
+            return Err(PyValueError::new_err(
+                "the tap was made without get_data; it cannot tell where a tensor lies",
+            ));
+        };
+        // SAFETY: `data` is ggml's function, which reads the tensor's own field.
+        let start = unsafe { data(self.copy.as_ptr().cast::<c_void>()) } as usize;
+        if start == 0 {
+            return Err(PyValueError::new_err("the tensor has no memory of its own"));
+        }
+        Ok(start + offset)
+    }
 }
 
 #[pymethods]
 impl HeldTensor {
+    /// Give the whole pages among bytes `[offset, offset + size)` back to the system.
+    #[pyo3(signature = (offset, size, /))]
+    fn release(
+        &self,
+        py: Python<'_>,
+        offset: &Bound<'_, PyAny>,
+        size: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<usize>> {
+        let offset = usize::try_from(integer::<u64>("offset", offset)?)?;
+        let size = usize::try_from(integer::<u64>("size", size)?)?;
+        if self.access.set.is_none() {
+            return Err(PyValueError::new_err(
+                "the tap was made without tensor_set; it cannot give contents up",
+            ));
+        }
+        let start = self.address(offset, size)?;
+        // SAFETY: the range lies in the tensor, which is the caller's to write.
+        py.detach(|| unsafe { pages::release(start, size) })
+            .map_err(PyErr::from)
+    }
+
+    /// How many of bytes `[offset, offset + size)` are in memory now.
+    #[pyo3(signature = (offset, size, /))]
+    fn resident(
+        &self,
+        offset: &Bound<'_, PyAny>,
+        size: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<usize>> {
+        let offset = usize::try_from(integer::<u64>("offset", offset)?)?;
+        let size = usize::try_from(integer::<u64>("size", size)?)?;
+        let start = self.address(offset, size)?;
+        pages::resident(start, size).map_err(PyErr::from)
+    }
+
     /// Bytes `[offset, offset + size)`.
     #[pyo3(signature = (offset, size, /))]
     fn read<'py>(
@@ -137,7 +202,7 @@ impl HeldTensor {
             // SAFETY: `out` has `size` bytes, and nobody else knows of it yet; the range lies in the
             // tensor, whose memory lives by the promise of the one who made the tap.
             let copy = || unsafe {
-                (self.tensor_get)(
+                (self.access.get)(
                     self.copy.as_ptr().cast::<c_void>(),
                     to as *mut c_void,
                     offset,
@@ -165,7 +230,7 @@ impl HeldTensor {
         let bytes = Bytes::new("data", data)?;
         let from = bytes.as_slice();
         self.check(offset, from.len())?;
-        let Some(set) = self.tensor_set else {
+        let Some(set) = self.access.set else {
             return Err(PyValueError::new_err(
                 "the tap was made without tensor_set; it cannot write",
             ));
@@ -196,6 +261,12 @@ impl HeldTensor {
 mod tests {
     use super::*;
 
+    const ACCESS: Access = Access {
+        get: nothing,
+        set: None,
+        data: None,
+    };
+
     unsafe extern "C" fn nothing(_: *const c_void, _: *mut c_void, _: usize, _: usize) {}
 
     #[test]
@@ -212,7 +283,7 @@ mod tests {
             // SAFETY: a tensor here has 16 bytes.
             unsafe { watch.see(name, bytes, tensor.as_ptr().cast::<c_void>()) };
         }
-        let held = watch.finish(nothing, None);
+        let held = watch.finish(ACCESS);
         assert_eq!(held.len(), 1);
         assert_eq!((held[0].name.as_str(), held[0].nbytes), ("cache_k_l1", 30));
         assert_eq!(*held[0].copy, [3, 4]);

@@ -4,13 +4,16 @@
 //! `cargo test`; the thin `#[pyfunction]` or `#[pyclass]` beside it checks the arguments, releases
 //! the interpreter lock and maps errors to `ValueError`, `TypeError` and `OSError`.
 
+mod attention;
 mod buffers;
 mod choice;
 mod hash;
 mod held;
 mod kv;
+mod pages;
 mod philox;
 mod problem;
+mod queries;
 mod raft;
 mod sampling;
 mod select;
@@ -23,6 +26,8 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::attention::attention_rows;
     #[pymodule_export]
     use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
     #[pymodule_export]

@@ -11,6 +11,9 @@
 //! Or the graph ends at its first node: llama.cpp has given its rows cells by then, and what belongs into
 //! them is written by someone who has it already.
 //!
+//! It can copy the queries of some rows of every layer, too (see `queries`), beside what it is armed
+//! for.
+//!
 //! A tap can also watch for tensors by the beginnings of their names and hold on to them
 //! (see `held`): that is how the memory of the KV cache is found.
 //!
@@ -25,8 +28,9 @@ use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::buffers::{integer, type_name};
+use crate::buffers::{integer, type_name, vector};
 use crate::held::{HeldTensor, Watch};
+use crate::queries::Queries;
 
 type GetName = unsafe extern "C" fn(tensor: *const c_void) -> *const c_char;
 type NumBytes = unsafe extern "C" fn(tensor: *const c_void) -> usize;
@@ -34,6 +38,17 @@ pub type TensorGet =
     unsafe extern "C" fn(tensor: *const c_void, data: *mut c_void, offset: usize, size: usize);
 pub type TensorSet =
     unsafe extern "C" fn(tensor: *const c_void, data: *const c_void, offset: usize, size: usize);
+
+pub type GetData = unsafe extern "C" fn(tensor: *const c_void) -> *mut c_void;
+
+/// ggml's ways to the contents of a tensor.
+#[derive(Clone, Copy)]
+pub struct Access {
+    pub get: TensorGet,
+    pub set: Option<TensorSet>,
+    /// Where a tensor lies, for memory of this process.
+    pub data: Option<GetData>,
+}
 
 /// Nothing is copied.
 const IDLE: u8 = 0;
@@ -64,11 +79,12 @@ struct Shared {
     early: Option<CString>,
     get_name: GetName,
     nbytes: NumBytes,
-    tensor_get: TensorGet,
-    tensor_set: Option<TensorSet>,
+    access: Access,
     state: AtomicU8,
     watching: AtomicBool,
+    querying: AtomicBool,
     target: Mutex<Option<Target>>,
+    queries: Mutex<Option<Queries>>,
     watch: Mutex<Option<Watch>>,
 }
 
@@ -96,6 +112,35 @@ impl Shared {
         };
         // SAFETY: the tensor is live.
         wanted.is_some_and(|wanted| unsafe { self.name_of(tensor) } == Some(wanted.as_c_str()))
+    }
+
+    /// Whether `tensor` holds queries that are wanted; if it is computed, take them.
+    ///
+    /// # Safety
+    /// `tensor` must be a live `ggml_tensor`, computed if that is said.
+    unsafe fn query(&self, tensor: *const c_void, computed: bool) -> bool {
+        if !self.querying.load(Ordering::Acquire) {
+            return false;
+        }
+        // SAFETY: the tensor is live.
+        let Some(name) = (unsafe { self.name_of(tensor) }) else {
+            return false;
+        };
+        let mut guard = self.queries.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(queries) = guard.as_mut() else {
+            return false;
+        };
+        let Some(layer) = queries.layer(name.to_bytes()) else {
+            return false;
+        };
+        if computed {
+            // SAFETY: the tensor is computed, `nbytes` and `get` are ggml's functions.
+            unsafe {
+                let bytes = (self.nbytes)(tensor);
+                queries.copy(layer, tensor, bytes, self.access.get);
+            }
+        }
+        true
     }
 
     /// Hold on to `tensor` if it is watched for.
@@ -133,7 +178,7 @@ impl Shared {
         // inside the array; `tensor_get` is ggml's function and copies exactly `bytes` bytes.
         unsafe {
             let to = target.start.add(target.written);
-            (self.tensor_get)(tensor, to.cast::<c_void>(), 0, bytes);
+            (self.access.get)(tensor, to.cast::<c_void>(), 0, bytes);
         }
         target.written += floats;
     }
@@ -156,7 +201,7 @@ unsafe extern "C" fn on_tensor(tensor: *const c_void, ask: bool, user_data: *mut
         // SAFETY: the tensor is live.
         return unsafe {
             shared.look(tensor);
-            shared.wants(tensor)
+            shared.wants(tensor) || shared.query(tensor, false)
         };
     }
     // The scheduler may also show a node that was asked for by another question; look again.
@@ -166,6 +211,7 @@ unsafe extern "C" fn on_tensor(tensor: *const c_void, ask: bool, user_data: *mut
             shared.copy(tensor);
             return shared.state.load(Ordering::Acquire) != EARLY;
         }
+        shared.query(tensor, true);
     }
     true
 }
@@ -177,6 +223,7 @@ pub struct TensorTap {
     shared: Box<Shared>,
     capacity: usize,
     array: Mutex<Option<Py<PyArrayDyn<f32>>>>,
+    query_array: Mutex<Option<Py<PyArrayDyn<f32>>>>,
 }
 
 impl TensorTap {
@@ -188,6 +235,20 @@ impl TensorTap {
             .unwrap_or_else(PoisonError::into_inner);
         self.shared.state.store(state, Ordering::Release);
         std::mem::replace(&mut *guard, target)
+    }
+}
+
+impl TensorTap {
+    fn set_queries(&self, queries: Option<Queries>) -> Option<Queries> {
+        let mut guard = self
+            .shared
+            .queries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.shared
+            .querying
+            .store(queries.is_some(), Ordering::Release);
+        std::mem::replace(&mut *guard, queries)
     }
 }
 
@@ -219,10 +280,35 @@ fn function<F: Copy>(what: &str, address: &Bound<'_, PyAny>) -> PyResult<F> {
     Ok(unsafe { std::mem::transmute_copy::<usize, F>(&address) })
 }
 
+/// The array that is to be filled, and how many floats it has.
+fn room<'a, 'py>(out: &'a Bound<'py, PyAny>) -> PyResult<(&'a Bound<'py, PyArrayDyn<f32>>, usize)> {
+    let Ok(array) = out.cast::<PyArrayDyn<f32>>() else {
+        let found = match out.cast::<PyUntypedArray>() {
+            Ok(array) => format!("an array of {}", array.dtype()),
+            Err(_) => type_name(out),
+        };
+        return Err(PyTypeError::new_err(format!(
+            "out must be a NumPy array of float32, not {found}"
+        )));
+    };
+    if !array.is_c_contiguous() || !array.data().is_aligned() {
+        return Err(PyValueError::new_err(
+            "out must be contiguous and aligned in memory",
+        ));
+    }
+    if array.try_readwrite().is_err() {
+        return Err(PyValueError::new_err(
+            "out must be writable and not in use elsewhere",
+        ));
+    }
+    Ok((array, array.len()))
+}
+
 #[pymethods]
 impl TensorTap {
     #[new]
-    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get, tensor_set=None, early=None))]
+    #[pyo3(signature = (name, capacity, *, get_name, nbytes, tensor_get, tensor_set=None, early=None, get_data=None))]
+    #[allow(clippy::too_many_arguments)] // ggml's functions, by keyword
     fn new(
         name: &str,
         capacity: &Bound<'_, PyAny>,
@@ -231,6 +317,7 @@ impl TensorTap {
         tensor_get: &Bound<'_, PyAny>,
         tensor_set: Option<&Bound<'_, PyAny>>,
         early: Option<&str>,
+        get_data: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let capacity = usize::try_from(integer::<u64>("capacity", capacity)?)?;
         if capacity == 0 {
@@ -243,19 +330,27 @@ impl TensorTap {
             early: early.map(|name| tensor_name("early", name)).transpose()?,
             get_name: function("get_name", get_name)?,
             nbytes: function("nbytes", nbytes)?,
-            tensor_get: function("tensor_get", tensor_get)?,
-            tensor_set: tensor_set
-                .map(|address| function("tensor_set", address))
-                .transpose()?,
+            access: Access {
+                get: function("tensor_get", tensor_get)?,
+                set: tensor_set
+                    .map(|address| function("tensor_set", address))
+                    .transpose()?,
+                data: get_data
+                    .map(|address| function("get_data", address))
+                    .transpose()?,
+            },
             state: AtomicU8::new(IDLE),
             watching: AtomicBool::new(false),
+            querying: AtomicBool::new(false),
             target: Mutex::new(None),
+            queries: Mutex::new(None),
             watch: Mutex::new(None),
         };
         Ok(Self {
             shared: Box::new(shared),
             capacity,
             array: Mutex::new(None),
+            query_array: Mutex::new(None),
         })
     }
 
@@ -286,16 +381,7 @@ impl TensorTap {
                 "the tap was made without an early tensor",
             ));
         }
-        let Ok(array) = out.cast::<PyArrayDyn<f32>>() else {
-            let found = match out.cast::<PyUntypedArray>() {
-                Ok(array) => format!("an array of {}", array.dtype()),
-                Err(_) => type_name(out),
-            };
-            return Err(PyTypeError::new_err(format!(
-                "out must be a NumPy array of float32, not {found}"
-            )));
-        };
-        let floats = array.len();
+        let (array, floats) = room(out)?;
         if floats == 0 || floats > self.capacity {
             return Err(PyValueError::new_err(format!(
                 "out holds {floats} floats; this tap takes 1 to {}",
@@ -303,16 +389,6 @@ impl TensorTap {
             )));
         }
         let start = array.data();
-        if !array.is_c_contiguous() || !start.is_aligned() {
-            return Err(PyValueError::new_err(
-                "out must be contiguous and aligned in memory",
-            ));
-        }
-        if array.try_readwrite().is_err() {
-            return Err(PyValueError::new_err(
-                "out must be writable and not in use elsewhere",
-            ));
-        }
         let target = Target {
             start,
             floats,
@@ -344,6 +420,68 @@ impl TensorTap {
         }
     }
 
+    /// Send the queries of some rows of the next call into `out`.
+    #[pyo3(signature = (prefix, out, rows, /, *, layers, call_rows))]
+    fn query(
+        &self,
+        prefix: &str,
+        out: &Bound<'_, PyAny>,
+        rows: &Bound<'_, PyAny>,
+        layers: &Bound<'_, PyAny>,
+        call_rows: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let py = out.py();
+        let prefix = tensor_name("prefix", prefix)?.into_bytes();
+        let layers = usize::try_from(integer::<u64>("layers", layers)?)?;
+        let call_rows = usize::try_from(integer::<u64>("call_rows", call_rows)?)?;
+        let rows = vector::<i32>("rows", rows)?;
+        let picked: Vec<usize> = rows
+            .as_slice()?
+            .iter()
+            .filter_map(|&row| usize::try_from(row).ok())
+            .filter(|&row| row < call_rows)
+            .collect();
+        if picked.is_empty() || picked.len() != rows.as_slice()?.len() {
+            return Err(PyValueError::new_err(format!(
+                "rows must be some of the {call_rows} of the call"
+            )));
+        }
+        let (array, floats) = room(out)?;
+        let parts = layers.saturating_mul(picked.len());
+        if parts == 0 || floats == 0 || floats % parts != 0 {
+            return Err(PyValueError::new_err(format!(
+                "out holds {floats} floats, which is no row for each of {} rows in {layers} layers",
+                picked.len()
+            )));
+        }
+        let width = floats / parts;
+        let queries = Queries::new(prefix, array.data(), layers, picked, call_rows, width);
+        let kept = array.clone().unbind();
+        py.detach(|| {
+            let mut owner = self
+                .query_array
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            self.set_queries(Some(queries));
+            owner.replace(kept)
+        });
+        Ok(())
+    }
+
+    /// Stop taking queries; whether those of every layer came.
+    fn queried(&self, py: Python<'_>) -> PyResult<bool> {
+        let (queries, _array) = py.detach(|| {
+            let mut owner = self
+                .query_array
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            (self.set_queries(None), owner.take())
+        });
+        queries
+            .map(|queries| queries.complete())
+            .ok_or_else(|| PyValueError::new_err("the tap takes no queries; call query() first"))
+    }
+
     /// From now on, note tensors whose names begin with `prefix`.
     #[pyo3(signature = (prefix, /, *, tensor_bytes))]
     fn watch(&self, prefix: &str, tensor_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -368,9 +506,9 @@ impl TensorTap {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         self.shared.watching.store(false, Ordering::Release);
-        guard.take().map_or_else(Vec::new, |watch| {
-            watch.finish(self.shared.tensor_get, self.shared.tensor_set)
-        })
+        guard
+            .take()
+            .map_or_else(Vec::new, |watch| watch.finish(self.shared.access))
     }
 
     /// From now on, leave every graph at its first node, or let them run again.

@@ -1,7 +1,7 @@
 //! Blocks of KV: the keys and values of one layer for up to 64 tokens, in few bytes.
 
 mod fast;
-mod half;
+pub(crate) mod half;
 mod header;
 mod moved;
 mod numbers;
