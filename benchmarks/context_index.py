@@ -12,6 +12,7 @@ away from the centre of all (``SketchModel.aim``) unless they say otherwise:
 ``signs``       256 random hyperplanes as signs, the best 300 windows then exact
 ``sketches``    the index: the encoder's sketches, the best 300 windows then exact
 ``both``        the same joined with the ranking by words
+``..., word by word``  the best 24 chunks again, by what the question's words find in their windows
 
     python -m pyagent_node.benchmarks.context_index --tokens 1000000 --cache /tmp/vectors --json
 
@@ -56,6 +57,7 @@ from pyagent_node.sharding.context.index import RERANKED, Index, Way
 from pyagent_node.sharding.context.index_codec import StoredIndex, encode_index
 from pyagent_node.sharding.context.lexical import Lexical
 from pyagent_node.sharding.context.minilm import MiniLm
+from pyagent_node.sharding.context.rerank import COMPARED, WEIGHT
 from pyagent_node.sharding.context.sketches import BITS, Buckets, Sketches
 from pyagent_node.sharding.context.windows import windows
 
@@ -71,7 +73,8 @@ class Searched(NamedTuple):
 
     ``chunk_of`` and ``vectors`` are of the windows, ``words`` of the chunks.  ``questions`` are the
     vectors of questions as the index takes them (``SketchModel.aim``), ``plain`` as the encoder
-    gives them; ``answers`` are the chunks that hold a fact's sentence.
+    gives them; ``answers`` are the chunks that hold a fact's sentence.  ``texts`` are those of the
+    windows, and ``embedder`` compares them with a question word by word.
     """
 
     chunk_of: Ints
@@ -81,6 +84,8 @@ class Searched(NamedTuple):
     plain: Vectors
     answers: list[set[int]]
     words: Lexical
+    texts: Sequence[str]
+    embedder: Embedder
 
 
 class Material(NamedTuple):
@@ -129,7 +134,15 @@ def material(tokens: int, embedder: Embedder, split: str, cache: Path | None) ->
     axes = axes_of(embedder)
     aimed = np.stack([axes.model.aim(question) for question in questions])
     searched = Searched(
-        np.array(owners, np.uint32), vectors, wanted, aimed, questions, answers, words
+        np.array(owners, np.uint32),
+        vectors,
+        wanted,
+        aimed,
+        questions,
+        answers,
+        words,
+        texts,
+        embedder,
     )
     return Material(found, searched, axes, seconds)
 
@@ -198,6 +211,30 @@ def exactly(
     def ranked(number: int) -> list[int]:
         rows = candidates(number)
         return chunk_order(found.chunk_of, rows, found.vectors[rows] @ asked[number])
+
+    return ranked
+
+
+def word_by_word(found: Searched, candidates: Callable[[int], Ints]) -> Ranked:
+    """Return the way that compares some windows exactly, and the best chunks of them by words."""
+
+    def ranked(number: int) -> list[int]:
+        rows = candidates(number)
+        likeness = found.vectors[rows] @ found.questions[number]
+        best: dict[int, int] = {}
+        for at in np.argsort(-likeness, kind="stable"):
+            best.setdefault(int(found.chunk_of[rows[at]]), int(at))
+        order = list(best)
+        first = order[:COMPARED]
+        texts = [found.texts[int(rows[best[chunk]])] for chunk in first]
+        words = found.embedder.compare(found.facts[number].question, texts)
+        if words is None:
+            return order
+        scores = {
+            chunk: float(likeness[best[chunk]]) + WEIGHT * float(own)
+            for chunk, own in zip(first, words, strict=True)
+        }
+        return [*sorted(first, key=lambda chunk: -scores[chunk]), *order[COMPARED:]]
 
     return ranked
 
@@ -308,6 +345,10 @@ def run(material: Material, identity: str) -> dict[str, object]:
         lambda number: sketches.nearest(found.questions[number], RERANKED)[0],
     )
     ways["both"] = (searching("both"), None)
+    ways["exact, word by word"] = (word_by_word(found, lambda _: every), None)
+    nearest = ways["sketches"][1]
+    assert nearest is not None, "it was just put there"
+    ways["sketches, word by word"] = (word_by_word(found, nearest), None)
     rows: dict[str, Row] = {}
     for name, (ranked, offered) in ways.items():
         rows[name] = measure(found, ranked)

@@ -77,6 +77,10 @@ class TimedEncoder:
         """See ``Embedder``."""
         return np.asarray(self.embed([question])[0], np.float32)
 
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+        """See ``Embedder``."""
+        return self._inner.compare(question, texts)
+
     def count_tokens(self, text: str) -> int:
         """See ``Embedder``."""
         return self._inner.count_tokens(text)

@@ -30,6 +30,7 @@ from pyagent_node.benchmarks.context_index import (
     hyperplanes,
     measure,
     spread,
+    word_by_word,
 )
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
@@ -307,6 +308,8 @@ def _searched(bodies: Sequence[ChunkBody], wanted: list[Fact], embedder: MiniLm)
         plain=questions,
         answers=[{n for n, b in enumerate(bodies) if fact.sentence in b.text} for fact in wanted],
         words=Lexical(body.text for body in bodies),
+        texts=[body.text[slice(*span)] for body in bodies for span in body.spans],
+        embedder=embedder,
     )
 
 
@@ -316,6 +319,7 @@ def _baselines(found: Searched) -> dict[str, Row]:
     ways = {
         "exact": exactly(found, lambda _: every),
         "exact, question not aimed": exactly(found, lambda _: every, found.plain),
+        "exact, word by word": word_by_word(found, lambda _: every),
         "words (BM25)": lambda number: [
             chunk for chunk, _ in found.words.nearest(found.facts[number].question, COUNT)
         ],

@@ -124,6 +124,11 @@ class GgufEmbedder:
         """See ``Embedder``."""
         return np.asarray(self._embed([self._identity.question + question])[0], np.float32)
 
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+        """See ``Embedder``; not measured for models of this kind, so it is not done."""
+        del question, texts
+        return None
+
     def count_tokens(self, text: str) -> int:
         """See ``Embedder``."""
         if any("\ud800" <= c <= "\udfff" for c in text):

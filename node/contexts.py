@@ -9,7 +9,7 @@ Vectors of windows that the version before had too are taken from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 from weakref import WeakValueDictionary
 
@@ -43,12 +43,14 @@ from pyagent_node.sharding.context.catalog import Known
 from pyagent_node.sharding.context.defaults import axes_of
 from pyagent_node.sharding.context.documents import About, Cut, cut, document, removal
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
+from pyagent_node.sharding.context.lexical import names_something
 from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
 from pyagent_node.sharding.context.records import (
     ChunkId,
     DocumentRecord,
     check_source,
 )
+from pyagent_node.sharding.context.rerank import COMPARED, best_windows, reordered
 from pyagent_node.sharding.context.search import check_question
 from pyagent_node.sharding.context.windows import windows
 
@@ -292,6 +294,15 @@ class Contexts:
                     before[window.text] = vector
         return before
 
+    @staticmethod
+    async def _compared(encoder: Embedder, question: str, hits: Sequence[Found]) -> Sequence[Found]:
+        """Return hits in the order that comparing the question's words gives."""
+        if not hits:
+            return hits
+        texts = best_windows(hits)
+        words = await trio.to_thread.run_sync(encoder.compare, question, texts)
+        return hits if words is None else reordered(hits, words)
+
     # Questions ---------------------------------------------------------------------------------
 
     async def query(self, name: str, request: QueryRequest, report: Report = nobody) -> QueryReply:
@@ -324,9 +335,16 @@ class Contexts:
         vector = await trio.to_thread.run_sync(encoder.embed_question, request.question)
         seconds = time.monotonic() - began
         vector = axes_of(encoder).model.aim(vector)
+        # Words that name something of code weigh more than what comparing states finds.
+        again = request.way != "words" and not names_something(request.question)
+        count = max(request.count, COMPARED) if again else request.count
         answer = await self.mesh.search(
-            info, request.question, vector, count=request.count, way=request.way
+            info, request.question, vector, count=count, way=request.way
         )
+        hits = (
+            await self._compared(encoder, request.question, answer.hits) if again else answer.hits
+        )
+        answer = msgspec.structs.replace(answer, hits=tuple(hits[: request.count]))
         sources = list(dict.fromkeys(hit.source for hit in answer.hits))
         await self.mesh.used(info.id, sources, int(self._clock()))
         return answer, seconds
@@ -400,6 +418,7 @@ def _hit(hit: Found) -> HitView:
         text=hit.text,
         best=best,
         likeness=hit.likeness,
+        closeness=hit.closeness,
         meaning_rank=hit.meaning_rank,
         words_rank=hit.words_rank,
         owner=hit.owner,

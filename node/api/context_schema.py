@@ -116,7 +116,8 @@ class PlaceView(msgspec.Struct, frozen=True):
 class HitView(msgspec.Struct, frozen=True, kw_only=True):
     """A chunk that a question found; see ``sharding.context.port.Found``.
 
-    ``best`` is the text of the window that is most like the question.
+    ``best`` is the text of the window that is most like the question, ``closeness`` how well the
+    question's single words are found there.
     """
 
     source: str
@@ -127,6 +128,7 @@ class HitView(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     best: str = ""
     likeness: float | None = None
+    closeness: float | None = None
     meaning_rank: int | None = None
     words_rank: int | None = None
     owner: PeerId | None = None

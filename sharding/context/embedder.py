@@ -56,6 +56,13 @@ class Embedder(Protocol):
         """Return the unit vector of a question; some encoders want other words before those."""
         ...
 
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+        """Return how well the words of a question are found in each text (``rerank``); blocking.
+
+        ``None`` from an encoder that has no states of single words to tell.
+        """
+        ...
+
     def count_tokens(self, text: str) -> int:
         """Return how many tokens ``text`` has for this encoder, without marks of its own."""
         ...

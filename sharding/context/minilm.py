@@ -19,6 +19,7 @@ from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.files import read_limited
 from pyagent_node.base.limits import MIB
 from pyagent_node.sharding.context.embedder import Vectors, check_texts
+from pyagent_node.sharding.context.rerank import says_something, word_likeness
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -37,6 +38,8 @@ MAX_TOKENS: Final = 256
 """Tokens of a text beyond these are not seen: the model was trained on no more."""
 BATCH: Final = 32
 """Texts of about the same length computed together."""
+COMPARED_BATCH: Final = 8
+"""The same where there are few texts, which would else be filled up to the longest."""
 
 
 class MiniLm:
@@ -87,6 +90,24 @@ class MiniLm:
         """Return the unit vector of a question: that of any other text."""
         return np.asarray(self.embed([question])[0], np.float32)
 
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+        """Return the likeness of words (see ``rerank``)."""
+        check_texts([question, *texts])
+        encodings = self._tokenizer.encode_batch([question, *texts])
+        asked, texts_of = encodings[0], encodings[1:]
+        (states,), _ = self._states([asked])
+        # The marks at both ends are no words.
+        rows = [i for i in range(1, len(states) - 1) if says_something(asked.tokens[i])]
+        wanted = states[rows or slice(None)]
+        likeness = np.zeros(len(texts), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: len(texts_of[i].ids))
+        for at in range(0, len(order), COMPARED_BATCH):
+            batch = order[at : at + COMPARED_BATCH]
+            found, mask = self._states([texts_of[i] for i in batch])
+            for place, own, seen in zip(batch, found, mask, strict=True):
+                likeness[place] = word_likeness(wanted, own[seen > 0])
+        return likeness
+
     def count_tokens(self, text: str) -> int:
         """Return how many word pieces ``text`` has."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -103,6 +124,15 @@ class MiniLm:
         return vectors
 
     def _run(self, encodings: Sequence[Encoding]) -> Vectors:
+        states, mask = self._states(encodings)
+        means = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None]
+        norms = np.linalg.norm(means, axis=1, keepdims=True)
+        return np.asarray(means / np.maximum(norms, 1e-12), np.float32)
+
+    def _states(
+        self, encodings: Sequence[Encoding]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the states of tokens ``[texts, tokens, dimensions]``, and which are there."""
         rows = [_cut(encoding.ids) for encoding in encodings]
         width = max(map(len, rows))
         ids = np.zeros((len(rows), width), np.int64)
@@ -113,10 +143,7 @@ class MiniLm:
         (hidden,) = self._session.run(
             None, {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         )
-        states = np.asarray(hidden, np.float32)
-        means = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None]
-        norms = np.linalg.norm(means, axis=1, keepdims=True)
-        return np.asarray(means / np.maximum(norms, 1e-12), np.float32)
+        return np.asarray(hidden, np.float32), mask
 
 
 def _pinned(path: Path, sha256: str) -> bytes:

@@ -30,8 +30,10 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     ``score`` orders the hits of one answer.  ``likeness`` is the inner product of the question's
     vector with that of the best window, which is ``window`` (characters ``[start, end)`` of
-    ``text``).  ``meaning_rank`` and ``words_rank`` (from 1) say which ranking brought it, and how
-    far up it stood; ``owner`` held it.  ``same`` lists other places of the same text.
+    ``text``); ``closeness`` is how well the question's single words are found there, where that
+    was compared (``rerank``).  ``meaning_rank`` and ``words_rank`` (from 1) say which ranking
+    brought it, and how far up it stood; ``owner`` held it.  ``same`` lists other places of the
+    same text.
     """
 
     id: ChunkId
@@ -44,6 +46,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     score: float
     text: str
     likeness: float | None = None
+    closeness: float | None = None
     window: tuple[int, int] | None = None
     meaning_rank: int | None = None
     words_rank: int | None = None

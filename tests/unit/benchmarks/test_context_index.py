@@ -27,6 +27,9 @@ class Hashing:
     def embed_question(self, question: str) -> NDArray[np.float32]:
         return np.asarray(self.embed([question])[0], np.float32)
 
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+        return None
+
     def count_tokens(self, text: str) -> int:
         return count(text)
 
