@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.bench_memory import LENGTHS, memory
 from pyagent_node.cli.demo import MAX_NODES, model_file
 from pyagent_node.cli.model import DEFAULT
 from pyagent_node.cli.output import size
@@ -44,6 +45,22 @@ ASKED = (1, 2, 4, 8, 16)
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="A folder with the encoder's model.onnx and tokenizer.json (default: fetched).",
 )
+@click.option(
+    "--part",
+    type=click.Choice(("swarm", "memory")),
+    default="swarm",
+    show_default=True,
+    help="memory: what pruning saves of a model's KV, and what it costs, instead.",
+)
+@click.option("--lengths", metavar="N,M,..", help=f"Of contexts, for memory ({LENGTHS}).")
+@click.option(
+    "--kv-budget",
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Cells that pruning leaves, for memory.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw memory into an SVG file.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Where to store the figures.")
 @json_option
 @pass_app
@@ -56,6 +73,10 @@ def context(
     answers: int,
     model: str,
     encoder: Path | None,
+    part: str,
+    lengths: str | None,
+    kv_budget: str,
+    plot: str | None,
     output: str | None,
 ) -> None:
     """Python's standard library, 201 sentences hidden in it, asked for in other words.
@@ -63,7 +84,14 @@ def context(
     Daemons on this machine add it and are asked.  Baselines over the same chunks and vectors: exact
     search, BM25, random hyperplanes; and recall where only some of 16 nodes can be asked.  The
     questions are those that tuning never saw.
+
+    With --part memory: one model behind contexts of several lengths, with all cells of its KV, with
+    those that attention rests on, and with the last ones alone: bytes held, perplexity of the text
+    that follows, and facts that are asked for.
     """
+    if part == "memory":
+        memory(app, model, lengths or LENGTHS, kv_budget, plot=plot, output=output)
+        return
     from pyagent_node.benchmarks import context_swarm as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
