@@ -50,7 +50,8 @@ from pyagent_node.inference.backend import (
     Tokens,
     WatchSequence,
 )
-from pyagent_node.inference.kv.pruning import SINKS, Pruning, budget, due, kept, ranges
+from pyagent_node.inference.kv.budgets import SINKS, Pruning, budget, due
+from pyagent_node.inference.kv.pruning import kept, ranges
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.tokenizer import LlamaTokenizer
 from pyagent_node.inference.models.architectures import model_shape

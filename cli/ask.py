@@ -95,6 +95,12 @@ def sampling_options(command: F) -> F:
                 default=None,
                 help="Whether what is computed of the prompt is kept for the next request.",
             ),
+            click.option(
+                "--kv-budget",
+                metavar="off|auto|N",
+                help="Give up KV that little attention rests on, for as many cells a rank."
+                "  The answer is another one.",
+            ),
             click.option("--system", metavar="TEXT", help="The system message."),
         )
     ):
@@ -120,6 +126,7 @@ def sampling_ask(model: str, given: dict[str, object]) -> Ask:
         "draft_tree",
         "cache_salt",
         "prompt_cache",
+        "kv_budget",
     )
     fields = {name: given[name] for name in names if given.get(name) is not None}
     stop = cast("tuple[str, ...]", given.get("stop") or ())

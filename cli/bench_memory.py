@@ -29,7 +29,7 @@ def memory(
     from pyagent_node.benchmarks.context_memory_types import MemoryJob, MemoryReport  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
-    from pyagent_node.inference.kv.pruning import read_budget  # noqa: PLC0415
+    from pyagent_node.inference.kv.budgets import read_budget  # noqa: PLC0415
 
     remedy = f"Write up to {MOST} numbers from {SHORTEST} to {LONGEST} with commas: {LENGTHS}."
     asked = numbers("--lengths", lengths, int, least=SHORTEST, most=LONGEST, remedy=remedy)

@@ -12,6 +12,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.limits import MIB
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.ask import choose_model, sampling_ask, sampling_options, show_answer
+from pyagent_node.cli.output import size
 from pyagent_node.inference.generation import ChatMessage
 
 MAX_PROMPT = 16 * MIB
@@ -57,6 +58,11 @@ def generate_command(app: App, /, prompt: str, raw: bool, stats: bool, **given: 
             app.out.note(
                 f"{answer.cached_tokens} of {answer.prompt_tokens} tokens of the prompt were"
                 " there already"
+            )
+        if (pruned := answer.kv) is not None:
+            app.out.note(
+                f"{pruned.held_cells} cells of KV are held, {pruned.evicted_cells} were given up"
+                f" ({size(pruned.evicted_bytes)}), counted on every rank"
             )
         guesses = answer.speculation
         if guesses is not None:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from pyagent_node.base.types import Digest, Placement, SessionId
+from pyagent_node.inference.kv.budgets import Evicted, Pruning
 from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.sampling import SamplingParams
 
@@ -53,6 +54,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     ``join`` names pieces of ``tokens`` whose KV may be that of the pieces alone (``kv.chunks``):
     it is made where it is not there yet, among those with the same ``cache_salt``.  This *does*
     change the answer.  The KV of such a prompt is not kept.
+
+    With ``pruning`` the ranks give up cells that little attention rests on (``kv.pruning``), from
+    the end of the prompt on.  This changes the answer, too, and its KV is neither kept nor found.
     """
 
     model: str
@@ -73,6 +77,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     prompt_cache: bool = True
     join: JoinPlan | None = None
     cache_fetch: FetchWhen = "auto"
+    pruning: Pruning | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -145,6 +150,7 @@ class Usage(msgspec.Struct, frozen=True):
     ``speculation`` is ``None`` for an answer without.  ``cached_tokens`` are those tokens of the
     prompt whose KV was there already and did not have to be computed; ``joined_tokens`` those
     whose KV was taken over from pieces, so that the answer is not that of the whole prompt.
+    ``evicted`` is what ranks gave up of its KV, ``None`` where nothing was to be.
     ``classes`` are the exactness classes of the backends that served it, in the order of their
     first tokens (``BackendInfo.exactness``).
     """
@@ -159,6 +165,7 @@ class Usage(msgspec.Struct, frozen=True):
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
     joined_tokens: int = 0
+    evicted: Evicted | None = None
     classes: tuple[str, ...] = ()
 
     @property

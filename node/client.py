@@ -104,6 +104,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: str | None = None
     prompt_cache: bool | None = None
     cache_fetch: FetchWhen | None = None
+    kv_budget: str | None = None
     context: ContextChoice | None = None
 
 
@@ -119,6 +120,14 @@ class Piece(msgspec.Struct, frozen=True):
     compute_seconds: tuple[float, ...] = ()
 
 
+class PrunedKv(msgspec.Struct, frozen=True):
+    """What ranks hold of an answer's KV and what they gave up; a cell counts on every rank."""
+
+    held_cells: int
+    evicted_cells: int
+    evicted_bytes: int
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A whole answer, the last item of a stream; ``text`` is all of it.
 
@@ -127,7 +136,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
     ``stall_seconds`` is the longest pause between two tokens.  ``speculation`` says what guessing
     came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed,
-    the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists.
+    the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists.  ``kv``
+    is there where a ``kv_budget`` was asked for that ranks could keep.
     """
 
     text: str
@@ -146,6 +156,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
     joined_tokens: int = 0
+    kv: PrunedKv | None = None
     citations: tuple[Citation, ...] = ()
 
 
@@ -197,6 +208,7 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     prompt_tokens_details: _PromptDetails = _PromptDetails()
+    kv: PrunedKv | None = None
 
 
 class _Chunk(msgspec.Struct, frozen=True):
@@ -406,6 +418,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
         speculation=details.speculation,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
         joined_tokens=usage.prompt_tokens_details.joined_tokens,
+        kv=usage.kv,
         citations=citations,
     )
 

@@ -372,6 +372,8 @@ class NodeServices:
                 ("stage_restored", "Tokens restored from KV blocks.", float(view.restored)),
                 ("stage_kept", "KV blocks given to the shelf.", float(view.kept)),
                 ("stage_unfit", "KV blocks that a stage could not use.", float(view.unfit)),
+                ("stage_evicted", "Cells given up by pruned sessions.", float(view.evicted)),
+                ("stage_evicted_bytes", "Bytes of these cells.", float(view.evicted_bytes)),
             )
             for name, text, number in counters:
                 yield Sample(name, text, number, labels=labels)

@@ -27,6 +27,7 @@ from pyagent_node.inference.backend import (
     PREFILL_CHUNK,
     Activations,
     BackendInfo,
+    CellAttention,
     FreeSequence,
     KvRange,
     LayerKv,
@@ -355,6 +356,11 @@ class ToyRunner:
             for i, token in enumerate(tokens.tolist()):
                 cells, at = [of_layer[i] for of_layer in rows], len(slot.history)
                 slot.add(token, cells, list(map(_attend, slot.states, cells, repeat(at))))
+
+    async def attention(self, seq: int) -> CellAttention:
+        """Refuse: the toy attends to everything alike."""
+        await trio.lowlevel.checkpoint()
+        raise Unsupported("The toy does not measure attention.", code="no_pruning")
 
     async def _drain(self) -> None:
         """Let a decode end that nobody waits for; nobody is told how it went."""

@@ -120,6 +120,7 @@ class Attempt:
                 sampling=route.sampling,
                 root=route.root,
                 former=former,
+                pruning=route.pruning,
             ),
         )
 

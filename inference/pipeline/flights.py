@@ -9,6 +9,7 @@ import msgspec
 
 from pyagent_node.base.types import PeerId, Placement, SessionId
 from pyagent_node.inference.generation import FetchWhen
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.pipeline.restoring import bad_result
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import follow, principal
@@ -23,6 +24,7 @@ class Route(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     root: bytes = b""
     fetch: FetchWhen = "auto"
+    pruning: Pruning | None = None
 
 
 class Chunk(NamedTuple):

@@ -52,6 +52,7 @@ from pyagent_node.base.types import EXACT_ACTIVATIONS, Digest, PeerId, SessionId
 from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.generation import FetchWhen
+from pyagent_node.inference.kv.budgets import Evicted, Pruning
 from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.inference.pipeline.activations import number_bytes, pack_rows, unpack_rows
 from pyagent_node.inference.pipeline.origins import Origin
@@ -73,6 +74,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     ``cut`` is the greatest ``prefill_cut`` of the ranks so far, and ``classes`` are their exactness
     classes (``BackendInfo``): these names depend on both, too.  ``trail`` are the ranks so far, and
     ``former`` those that computed the session before, whose KV may be gone on from (``origins``).
+    ``pruning`` has every rank give up cells, where it can (``kv.pruning``); such a session has no
+    root.
     """
 
     session: SessionId
@@ -88,6 +91,7 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     classes: tuple[str, ...] = ()
     trail: tuple[Origin, ...] = ()
     former: tuple[Origin, ...] = ()
+    pruning: Pruning | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
@@ -97,7 +101,8 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     asks the last rank for the next token.  ``spent`` is the time in seconds that ranks have
     computed on this step so far.  For ``drafts``, ``parent`` and ``parents`` see the module.
     ``settled`` is for a step with a parent: the tokens before that position are no guesses any
-    more.  (Of any other step that is so for all before its own guesses.)
+    more.  (Of any other step that is so for all before its own guesses.)  ``evicted`` is what the
+    ranks so far have given up of the session.
     """
 
     session: SessionId
@@ -113,6 +118,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True
     parent: int | None = None
     parents: tuple[int, ...] = ()
     settled: int = 0
+    evicted: Evicted | None = None
 
     @property
     def known(self) -> int:
@@ -243,7 +249,8 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
 
     ``sampled`` when it asked for tokens: its guesses that were right, and one token more.
     ``classes``, with the first token, are the exactness classes of the ranks that computed it;
-    ``trail``, with the first result of all, are those ranks.
+    ``trail``, with the first result of all, are those ranks.  ``evicted`` is what all ranks
+    have given up of the session.
     """
 
     session: SessionId
@@ -255,6 +262,7 @@ class Result(msgspec.Struct, frozen=True, tag="result", gc=False):
     sampled: tuple[Sampled, ...] = ()
     classes: tuple[str, ...] = ()
     trail: tuple[Origin, ...] = ()
+    evicted: Evicted | None = None
 
 
 class StageError(msgspec.Struct, frozen=True, tag="stage_error"):
@@ -361,7 +369,7 @@ def unpack_tokens(tail: Tail, n: int, rest: int = 0) -> Tokens:
     return np.frombuffer(tail, dtype=_INT32, count=count)
 
 
-def onward(step: Step, seconds: float) -> Step:
+def onward(step: Step, seconds: float, evicted: Evicted | None = None) -> Step:
     """Return a step as it goes on to the next rank, after ``seconds`` on this one."""
     return Step(
         step.session,
@@ -377,6 +385,7 @@ def onward(step: Step, seconds: float) -> Step:
         step.parent,
         step.parents,
         step.settled,
+        evicted,
     )
 
 

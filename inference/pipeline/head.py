@@ -37,6 +37,7 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
+from pyagent_node.inference.kv.budgets import Evicted, Pruning
 from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.activations import unsupported
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
@@ -78,6 +79,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
     ``fetch`` says when they may come from other nodes.
     ``join`` are the pieces of the prompt to be joined, ``join_root`` what their names begin with.
+    ``pruning`` says how many cells ranks may hold, ``None`` for all; such a session has no root.
     """
 
     session: SessionId
@@ -91,6 +93,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     fetch: FetchWhen = "auto"
     join: JoinPlan | None = None
     join_root: bytes = b""
+    pruning: Pruning | None = None
 
 
 class HeadCore:
@@ -139,6 +142,7 @@ class HeadCore:
         self._cached = 0
         self._joined = 0
         self._joins = plan.join is not None
+        self._evicted: Evicted | None = None
         self._holders: tuple[PeerId, ...] = ()
         self._parted: tuple[Held, ...] = ()
         self._paused_from = now
@@ -181,7 +185,15 @@ class HeadCore:
         if self.answer and not self.failovers:  # another head's, see recall
             self.failovers, self._reached = 1, n + len(self.answer)
         self.attempt = Attempt(
-            Route(session, plan.head, placement, plan.sampling, plan.root, plan.fetch),
+            Route(
+                session,
+                plan.head,
+                placement,
+                plan.sampling,
+                plan.root,
+                plan.fetch,
+                plan.pruning,
+            ),
             self.prompt,
             self.answer,
             n + self._limit,
@@ -316,6 +328,7 @@ class HeadCore:
             self.fail(error)
             return ()
         self._note_classes(result.classes, adopted=attempt.began_at > 0)
+        self._evicted = result.evicted or self._evicted
         spec = self.speculation
         if spec is not None:
             spec.landed(landed, result.spent, now)
@@ -519,6 +532,7 @@ class HeadCore:
                     classes=tuple(self._classes),
                     cached_tokens=self._cached,
                     joined_tokens=self._joined,
+                    evicted=self._evicted,
                 ),
                 placement=placement,
             )

@@ -17,6 +17,7 @@ from pyagent_node.base.types import Placement
 from pyagent_node.inference.backend import (
     Activations,
     BackendInfo,
+    CellAttention,
     KvRange,
     SequenceOp,
     StepInput,
@@ -59,6 +60,10 @@ class StageRunner(Protocol):
 
     async def import_kv(self, seq: int, kv: KvRange, tokens: Tokens) -> None:
         """Append cells to a sequence that ends at ``kv.start``; see ``Backend.import_kv``."""
+        ...
+
+    async def attention(self, seq: int) -> CellAttention:
+        """Return where a watched sequence attended; see ``Backend.attention``."""
         ...
 
 

@@ -18,6 +18,7 @@ from pyagent_node.inference.generation import (
     NO_SPECULATION,
     GenerationRequest,
 )
+from pyagent_node.inference.kv.budgets import check
 from pyagent_node.inference.kv.chunks import check_pieces, chunk_root
 from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
@@ -83,6 +84,8 @@ def check_request(request: GenerationRequest, n_vocab: int) -> None:
         if not 0 <= token < n_vocab:
             raise wrong("tokens", f"Token {token} is outside the vocabulary of {n_vocab}.")
     request.sampling.check(n_vocab)
+    if request.pruning is not None:
+        check(request.pruning)
     if request.join is not None:
         if request.tokens is None:
             raise wrong("join", "Pieces are named in a prompt of tokens.")
@@ -116,13 +119,14 @@ def plan_request(
         ignore_eos=request.ignore_eos,
         sampling=request.sampling,
         root=cache_root(model.placement.model, request.cache_salt)
-        if request.prompt_cache and request.join is None
+        if request.prompt_cache and request.join is None and request.pruning is None
         else b"",
         join=request.join,
         join_root=b""
         if request.join is None
         else chunk_root(model.placement.model, request.cache_salt),
         fetch=request.cache_fetch,
+        pruning=request.pruning,
     )
 
 

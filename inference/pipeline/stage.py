@@ -60,6 +60,7 @@ from pyagent_node.inference.pipeline.stage_errors import (
     stale_epoch,
 )
 from pyagent_node.inference.pipeline.stage_joins import StageJoins
+from pyagent_node.inference.pipeline.stage_pruning import StagePruning
 from pyagent_node.inference.pipeline.stage_queue import (
     Batch,
     ServedSession,
@@ -92,6 +93,8 @@ class StageCore:
         *,
         kv_shape: KvShape | None = None,
         exactness: str = "",
+        prunes: bool = False,
+        cell_bytes: int = 0,
     ) -> None:
         """Make a stage whose runner says these shapes and ``exactness`` of itself.
 
@@ -100,6 +103,7 @@ class StageCore:
         self.spec = spec
         self.blocks = StageBlocks(spec, cells, cut, kv_shape)
         self.joins = StageJoins(spec, cells, kv_shape)
+        self.pruning = StagePruning(able=prunes, cell_bytes=cell_bytes)
         self._limits = limits or StageLimits()
         self._exactness = exactness
         self._sessions: dict[SessionId, ServedSession] = {}
@@ -177,6 +181,7 @@ class StageCore:
         session = ServedSession(message, now)
         self._sessions[session.id] = session
         self._queue.admit(session)
+        self.pruning.opened(session, message.pruning)
         came = message.classes
         if not spec.is_whole:
             came = crossed(came, spec.activations, spec.slice.first)
@@ -369,7 +374,7 @@ class StageCore:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`next_batch` would return something."""
-        return self._queue.has_work
+        return self._queue.has_work or self.pruning.has_turn
 
     def next_batch(self) -> Batch | None:
         """Take the work that is due now; the caller runs it and calls :meth:`completed`."""
@@ -401,6 +406,7 @@ class StageCore:
                     continue
                 session.computed(queued, output.sampled)
                 self._queue.finished(session, message, len(output.sampled))
+                self.pruning.computed(session)
                 result = Result(
                     message.session,
                     message.model,
@@ -411,6 +417,7 @@ class StageCore:
                     output.sampled,
                     session.classes if first else (),
                     session.trail,
+                    self.pruning.evicted(session, message.evicted),
                 )
                 session.trail = ()
                 out.append(Outgoing(session.head, result))
@@ -420,6 +427,7 @@ class StageCore:
                 if void:
                     session.void = message.step
                 self._queue.finished(session, message, 0)
+                self.pruning.computed(session)
                 if void:
                     continue
                 rows = output.activations
@@ -432,7 +440,9 @@ class StageCore:
                     out += self._give_up(session, error)
                     continue
                 tail = pack_tail(queued.tokens, rows, spec.activations)
-                out.append(Outgoing(spec.downstream, onward(message, seconds), tail))
+                evicted = self.pruning.evicted(session, message.evicted)
+                on = onward(message, seconds, evicted)
+                out.append(Outgoing(spec.downstream, on, tail))
         return out
 
     def take_ops(self) -> tuple[SequenceOp, ...]:
@@ -473,6 +483,8 @@ class StageCore:
             dropped=self._queue.dropped,
             restored=self.blocks.restored + self.joins.joined,
             unfit=self.blocks.refused,
+            evicted=self.pruning.cells,
+            evicted_bytes=self.pruning.cells * self.pruning.cell_bytes,
         )
 
     def sessions(self) -> Iterable[StageSession]:

@@ -7,6 +7,7 @@ from typing import Final
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
+from pyagent_node.inference.kv.budgets import check
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.origins import check_origins
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
@@ -34,6 +35,12 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
             code="bad_parameter",
             parameter="root",
         )
+    if message.pruning is not None:
+        check(message.pruning)
+        if message.root:
+            raise InvalidRequest(
+                "A session that is pruned keeps no blocks.", code="bad_parameter", parameter="root"
+            )
     classes = message.classes
     if len(classes) > MAX_CLASSES or any(not 0 < len(each) <= MAX_CLASS for each in classes):
         raise InvalidRequest(

@@ -35,13 +35,19 @@ from pyagent_node.inference.backend import (
     StepInput,
     Tokens,
     TrimSequence,
+    WatchSequence,
 )
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.pipeline.frames import OpenSession, Step
 from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 CROWD: Final = 8
 """When so many steps wait, short ones are computed together whether they hold guesses or not."""
+WATCH_EVERY: Final = 8
+"""Tokens of an answer from one whose attention is measured to the next, in pruned sessions."""
+WATCH_ROWS: Final = 32
+"""Rows at the end of a prompt that are measured (SnapKV's window is 16 to 64)."""
 
 
 class QueuedStep(NamedTuple):
@@ -65,8 +71,10 @@ class ServedSession:
     KV is kept or reused; ``restores`` says whether its head has asked for blocks, or pieces.
     ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one, ``gaps`` has the cells
     that can be taken over, by where they begin, and their tokens; ``keeps`` says that the head is
-    to be told when its blocks are kept.  ``classes`` are the exactness classes of the ranks up to
-    this one, and ``trail`` are those ranks, until the last one has told the head of them.
+    to be told when its blocks are kept.  ``pruning`` says how many cells it may hold, ``None`` for
+    all of them; ``evicted`` cells were given up, and ``watched`` says that its attention is
+    measured.  ``classes`` are the exactness classes of the ranks up to this one, and ``trail`` are
+    those ranks, until the last one has told the head of them.
     """
 
     __slots__ = (
@@ -78,6 +86,7 @@ class ServedSession:
         "due",
         "end",
         "epoch",
+        "evicted",
         "first_sample",
         "gaps",
         "generated",
@@ -90,6 +99,7 @@ class ServedSession:
         "next_step",
         "positions",
         "prompt_tokens",
+        "pruning",
         "queue",
         "restores",
         "sampling",
@@ -101,6 +111,7 @@ class ServedSession:
         "trail",
         "verdict",
         "void",
+        "watched",
     )
 
     def __init__(self, message: OpenSession, now: float) -> None:
@@ -135,6 +146,9 @@ class ServedSession:
         self.trail = message.trail
         self.gaps: dict[int, tuple[KvRange, Tokens]] = {}
         self.keeps = False
+        self.pruning: Pruning | None = None
+        self.evicted = 0
+        self.watched = False
 
     def came(self, step: Step, *, keeps: bool) -> None:
         """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""
@@ -334,6 +348,10 @@ class StageQueue:
                     if position == 0
                     else [TrimSequence(_slot(session), position)]
                 )
+            watched = session.pruning is not None and step.message.stop >= session.prompt_tokens
+            if watched and not session.watched:
+                session.watched = True
+                trims.append(WatchSequence(_slot(session), WATCH_EVERY, WATCH_ROWS))
             gap = session.gaps.pop(session.end, None) if position > session.end else None
             if gap is not None:  # it was checked that there is one; else the runner says no
                 cells.append(Taken(_slot(session), *gap))

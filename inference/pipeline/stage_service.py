@@ -139,6 +139,8 @@ class StageService:
             info.prefill_cut,
             kv_shape=info.kv_shape,
             exactness=info.exactness,
+            prunes=info.prunes,
+            cell_bytes=info.kv_bytes_per_token,
         )
         stage = _Stage(core, runner, self._shelf or NullShelf(), self._send)
         self._stages[key] = stage
@@ -304,6 +306,7 @@ class StageService:
                 await wiping.wait()
             await runner.apply([ResetSequences()])
             while True:
+                await self._prune(core, runner)
                 batch = core.next_batch()
                 if batch is None and not stage.shelf.due:
                     stage.wake = trio.Event()
@@ -325,6 +328,22 @@ class StageService:
         except PyAgentError as error:
             logger.error("rank %d: the runner refused an operation: %s", core.spec.rank, error)
             fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code))
+
+    async def _prune(self, core: StageCore, runner: StageRunner) -> None:
+        """Give up cells of the session whose turn that is, if there is one."""
+        turn = None if core.stopped else core.pruning.next_turn()
+        if turn is None:
+            return
+        try:
+            found = await runner.attention(turn.seq)
+            # what becomes of the session meanwhile is done to its slot behind this
+            if ops := core.pruning.plan(turn, found):
+                await runner.apply(ops)
+        except RunnerFailed:
+            raise
+        except PyAgentError as error:
+            logger.warning("rank %d: a session was not pruned: %s", core.spec.rank, error)
+            core.pruning.refused(turn)
 
     async def _fill(self, core: StageCore, runner: StageRunner, batch: Batch) -> Batch:
         """Put cells of pieces into their slots; returns what is left of the batch after that."""

@@ -84,7 +84,8 @@ class StageView(msgspec.Struct, frozen=True):
     """A stage as ``status`` shows it; the counters count since it was started.
 
     ``restored`` counts tokens whose KV was imported instead of computed, ``kept`` the blocks that
-    were given to the shelf, ``unfit`` the times that blocks were not what they should be.
+    were given to the shelf, ``unfit`` the times that blocks were not what they should be,
+    ``evicted`` the cells that pruned sessions have given up, of ``evicted_bytes``.
     """
 
     model: Digest
@@ -102,6 +103,8 @@ class StageView(msgspec.Struct, frozen=True):
     restored: int = 0
     kept: int = 0
     unfit: int = 0
+    evicted: int = 0
+    evicted_bytes: int = 0
 
 
 class StageSession(NamedTuple):

@@ -64,6 +64,7 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     prompt_cache: bool | None = None
     cache_fetch: FetchWhen | None = None
+    kv_budget: str | int | None = None
 
 
 class ContextBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

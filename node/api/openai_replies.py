@@ -290,6 +290,13 @@ class Writer:
                 "cached_tokens": sum(usage.cached_tokens for usage in ended[::each]),
                 "joined_tokens": sum(usage.joined_tokens for usage in ended[::each]),
             }
+        evicted = [usage.evicted for usage in ended if usage.evicted is not None]
+        if evicted:
+            body["kv"] = {
+                "held_cells": sum(each.held for each in evicted),
+                "evicted_cells": sum(each.cells for each in evicted),
+                "evicted_bytes": sum(each.bytes for each in evicted),
+            }
         guesses = [usage.speculation for usage in ended if usage.speculation is not None]
         if guesses:
             accepted = sum(each.accepted for each in guesses)

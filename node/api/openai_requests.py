@@ -30,6 +30,7 @@ from pyagent_node.inference.generation import (
     ChatMessage,
     GenerationRequest,
 )
+from pyagent_node.inference.kv.budgets import read_budget
 from pyagent_node.inference.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from pyagent_node.node.api.context_chat import DEFAULT_CHUNKS, MAX_CHUNKS, ContextAsk
 from pyagent_node.node.api.errors import decode_body
@@ -207,6 +208,7 @@ def _plan(
             cache_salt=body.cache_salt or "",
             prompt_cache=body.prompt_cache is not False,
             cache_fetch=body.cache_fetch or "auto",
+            pruning=None if body.kv_budget is None else read_budget(str(body.kv_budget)),
         )
         for request in requests
         for index in range(n)

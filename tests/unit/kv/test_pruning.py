@@ -11,22 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.inference.kv.pruning import (
+from pyagent_node.inference.kv.budgets import (
     MAX_CELLS,
     MIN_CELLS,
-    POOL,
     SINKS,
     SLACK,
     WINDOW,
-    Positions,
     Pruning,
     budget,
     check,
     due,
-    kept,
-    ranges,
     read_budget,
 )
+from pyagent_node.inference.kv.pruning import POOL, Positions, kept, ranges
 
 ALWAYS = SINKS + WINDOW
 budgets = st.one_of(st.just(0), st.integers(MIN_CELLS, MAX_CELLS)).map(Pruning)

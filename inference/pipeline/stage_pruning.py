@@ -1,0 +1,106 @@
+"""The part of a stage's pure core that gives up cells of sessions that ask for it (``kv.pruning``).
+
+Every rank does so by itself, by what its own layers attend to.  Nothing happens before the last
+piece of the prompt: the rows at its end know what is asked.  From there on attention is measured,
+and when so many cells are held that it is worth it, the shell is told between two batches; it asks
+the runner where the session attended, and carries out what follows from that.
+
+A step may go back behind guesses, but never behind the last ``WINDOW`` cells, which are all kept:
+while more guesses than that are unsettled the session waits its turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from pyagent_node.inference.backend import (
+    CellAttention,
+    PruneSequence,
+    SequenceOp,
+    WatchSequence,
+)
+from pyagent_node.inference.kv.budgets import WINDOW, Evicted, Pruning, budget, due
+from pyagent_node.inference.kv.pruning import kept, ranges
+from pyagent_node.inference.pipeline.stage_queue import WATCH_EVERY, WATCH_ROWS, ServedSession
+
+
+class PruneTurn(msgspec.Struct, frozen=True, gc=False):
+    """A session whose cells are to be given up now; ``seq`` is its slot."""
+
+    session: ServedSession
+    seq: int
+    pruning: Pruning
+
+
+class StagePruning:
+    """The sessions of one stage that are pruned; ``able`` says whether its runner can."""
+
+    def __init__(self, *, able: bool, cell_bytes: int) -> None:
+        self.cells = 0
+        """Cells that were given up."""
+        self.turns = 0
+        """Times that cells were given up."""
+        self.cell_bytes = cell_bytes
+        """What a cell takes in all layers of this rank."""
+        self._able = able
+        self._due: deque[ServedSession] = deque()
+
+    def opened(self, session: ServedSession, pruning: Pruning | None) -> None:
+        """Take note of a session that opens."""
+        session.pruning = pruning if self._able else None
+
+    def computed(self, session: ServedSession) -> None:
+        """Note a step of a session."""
+        pruning, end = session.pruning, session.end
+        if pruning is None or end <= session.prompt_tokens or session in self._due:
+            return
+        settled = end - session.sure < WINDOW
+        if settled and due(pruning, end - session.evicted, end):
+            self._due.append(session)
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether :meth:`next_turn` may return something."""
+        return bool(self._due)
+
+    def next_turn(self) -> PruneTurn | None:
+        """Take the session whose turn it is; the caller asks where it attended."""
+        while self._due:
+            session = self._due.popleft()
+            pruning, seq = session.pruning, session.seq
+            if not session.closed and pruning is not None and seq is not None:
+                return PruneTurn(session, seq, pruning)
+        return None
+
+    def plan(self, turn: PruneTurn, found: CellAttention) -> tuple[SequenceOp, ...]:
+        """Return what to have the runner do, which is sure to be done; empty for nothing."""
+        session, held = turn.session, len(found.positions)
+        if session.closed or not held:
+            return ()
+        most = budget(turn.pruning, session.end)
+        positions = kept(found.positions, found.mass.sum(0), found.seen, most=most)
+        gone = held - len(positions)
+        session.evicted += gone
+        if not gone:
+            return ()
+        self.cells += gone
+        self.turns += 1
+        again = WatchSequence(turn.seq, WATCH_EVERY, WATCH_ROWS)
+        return PruneSequence(turn.seq, ranges(positions)), again
+
+    def refused(self, turn: PruneTurn) -> None:
+        """Note that the runner does not do it: the session keeps its cells from now on."""
+        turn.session.pruning = None
+
+    def evicted(self, session: ServedSession, before: Evicted | None) -> Evicted | None:
+        """Return what ranks up to this one have given up, ``before`` that of the others."""
+        if session.pruning is None and not session.evicted:
+            return before
+        before = before or Evicted()
+        return Evicted(
+            before.held + session.end - session.evicted,
+            before.cells + session.evicted,
+            before.bytes + session.evicted * self.cell_bytes,
+        )
