@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from pyagent_node.benchmarks.context_memory_types import ARMS, OFF, ONCE, MemoryRow
-from pyagent_node.simulations.panels import Line, Panel, drawing
+from pyagent_node.benchmarks.panels import Line, Panel, drawing
 
 _MIB: Final = 1 << 20
 

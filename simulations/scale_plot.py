@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyagent_node.simulations.panels import FLOOR, Line, Panel, drawing
+from pyagent_node.benchmarks.panels import FLOOR, Line, Panel, drawing
 from pyagent_node.simulations.scale import PHASES
 
 if TYPE_CHECKING:
