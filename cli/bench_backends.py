@@ -34,7 +34,7 @@ def backends(app: App, *, full: bool, threads: int | None, model: str, output: s
     from pyagent_node.benchmarks import backends as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
     from pyagent_node.cli.bench import machine, store  # noqa: PLC0415
-    from pyagent_node.inference.runner import default_threads  # noqa: PLC0415
+    from pyagent_node.inference.threads import default_threads  # noqa: PLC0415
 
     prompt = FULL_PROMPT_TOKENS if full else PROMPT_TOKENS
     tokens, rounds = (FULL_TOKENS, FULL_ROUNDS) if full else (TOKENS, ROUNDS)

@@ -27,7 +27,8 @@ FAILED = 1
 def doctor_command(app: App, quick: bool) -> int:
     """Check what commonly goes wrong: parts, home, clock, ports, memory, models, peers.
 
-    It names the hardware, the backend that will compute, and what would compute better.
+    It names the hardware, the backend that will compute, how fast each was measured to be, what the
+    machine runs on, and what would compute better.
 
     Ends with 0 when nothing has failed, else with 1.
     """
@@ -69,6 +70,9 @@ def _checks(app: App, quick: bool) -> Iterator[Check]:
         yield checks.failed("settings", error.message, error.remedy or "Correct the setting.")
         return
     yield checks.ok("settings", str(app.home.config_path))
+    from pyagent_node.cli.compute_checks import check_computing  # noqa: PLC0415
+
+    yield from check_computing(app.home, settings)
     yield from checks.check_identity(app.home, settings, time.time)
     yield from checks.check_clock()
     yield from checks.check_resources(app.home, settings)

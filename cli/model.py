@@ -182,8 +182,11 @@ def boundaries(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[..., None]:
-    """Give a command the argument MODEL and the options that say how to place it."""
+def placement_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the argument MODEL and the options that say how to place it.
+
+    It is called with the app, the request, and the options that it has besides, which are switches.
+    """
 
     @wraps(command)
     def wrapped(
@@ -204,6 +207,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
         drafter: str | None,
         backend: str | None,
         activations: str | None,
+        **besides: bool,
     ) -> None:
         from pyagent_node.node.api.schema import LoadRequest  # noqa: PLC0415
 
@@ -224,7 +228,7 @@ def placement_options(command: Callable[[App, LoadRequest], None]) -> Callable[.
             backend=backend,
             activations=activations,
         )
-        command(app, request)
+        command(app, request, **besides)
 
     positive, amount = click.IntRange(min=1), click.IntRange(min=0)
     reserves = click.IntRange(min=0, max=MAX_RESERVES)

@@ -51,19 +51,26 @@ def show(app: App, model: str | None) -> None:
 
 
 @placement_command.command("plan")
+@click.option(
+    "--explain", is_flag=True, help="Show what every node would do and why (--json always does)."
+)
 @json_option
 @pass_app
 @placement_options
-def plan(app: App, request: LoadRequest) -> None:
-    """Say what planning MODEL again would change, and why; nothing is changed."""
+def plan(app: App, request: LoadRequest, explain: bool) -> None:
+    """Say what planning MODEL again would change, and why; nothing is changed.
+
+    --explain shows of every node with what it computes, how fast that was measured or is estimated
+    to be, its memory and power, and why it has not more and not less.
+    """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
 
     with Reporter(app.out) as report:
         view = app.client().plan(request, report)
-    app.out.result({"plan": view}, lambda: _show_plan(app, view))
+    app.out.result({"plan": view}, lambda: _show_plan(app, view, explain=explain))
 
 
-def _show_plan(app: App, view: PlanView) -> None:
+def _show_plan(app: App, view: PlanView, *, explain: bool) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     now = f"epoch {view.epoch}" if view.epoch is not None else "not loaded"
@@ -81,10 +88,14 @@ def _show_plan(app: App, view: PlanView) -> None:
             ", ".join(rank.spares) or "-",
         )
     app.out.console.print(rows)
+    if explain:
+        _explain(app, view)
     for line in view.explanation:
         app.out.text(f"  {line}")
     if view.guessing:
         app.out.text(f"  guessing: {view.guessing}")
+    if explain and view.prompt_seconds > 0:
+        app.out.text(f"  prompts: about {1 / view.prompt_seconds:.0f} tokens a second")
     if view.token_seconds_now is not None:
         app.out.text(f"  as it is: {view.token_seconds_now * 1000:.2f} ms a token")
     if not view.changes:
@@ -96,6 +107,43 @@ def _show_plan(app: App, view: PlanView) -> None:
     if view.switch:
         app.out.text(f"  {view.switch}")
     app.out.note(f"Next: `pyagent-node placement apply {view.name}` with the same options.")
+
+
+_SOURCES = {
+    "sessions": "measured in sessions",
+    "loading": "measured at loading",
+    "others": "measured, other models",
+    "estimate": "estimated",
+}
+
+
+def _explain(app: App, view: PlanView) -> None:
+    """Show every node of a plan."""
+    from rich.table import Table  # noqa: PLC0415
+
+    from pyagent_node.cli.output import size  # noqa: PLC0415
+
+    rows = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("node", "backend", "layers", "speed", "memory: needs, usable, free", "power"):
+        rows.add_column(column, overflow="fold")
+    for node in view.nodes:
+        layers = ", ".join(f"{first}-{last - 1}" for first, last in node.layers) or "-"
+        threads = f"{node.threads} thread{'s' * (node.threads != 1)}"
+        where = threads if node.device == "cpu" else node.device
+        rows.add_row(
+            node.name,
+            f"{node.backend} {node.version}".strip() + f", {where}",
+            layers,
+            f"{node.decode_bytes_per_second / 1e9:.2f} GB/s,"
+            f" {node.prefill_flops_per_second / 1e9:.0f} GFLOPS ({_SOURCES[node.source]})",
+            f"{size(node.need_bytes)}, {size(node.usable_bytes)},"
+            f" {size(node.free_bytes)} {node.memory}",
+            node.power if node.share == 1 else f"{node.power}: counts {node.share:.0%}",
+        )
+    app.out.console.print(rows)
+    for node in view.nodes:
+        if node.why:
+            app.out.text(f"  {node.name}: {node.why}")
 
 
 @placement_command.command("apply")

@@ -11,7 +11,6 @@ between two.  After a cancelled or failed ``decode`` trim or free its sequences.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -38,6 +37,7 @@ from pyagent_node.inference.backend import (
     Tokens,
 )
 from pyagent_node.inference.backend_names import DEFAULT
+from pyagent_node.inference.call_times import CallTimes
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.kv.ranges import joined
 from pyagent_node.inference.runner_health import Pace
@@ -85,6 +85,7 @@ from pyagent_node.inference.runner_protocol import (
     TokenizerLoaded,
     TokenList,
 )
+from pyagent_node.inference.threads import default_threads
 
 MAX_TEXT: Final = 8 * MIB
 """Bytes of text that a tokenizer takes at once."""
@@ -97,8 +98,9 @@ R = TypeVar("R", bound=AnyReply)
 class RunnerSpec(msgspec.Struct, frozen=True):
     """What a runner is to load.
 
-    ``slice``, ``n_ctx`` and ``n_seq`` are for slices; ``threads`` is :func:`default_threads` where
-    not given.  ``backend`` is one of ``backends.CHOICES``.
+    ``slice``, ``n_ctx`` and ``n_seq`` are for slices; ``threads`` is what
+    :func:`threads.default_threads` says where not given.  ``backend`` is one of
+    ``backends.CHOICES``.
     """
 
     kind: Literal["slice", "tokenizer"]
@@ -108,16 +110,6 @@ class RunnerSpec(msgspec.Struct, frozen=True):
     n_seq: int = 0
     threads: int | None = None
     backend: str = DEFAULT
-
-
-def default_threads() -> int:
-    """Return how many threads a runner gets: half of the processors that we may use.
-
-    Half, because the other half is often the second thread of the same core, and because the
-    threads of a computation wait for each other by spinning: one too many makes all of them slow.
-    """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (usable or 1) // 2)
 
 
 class Runner:
@@ -164,6 +156,8 @@ class SliceRunner(Runner):
         super().__init__(process)
         self._info = info
         self._pace = Pace()
+        self.times = CallTimes()
+        """How long computations took lately."""
 
     @property
     def info(self) -> BackendInfo:
@@ -212,7 +206,9 @@ class SliceRunner(Runner):
             tail,
             seconds=self._pace.patience(rows, CALL_SECONDS),
         )
-        self._pace.took(rows, trio.current_time() - began)
+        took = trio.current_time() - began
+        self._pace.took(rows, took)
+        self.times.took(rows, took)
         return unpack_outputs(reply.outputs, data, self._info.n_embd)
 
     async def apply(self, ops: Sequence[SequenceOp]) -> None:

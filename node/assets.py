@@ -28,6 +28,7 @@ from pyagent_node.inference.runner import (
 from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.node.keeping import HostProgress
 from pyagent_node.node.placement_parts import HeadParts
+from pyagent_node.node.speeds import SpeedBook
 
 
 class _HeadParts(NamedTuple):
@@ -48,7 +49,7 @@ class LocalAssets:
     """Implements ``placements.Assets``.
 
     Fetches what is missing from every connected peer; ``stats`` counts that.  ``threads`` is what
-    each slice computes with (``None``: the runner's default).
+    each slice computes with (``None``: the runner's default); ``speeds`` notes how fast they are.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class LocalAssets:
         *,
         threads: int | None = None,
         stats: TransferStats | None = None,
+        speeds: SpeedBook | None = None,
     ) -> None:
+        self._speeds = speeds
         self.stats = stats or TransferStats()
         self._mesh = mesh
         self._store = store
@@ -84,7 +87,11 @@ class LocalAssets:
             backend=key.backend,
         )
         async with open_slice_runner(spec) as runner:
-            yield runner
+            if self._speeds is None:
+                yield runner
+                return
+            async with self._speeds.following(model.digest, key.slice, path, runner):
+                yield runner
 
     @asynccontextmanager
     async def head(

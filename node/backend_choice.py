@@ -18,8 +18,15 @@ from pyagent_node.base.types import (
     Rank,
     backend_of,
 )
-from pyagent_node.inference.backend_names import DEFAULT, check_choice, choose, install_hint
+from pyagent_node.inference.backend_names import (
+    DEFAULT,
+    Choice,
+    check_choice,
+    choose,
+    install_hint,
+)
 from pyagent_node.inference.formats.config import ARCHITECTURES
+from pyagent_node.inference.pipeline.plan_speeds import faster_backend
 from pyagent_node.inference.pipeline.plan_types import NodeFacts
 from pyagent_node.node.planning import find_node
 
@@ -95,6 +102,38 @@ def with_activations(nodes: Sequence[NodeFacts], wanted: str | None) -> tuple[li
     return able, wanted
 
 
+def chosen_backend(node: NodeFacts, backends: Backends, architecture: str) -> Choice:
+    """Return the backend that a node will use for a model, and why."""
+    wanted = backend_of(backends, node.peer_id)
+    if wanted == AUTO_BACKEND and architecture not in ARCHITECTURES:
+        return Choice(DEFAULT, "the only one that knows this architecture")
+    try:
+        return choose(wanted, node.backends)
+    except PyAgentError:
+        return Choice(DEFAULT, "nothing else is known of the node")
+
+
+def best_backends(
+    nodes: Sequence[NodeFacts], backends: Backends, architecture: str
+) -> tuple[Backends, dict[PeerId, Choice]]:
+    """Return who shall use which backend, and each node's choice with its reason.
+
+    A node that was asked for nothing is told to use another backend than it would choose where it
+    measured that one clearly faster with this model.
+    """
+    named = dict(backends)
+    choices: dict[PeerId, Choice] = {}
+    for node in nodes:
+        choice = chosen_backend(node, backends, architecture)
+        if node.peer_id not in named and architecture in ARCHITECTURES:
+            better = faster_backend(node, choice)
+            if better.name != choice.name:
+                named[node.peer_id] = better.name
+            choice = better
+        choices[node.peer_id] = choice
+    return tuple(sorted(named.items())), choices
+
+
 def explain_backends(
     ranks: Sequence[Rank], nodes: Sequence[NodeFacts], backends: Backends, architecture: str
 ) -> tuple[str, ...]:
@@ -106,14 +145,7 @@ def explain_backends(
         node = known.get(rank.peer_id)
         if node is None:
             continue
-        wanted = backend_of(backends, rank.peer_id)
-        if wanted == AUTO_BACKEND and architecture not in ARCHITECTURES:
-            name, why = DEFAULT, "the only one that knows this architecture"
-        else:
-            try:
-                name, why = choose(wanted, node.backends)
-            except PyAgentError:
-                name, why = DEFAULT, "nothing else is known of the node"
+        name, why = chosen_backend(node, backends, architecture)
         plain = plain and name == DEFAULT
         version = next((s.version for s in node.backends if s.name == name), "")
         shown = f"{name} {version}".strip()

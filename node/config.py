@@ -62,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     threads: int
     memory_limit: int
+    on_battery: str
     kv_memory_bytes: int
     kv_disk_bytes: int
     kv_stream_bytes_per_second: int

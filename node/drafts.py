@@ -20,9 +20,11 @@ from pyagent_node.base.types import (
     backend_of,
 )
 from pyagent_node.consensus.commands import ModelRecord
+from pyagent_node.inference.pipeline.plan_speeds import Ability
 from pyagent_node.inference.pipeline.plan_types import (
     MEMORY_SHARE,
     ModelShape,
+    NodeFacts,
     Plan,
     PlanOptions,
 )
@@ -31,7 +33,8 @@ from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_rese
 from pyagent_node.node.api.placement_schema import PlannedRank, PlanView
 from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.guessing import describe
-from pyagent_node.node.planning import Swarm
+from pyagent_node.node.plan_views import planned_nodes
+from pyagent_node.node.planning import PROMPT_TOKENS, Swarm
 
 MAX_HEADS: Final = 8
 """Nodes from whose point of view two placements are compared."""
@@ -70,6 +73,8 @@ class Draft(msgspec.Struct, frozen=True):
     fixed: bool
     """Whether a person chose the cut or the nodes."""
     backends: Backends
+    able: dict[PeerId, Ability]
+    facts: dict[PeerId, NodeFacts]
     activations: str = ""
     """As in ``Placement``."""
 
@@ -189,6 +194,12 @@ def token_seconds(
     shape: ModelShape, before: Placement | None, swarm: Swarm, head: PeerId
 ) -> float | None:
     """Return what a token costs in the placement as it is, by the same measure."""
+    now = _judged(shape, before, swarm, head)
+    return now.token_seconds if now is not None else None
+
+
+def _judged(shape: ModelShape, before: Placement | None, swarm: Swarm, head: PeerId) -> Plan | None:
+    """Return a placement as a plan; ``None`` where a node is away or short of memory."""
     if before is None:
         return None
     options = PlanOptions(
@@ -196,28 +207,31 @@ def token_seconds(
         n_seq=1,
         boundaries=tuple(rank.slice.last for rank in before.ranks[:-1]),
         nodes=tuple(rank.peer_id for rank in before.ranks),
+        prompt_tokens=PROMPT_TOKENS,
     )
     try:
-        now = plan(shape, swarm.nodes, swarm.rtt_ms, options, head=head)
-    except PyAgentError:  # a node is away or short of memory
+        return plan(shape, swarm.nodes, swarm.rtt_ms, options, head=head)
+    except PyAgentError:
         return None
-    return now.token_seconds
 
 
 def gain(
     shape: ModelShape, before: Placement | None, ranks: Sequence[Rank], swarm: Swarm
 ) -> float | None:
-    """Return the share of a token's time that new ranks save at least, whichever node asks."""
+    """Return the share of a token's time that new ranks save at least, whichever node asks.
+
+    Prompts and what nodes wish to count for are weighed as in planning.
+    """
     if before is None:
         return None
     after = msgspec.structs.replace(before, ranks=tuple(ranks))
     least: float | None = None
     for node in swarm.nodes[:MAX_HEADS]:
-        now = token_seconds(shape, before, swarm, node.peer_id)
-        then = token_seconds(shape, after, swarm, node.peer_id)
-        if now is None or then is None or now <= 0:
+        now = _judged(shape, before, swarm, node.peer_id)
+        then = _judged(shape, after, swarm, node.peer_id)
+        if now is None or then is None or now.weighed_seconds <= 0:
             return None
-        saved = 1 - then / now
+        saved = 1 - then.weighed_seconds / now.weighed_seconds
         least = saved if least is None else min(least, saved)
     return least
 
@@ -229,6 +243,8 @@ def slowed(swarm: Swarm, slowness: Mapping[PeerId, float]) -> Swarm:
             node,
             bandwidth=node.bandwidth / slowness.get(node.peer_id, 1.0),
             compute=node.compute / slowness.get(node.peer_id, 1.0),
+            head_bandwidth=node.head_bandwidth / slowness.get(node.peer_id, 1.0),
+            prompt_compute=node.prompt_compute / slowness.get(node.peer_id, 1.0),
         )
         for node in swarm.nodes
     ]
@@ -319,6 +335,8 @@ def plan_view(draft: Draft) -> PlanView:
         explanation=draft.plan.explanation,
         guessing=describe(draft.drafting, lambda digest: _model(draft, digest), name),
         switch=switching(draft),
+        prompt_seconds=draft.plan.prompt_seconds,
+        nodes=planned_nodes(draft.plan, draft.facts, draft.able),
     )
 
 

@@ -22,8 +22,13 @@ from pyagent_node.base.types import ACTIVATIONS, Digest, PeerId, Slice
 from pyagent_node.inference import backends
 from pyagent_node.inference.backend_names import BackendState
 from pyagent_node.inference.llama.memory import available_memory
-from pyagent_node.inference.pipeline.plan_types import NodeFacts
-from pyagent_node.inference.runner import default_threads
+from pyagent_node.inference.machine import DeviceMemory, Power
+from pyagent_node.inference.pipeline.plan_types import (
+    NodeFacts,
+)
+from pyagent_node.inference.power import share_of
+from pyagent_node.inference.threads import default_threads
+from pyagent_node.node.speeds import SpeedBook
 
 BUFFER_BYTES: Final = 64 * MIB
 """Memory that all threads together read in one run: larger than most caches."""
@@ -92,7 +97,8 @@ async def measure_speed(threads: int) -> Speed:
 class FactsProvider:
     """This node's facts; the speed is measured once, when it is first asked for.
 
-    ``held`` tells which slices of a model lie here already.
+    ``held`` tells which slices of a model lie here already, ``speeds`` what slices were measured to
+    do.  ``power`` and ``memories`` look at the machine; ``on_battery`` is the setting.
     """
 
     def __init__(
@@ -104,6 +110,10 @@ class FactsProvider:
         threads: int | None = None,
         measure: Callable[[int], Awaitable[Speed]] = measure_speed,
         memory: Callable[[], int] = available_memory,
+        speeds: SpeedBook | None = None,
+        power: Callable[[], Power] = Power,
+        memories: Callable[[tuple[BackendState, ...]], tuple[DeviceMemory, ...]] = lambda _: (),
+        on_battery: str = "less",
     ) -> None:
         self._peer_id = peer_id
         self._name = name
@@ -111,6 +121,10 @@ class FactsProvider:
         self._threads = threads or default_threads()
         self._measure = measure
         self._memory = memory
+        self._speeds = speeds
+        self._power = power
+        self._memories = memories
+        self._on_battery = on_battery
         self._speed: Speed | None = None
         self._backends: tuple[BackendState, ...] = ()
         self._measuring = trio.Lock()
@@ -121,6 +135,9 @@ class FactsProvider:
             if self._speed is None:
                 self._speed = await self._measure(self._threads)
                 self._backends = await trio.to_thread.run_sync(backends.survey)
+        if self._speeds is not None:
+            await self._speeds.tidy()
+        power = await trio.to_thread.run_sync(self._power)
         return NodeFacts(
             peer_id=self._peer_id,
             name=self._name,
@@ -131,4 +148,8 @@ class FactsProvider:
             held=await trio.to_thread.run_sync(self._held, model),
             backends=self._backends,
             activations=ACTIVATIONS,
+            speeds=self._speeds.speeds(model, self._threads) if self._speeds is not None else (),
+            memories=await trio.to_thread.run_sync(self._memories, self._backends),
+            power=power,
+            share=share_of(power, self._on_battery),
         )

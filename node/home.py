@@ -112,6 +112,11 @@ class Home:
         return self.root / "kv"
 
     @property
+    def speeds_path(self) -> Path:
+        """How fast slices were measured to be (see ``speeds``)."""
+        return self.root / "speeds.json"
+
+    @property
     def models_dir(self) -> Path:
         """The model store, unless the setting ``model_dir`` moves it."""
         return self.root / "models"

@@ -14,16 +14,20 @@ from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, PeerId, Placement, Slice
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.inference.device_memory import device_memories
+from pyagent_node.inference.llama.memory import available_memory
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.blob_server import BlobServer
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.pipeline.pipeline import Pipeline
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
+from pyagent_node.inference.power import read_power
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.models import NodeModels
 from pyagent_node.node.nurseries import background
+from pyagent_node.node.outfits import with_speeds
 from pyagent_node.node.placement_board import PlacementBoard
 from pyagent_node.node.placement_messages import (
     AskFacts,
@@ -38,6 +42,7 @@ from pyagent_node.node.planning import facts_reply, planner_shape, survey
 from pyagent_node.node.rebalancing import Rebalancer, Speeds
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
+from pyagent_node.node.speeds import SpeedBook
 
 _SLICE: Final = re.compile(r"[0-9]{1,6}-[0-9]{1,6}(\+head)?", re.ASCII)
 
@@ -57,23 +62,33 @@ async def open_models(
     assets: Assets | None = None,
     clock: Callable[[], float] = time.time,
     behind: Callable[[Digest], int] | None = None,
+    speed_book: SpeedBook | None = None,
+    on_battery: str = "less",
 ) -> AsyncIterator[NodeModels]:
     """Host this node's parts of all placements, and serve models and facts to peers.
 
     ``name`` is the node's; ``threads`` is what each slice computes with and ``memory`` what models
     may take (``None``: what is free).  ``assets`` is for tests.  ``behind`` returns how many KV
     blocks of a model's sessions this node has still to send to prepared ranks: a change waits a
-    moment for them.
+    moment for them.  ``speed_book`` knows what slices were measured to do; ``on_battery`` is
+    the setting.
     """
 
     def held(digest: Digest) -> tuple[Slice, ...]:
         return _held(store, digest)
 
     peer_id: PeerId = mesh.peer_id
-    if memory is None:
-        facts = FactsProvider(peer_id, name, held, threads=threads)
-    else:
-        facts = FactsProvider(peer_id, name, held, threads=threads, memory=memory)
+    facts = FactsProvider(
+        peer_id,
+        name,
+        held,
+        threads=threads,
+        memory=memory or available_memory,
+        speeds=speed_book,
+        power=read_power,
+        memories=device_memories,
+        on_battery=on_battery,
+    )
     controller = PlacementController(
         peer_id,
         consensus,
@@ -106,7 +121,8 @@ async def open_models(
         if shape is None:
             return {}
         told = await board.reports({rank.peer_id for rank in placement.ranks})
-        return speeds.slowness(placement, shape, await nodes(placement.model), told)
+        facts = with_speeds(await nodes(placement.model), placement, shape)
+        return speeds.slowness(placement, shape, facts, told)
 
     def epoch_of(model: Digest) -> int:
         placement = consensus.state.placements.get(model)

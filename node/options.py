@@ -20,6 +20,8 @@ Value = str | int | bool | float | tuple[str, ...]
 Kind = Literal["text", "list", "integer", "number", "switch", "size"]
 
 MAX_CONTEXT = 1 << 24
+ON_BATTERY = ("less", "none", "full")
+"""What a node on battery takes; see ``inference.power.share_of``."""
 _SIZES = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": KIB * MIB, "T": MIB * MIB}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
@@ -229,7 +231,7 @@ OPTIONS: tuple[Option, ...] = (
         "threads",
         "integer",
         0,
-        "Threads that compute, in each slice; 0: half of the processors.",
+        "Threads that compute, in each slice; 0: one for each physical core, with one left over.",
         high=1024,
     ),
     Option(
@@ -238,6 +240,13 @@ OPTIONS: tuple[Option, ...] = (
         0,
         "Memory that models may use; 0: what is free.",
         high=MIB * MIB * KIB,
+    ),
+    Option(
+        "on_battery",
+        "text",
+        "less",
+        "What this node takes on battery: less (nothing below 20%), none, or full.",
+        choices=ON_BATTERY,
     ),
     Option(
         "kv_memory_bytes",

@@ -40,7 +40,7 @@ from pyagent_node.inference.models.transfer import ensure_head_assets
 from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
-from pyagent_node.node.backend_choice import explain_backends, with_activations, with_backends
+from pyagent_node.node.backend_choice import explain_backends, with_activations
 from pyagent_node.node.drafter_placing import DrafterPlacer
 from pyagent_node.node.drafts import (
     Draft,
@@ -53,15 +53,15 @@ from pyagent_node.node.drafts import (
     plan_view,
     same,
     same_cut,
-    slowed,
     switching,
     token_seconds,
     with_reserves,
 )
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.guessing import moved, says
+from pyagent_node.node.outfits import outfit
 from pyagent_node.node.placement_board import PlacementBoard, Report
-from pyagent_node.node.planning import Swarm, choose_nodes, planner_shape, survey
+from pyagent_node.node.planning import Swarm, planner_shape, survey
 from pyagent_node.node.rebalancing import Improvement
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
@@ -195,7 +195,7 @@ class Placer:
             return None
         request = as_it_is(LoadRequest(model=record.name), before)
         draft = await self._draft(record, request, _silent, slowness)
-        draining = {m.peer_id for m in state.members.values() if m.draining}
+        draining = self._draining()
         needed = any(rank.peer_id in draining for rank in before.ranks)
         if draft.lacking or same(draft) or (draft.gain is None and not needed):
             return None
@@ -218,18 +218,27 @@ class Placer:
         report(Progress(step="plan", text="measuring the nodes"))
         header = await self._header(record, report)
         before = self._current(record)
-        swarm, free = await self._swarm(record, before)
-        swarm = slowed(swarm, slowness)
-        nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
+        shape = planner_shape(header, record.name)
+        found, used = await self._swarm(record, before)
+        suit = outfit(
+            request,
+            found,
+            shape,
+            before,
+            used=used,
+            draining=self._draining(),
+            slowness=slowness,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+        )
+        swarm, nodes, options, backends = suit.swarm, suit.nodes, suit.options, suit.backends
         try:
             check_sliceable(header)
         except Unsupported:
             if options.boundaries or (options.ranks or 1) > 1:
                 raise
             options = msgspec.structs.replace(options, ranks=1)
-        nodes, backends = with_backends(nodes, request.backend, header.architecture)
         nodes, activations = with_activations(nodes, request.activations)
-        shape = planner_shape(header, record.name)
         best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
         why = explain_backends(best.ranks, nodes, backends, header.architecture)
         best = msgspec.structs.replace(best, explanation=(*best.explanation, *why))
@@ -270,35 +279,30 @@ class Placer:
             token_seconds(shape, before, swarm, self._mesh.peer_id),
             {node.peer_id: node.name for node in swarm.nodes},
             {model.digest: model.name for model in self._consensus.state.models.values()},
-            lacking(shape, ranks, before, free, n_ctx=n_ctx, n_seq=n_seq),
+            lacking(shape, ranks, before, suit.free, n_ctx=n_ctx, n_seq=n_seq),
             gain(shape, before, ranks, swarm),
             any(each is not None for each in (request.ranks, request.layers, request.nodes)),
             backends,
+            suit.able,
+            {node.peer_id: node for node in swarm.nodes},
             activations,
         )
 
     async def _plain_swarm(self, record: ModelRecord) -> Swarm:
-        return (await self._swarm(record, None))[0]
+        found, _ = await self._swarm(record, None)
+        away = self._draining()
+        return Swarm([node for node in found.nodes if node.peer_id not in away], found.rtt_ms)
 
     async def _swarm(
         self, record: ModelRecord, before: Placement | None
-    ) -> tuple[Swarm, dict[PeerId, int]]:
-        """Return the nodes that may take work, with the memory that this model gives back.
-
-        Also what memory they have beside it.
-        """
+    ) -> tuple[Swarm, Mapping[PeerId, int]]:
+        """Return what nodes say of themselves, and the memory of this model's processes there."""
         swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
-        draining = {m.peer_id for m in self._consensus.state.members.values() if m.draining}
-        used = await self._board.memory(before) if before is not None else {}
-        nodes = [
-            msgspec.structs.replace(
-                node, memory_bytes=node.memory_bytes + used.get(node.peer_id, 0)
-            )
-            for node in swarm.nodes
-            if node.peer_id not in draining
-        ]
-        free = {node.peer_id: node.memory_bytes for node in swarm.nodes}
-        return Swarm(nodes, swarm.rtt_ms), free
+        return swarm, await self._board.memory(before) if before is not None else {}
+
+    def _draining(self) -> frozenset[PeerId]:
+        members = self._consensus.state.members.values()
+        return frozenset(member.peer_id for member in members if member.draining)
 
     def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
         n_ctx = request.n_ctx

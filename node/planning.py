@@ -6,6 +6,7 @@ import logging
 import math
 from typing import NamedTuple, Protocol
 
+import msgspec
 import trio
 
 from pyagent_node.base.errors import InvalidRequest, PyAgentError
@@ -14,13 +15,21 @@ from pyagent_node.base.types import Digest, PeerId
 from pyagent_node.inference.llama.memory import kv_bytes_per_token
 from pyagent_node.inference.models.architectures import EMBEDDING, layer_of, model_shape
 from pyagent_node.inference.models.gguf_header import GgufHeader
-from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts, PlanOptions
+from pyagent_node.inference.pipeline.plan_types import (
+    LEAST_SHARE,
+    ModelShape,
+    NodeFacts,
+    PlanOptions,
+)
 from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.placement_messages import AskFacts, FactsReply
 from pyagent_node.node.rpc import Rpc
 
 logger = logging.getLogger("pyagent_node.placements")
 
+PROMPT_TOKENS = 2.0
+"""Tokens of prompts for each token of an answer that plans reckon with: those that are not found
+in KV blocks of earlier prompts."""
 FACTS_SECONDS = 10.0
 """Longest wait for a node's facts; one that does not answer takes no part."""
 
@@ -67,6 +76,7 @@ def planner_shape(header: GgufHeader, name: str) -> ModelShape:
         head_flops=head_flops,
         embedding_bytes=0 if shape.tied else embedding.nbytes,
         kv_bytes=-(-kv_bytes_per_token(header) // shape.n_layers),
+        architecture=header.architecture,
     )
 
 
@@ -121,20 +131,26 @@ def choose_nodes(
     As many nodes as ranks are taken in that order; any other number only restricts the choice.
     Raises :class:`InvalidRequest` (``unknown_node``, ``ambiguous_node``).
     """
-    options = PlanOptions(n_ctx=n_ctx, n_seq=n_seq, ranks=request.ranks, boundaries=request.layers)
+    options = PlanOptions(
+        n_ctx=n_ctx,
+        n_seq=n_seq,
+        ranks=request.ranks,
+        boundaries=request.layers,
+        prompt_tokens=PROMPT_TOKENS,
+    )
     if request.nodes is None:
         return swarm.nodes, options
-    chosen = [find_node(name, swarm.nodes) for name in request.nodes]
+    chosen = [_meant(find_node(name, swarm.nodes)) for name in request.nodes]
     count = request.ranks if request.layers is None else len(request.layers) + 1
     if count == len(chosen):
-        options = PlanOptions(
-            n_ctx=n_ctx,
-            n_seq=n_seq,
-            ranks=request.ranks,
-            boundaries=request.layers,
-            nodes=tuple(node.peer_id for node in chosen),
-        )
+        peers = tuple(node.peer_id for node in chosen)
+        options = msgspec.structs.replace(options, nodes=peers)
     return list({node.peer_id: node for node in chosen}.values()), options
+
+
+def _meant(node: NodeFacts) -> NodeFacts:
+    """Return a node that was named: it takes work, whatever it runs on."""
+    return node if node.willing else msgspec.structs.replace(node, share=LEAST_SHARE)
 
 
 def find_node(name: str, nodes: list[NodeFacts]) -> NodeFacts:

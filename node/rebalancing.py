@@ -120,12 +120,7 @@ class Speeds:
                 if before is None or tokens - before[1] < MIN_TOKENS or node is None:
                     continue
                 seconds = (busy - before[0]) / (tokens - before[1])
-                part = rank.slice
-                size = sum(shape.layer_bytes[part.first : part.last])
-                work = sum(shape.layer_flops[part.first : part.last])
-                if part.head:
-                    size, work = size + shape.head_bytes, work + shape.head_flops
-                ratios[rank.peer_id] = seconds / max(size / node.bandwidth, work / node.compute)
+                ratios[rank.peer_id] = seconds / node.token_seconds(shape.work(rank.slice))
         best = min(ratios.values(), default=0.0)
         if best <= 0:
             return {}

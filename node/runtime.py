@@ -54,6 +54,7 @@ from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.node.session_moves import MovedSessions
 from pyagent_node.node.session_recovery import SessionRecovery, open_sessions
 from pyagent_node.node.shaping import parse_shape
+from pyagent_node.node.speeds import SpeedBook
 from pyagent_node.node.steward import Steward
 from pyagent_node.sharding.block_disk import open_real_disk
 from pyagent_node.sharding.block_store import BlockStore
@@ -130,6 +131,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
     store = await trio.to_thread.run_sync(ModelStore, settings.models_dir(home))
     transfers = TransferStats()
     threads = settings.threads or None
+    book = await trio.to_thread.run_sync(SpeedBook, home.speeds_path)
     suffix = SuffixDrafters()
     speculators = Speculators([suffix], default=settings.speculation)
     async with (
@@ -169,8 +171,10 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             defaults=ModelDefaults(settings.n_ctx, settings.n_seq),
             threads=threads,
             memory=memory_budget(settings.memory_limit),
-            assets=LocalAssets(mesh, store, threads=threads, stats=transfers),
+            assets=LocalAssets(mesh, store, threads=threads, stats=transfers, speeds=book),
             behind=kv.behind,
+            speed_book=book,
+            on_battery=settings.on_battery,
         ) as models,
         open_sessions(mesh.peer_id, consensus, rpc, journals, pipeline.engine) as sessions,
         background() as nursery,

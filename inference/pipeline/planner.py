@@ -10,8 +10,12 @@ the *cost* that is minimised for a given number of ranks adds what a token waits
 somewhere in the pipeline: it is in a stage with probability ``s/T`` and takes ``s/2`` more there on
 average, hence ``s*s/(2*T)`` a stage, where T is the time of the whole model on an average node.
 
-The number of ranks, when it is open, is the one with the least *latency*: as few nodes as fit,
-unless more are faster.
+Where options say so, a token of an answer brings some tokens of prompts with it, whose time counts
+like its own.  A node that counts for a share of its speed only (one on battery) looks that much
+slower to the choice; predicted times are not touched by that.
+
+The number of ranks, when it is open, is the one with the least *latency*, so weighed: as few nodes
+as fit, unless more are faster.
 
 Search: Held and Karp's dynamic programme over (set of nodes, last node), each state holding the
 least cost for every number of layers covered.  Exact up to :data:`EXACT_NODES` nodes; beyond that
@@ -20,6 +24,7 @@ only the most promising states of each length are kept.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -27,9 +32,11 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest, Unavailable
+from pyagent_node.base.errors import PyAgentError, Unavailable
 from pyagent_node.base.types import PeerId, Rank, Slice
+from pyagent_node.inference.pipeline.plan_checks import rank_counts
 from pyagent_node.inference.pipeline.plan_types import (
+    LEAST_SHARE,
     MEMORY_SHARE,
     RUNNER_BYTES,
     ModelShape,
@@ -37,6 +44,7 @@ from pyagent_node.inference.pipeline.plan_types import (
     Plan,
     PlanOptions,
 )
+from pyagent_node.inference.pipeline.plan_words import PlanWords, shown_size
 
 EXACT_NODES: Final = 8
 BEAM: Final = 48
@@ -55,12 +63,18 @@ RttMatrix = Mapping[tuple[PeerId, PeerId], float]
 
 
 class _Stage(NamedTuple):
-    """One node's costs: ``[a, b]`` for layers a to b without and with the output head."""
+    """One node's costs: ``[a, b]`` for layers a to b without and with the output head.
+
+    ``seconds`` are those of a token of an answer, ``prompt`` those of one of a prompt.
+    """
 
     body: _Floats
     tail: _Floats
     body_seconds: _Floats
     tail_seconds: _Floats
+    body_prompt: _Floats
+    tail_prompt: _Floats
+    share: float
 
 
 class _Key(NamedTuple):
@@ -96,66 +110,41 @@ def plan(
     ``needed_bytes`` and ``available_bytes``) when the model does not fit.
     """
     nodes = [node for node in nodes if node.usable]
-    counts = _rank_counts(model, nodes, options)
+    willing = [node for node in nodes if node.willing]
+    if options.nodes is None and 0 < len(willing) < len(nodes):
+        with contextlib.suppress(PyAgentError):
+            return _plan(model, willing, rtt_ms, options, head=head, known=nodes)
+    return _plan(model, nodes, rtt_ms, options, head=head, known=nodes)
+
+
+def _plan(
+    model: ModelShape,
+    nodes: Sequence[NodeFacts],
+    rtt_ms: RttMatrix,
+    options: PlanOptions,
+    *,
+    head: PeerId,
+    known: Sequence[NodeFacts],
+) -> Plan:
+    """Plan with ``nodes``, and say of all that are ``known`` why they have what they have."""
+    counts = rank_counts(model, nodes, options)
     search = _Search(model, sorted(nodes, key=lambda n: n.peer_id), rtt_ms, options, head)
-    found = [(search.latency(ranks), ranks) for n in counts if (ranks := search.best(n))]
+    found = [(search.weighed(ranks), ranks) for n in counts if (ranks := search.best(n))]
     if not found:
         raise search.no_room()
-    latency, ranks = min(found, key=lambda f: (f[0], len(f[1])))
-    return Plan(ranks, latency, search.explain(ranks, latency))
-
-
-def _rank_counts(
-    model: ModelShape, nodes: Sequence[NodeFacts], options: PlanOptions
-) -> Sequence[int]:
-    """Return the numbers of ranks to try, having checked the options."""
-    if not nodes:
-        raise Unavailable("No node can take a model now.", code="no_nodes")
-    if options.n_ctx < 1 or options.n_seq < 1:
-        raise InvalidRequest(
-            f"n_ctx ({options.n_ctx}) and n_seq ({options.n_seq}) must be at least 1.",
-            code="bad_parameter",
-        )
-    n_layers = model.n_layers
-    given: dict[str, int] = {}
-    if options.ranks is not None:
-        given["ranks"] = options.ranks
-    if options.boundaries is not None:
-        cuts = (0, *options.boundaries, n_layers)
-        if any(b <= a for a, b in itertools.pairwise(cuts)):
-            raise InvalidRequest(
-                f"The boundaries {list(options.boundaries)} do not cut {n_layers} layers: they"
-                f" must grow, from 1 to {n_layers - 1}.",
-                code="bad_boundaries",
-                n_layers=n_layers,
-            )
-        given["boundaries"] = len(options.boundaries) + 1
-    if options.nodes is not None:
-        known = {node.peer_id for node in nodes}
-        for peer in options.nodes:
-            if peer not in known:
-                raise InvalidRequest(
-                    f"Node {peer} is not among those that can take a model now.",
-                    code="unknown_node",
-                    peer_id=peer,
-                )
-        given["nodes"] = len(options.nodes)
-    if len(set(given.values())) > 1:
-        what = ", ".join(f"{name} say {n}" for name, n in given.items())
-        raise InvalidRequest(f"How many ranks? {what}.", code="bad_ranks")
-    if not given:
-        return range(1, min(len(nodes), n_layers) + 1)
-    count = next(iter(given.values()))
-    most = n_layers if options.nodes is not None else min(n_layers, len(nodes))
-    if not 1 <= count <= most:
-        raise InvalidRequest(
-            f"{count} ranks are not possible with {n_layers} layers on {len(nodes)} nodes.",
-            code="bad_ranks",
-            remedy="Name the nodes (--nodes) to put several ranks on one of them.",
-            ranks=count,
-            nodes=len(nodes),
-        )
-    return (count,)
+    weighed, ranks = min(found, key=lambda f: (f[0], len(f[1])))
+    rivals = {len(other): time for time, other in found}
+    words = PlanWords(search, known, rivals)
+    latency = search.latency(ranks)
+    return Plan(
+        ranks,
+        latency,
+        words.explain(ranks, latency, model, search.kv_bytes_per_layer()),
+        search.prompt(ranks),
+        weighed,
+        search.cost(ranks),
+        words.nodes(ranks),
+    )
 
 
 class _Search:
@@ -178,13 +167,18 @@ class _Search:
         n = len(nodes)
         speed = sum(node.bandwidth for node in nodes) / n
         power = sum(node.compute for node in nodes) / n
-        self._typical = max(
-            (self._bytes[-1] + model.head_bytes) / speed,
-            (self._flops[-1] + model.head_flops) / power,
-        )
+        work = (self._flops[-1] + model.head_flops) / power
+        self._typical = max((self._bytes[-1] + model.head_bytes) / speed, work)
+        prompts = sum(node.prompt_compute or node.compute for node in nodes) / n
+        self._typical += options.prompt_tokens * self._flops[-1] / prompts
         self._stages = [self._stage(node) for node in nodes]
         self._hops = np.array([[self._hop(a.peer_id, b.peer_id) for b in nodes] for a in nodes])
         self._entry = np.array([self._hop(head, node.peer_id) for node in nodes])
+
+    @property
+    def options(self) -> PlanOptions:
+        """What the user decided."""
+        return self._options
 
     # ---- costs -----------------------------------------------------------------------------
 
@@ -200,7 +194,7 @@ class _Search:
         layers = last - first
         weights = self._bytes[None, :] - self._bytes[:, None]
         flops = self._flops[None, :] - self._flops[:, None]
-        kv = layers * self._kv_bytes_per_layer()
+        kv = layers * self.kv_bytes_per_layer()
         room = node.memory_bytes * MEMORY_SHARE - RUNNER_BYTES
         whole = (first == 0) * model.embedding_bytes
         held = np.zeros(layers.shape, dtype=bool)
@@ -208,37 +202,65 @@ class _Search:
             held |= (part.first <= first) & (last <= part.last)
         handicap = np.where(held, 0.0, FETCH_SECONDS)
 
+        share = max(node.share, LEAST_SHARE)
+
         def costs(
             head_bytes: int, head_flops: int, extra: _Floats | int
-        ) -> tuple[_Floats, _Floats]:
-            seconds = (
-                np.maximum(
-                    (weights + head_bytes) / node.bandwidth, (flops + head_flops) / node.compute
-                )
-                + STAGE_SECONDS
-            )
+        ) -> tuple[_Floats, _Floats, _Floats]:
+            reading = weights / node.bandwidth
+            reading += head_bytes / (node.head_bandwidth or node.bandwidth)
+            seconds = np.maximum(reading, (flops + head_flops) / node.compute) + STAGE_SECONDS
+            # Of a prompt only the last token goes through the output head.
+            prompt = flops / (node.prompt_compute or node.compute)
             fits = (layers > 0) & (weights + kv + head_bytes + extra <= room)
-            cost = seconds + seconds**2 / (2 * self._typical) + handicap
-            return np.where(fits, cost, np.inf), seconds
+            weighed = (seconds + self._options.prompt_tokens * prompt) / share
+            cost = weighed + weighed**2 / (2 * self._typical) + handicap
+            return np.where(fits, cost, np.inf), seconds, prompt
 
-        body, body_seconds = costs(0, 0, 0)
-        tail, tail_seconds = costs(model.head_bytes, model.head_flops, whole)
-        return _Stage(body, tail, body_seconds, tail_seconds)
+        body, body_seconds, body_prompt = costs(0, 0, 0)
+        tail, tail_seconds, tail_prompt = costs(model.head_bytes, model.head_flops, whole)
+        return _Stage(body, tail, body_seconds, tail_seconds, body_prompt, tail_prompt, share)
 
-    def _kv_bytes_per_layer(self) -> int:
+    def kv_bytes_per_layer(self) -> int:
+        """Return the bytes of KV that a layer is given."""
         return self._model.kv_bytes * self._options.n_ctx * self._options.n_seq
+
+    def _travelling(self, ranks: Sequence[Rank]) -> float:
+        total = self._hop(self._head, ranks[0].peer_id) + self._hop(ranks[-1].peer_id, self._head)
+        return total + sum(self._hop(a.peer_id, b.peer_id) for a, b in itertools.pairwise(ranks))
 
     def latency(self, ranks: Sequence[Rank]) -> float:
         """Return the time of one token alone in the pipeline ``ranks``."""
-        total = self._hop(self._head, ranks[0].peer_id) + self._hop(ranks[-1].peer_id, self._head)
-        for a, b in itertools.pairwise(ranks):
-            total += self._hop(a.peer_id, b.peer_id)
-        return total + sum(self._seconds(self._index[r.peer_id], r.slice) for r in ranks)
+        return self._travelling(ranks) + sum(self.seconds(rank)[0] for rank in ranks)
 
-    def _seconds(self, node: int, part: Slice) -> float:
-        stage = self._stages[node]
-        table = stage.tail_seconds if part.head else stage.body_seconds
-        return float(table[part.first, part.last])
+    def prompt(self, ranks: Sequence[Rank]) -> float:
+        """Return the time that one token of a prompt takes in all ``ranks`` together."""
+        return sum(self.seconds(rank)[1] for rank in ranks)
+
+    def weighed(self, ranks: Sequence[Rank]) -> float:
+        """Return the time by which numbers of ranks are compared."""
+        total = self._travelling(ranks)
+        for rank in ranks:
+            token, prompt = self.seconds(rank)
+            share = self._stages[self._index[rank.peer_id]].share
+            total += (token + self._options.prompt_tokens * prompt) / share
+        return total
+
+    def cost(self, ranks: Sequence[Rank]) -> float:
+        """Return what the search minimises; infinite where a rank has no room."""
+        total = self._travelling(ranks)
+        for rank in ranks:
+            stage, part = self._stages[self._index[rank.peer_id]], rank.slice
+            total += float((stage.tail if part.head else stage.body)[part.first, part.last])
+        return total
+
+    def seconds(self, rank: Rank) -> tuple[float, float]:
+        """Return the time of a token of an answer, and of a prompt, in one rank."""
+        stage, part = self._stages[self._index[rank.peer_id]], rank.slice
+        token = stage.tail_seconds if part.head else stage.body_seconds
+        prompt = stage.tail_prompt if part.head else stage.body_prompt
+        at = part.first, part.last
+        return float(token[at]), float(prompt[at])
 
     # ---- search ----------------------------------------------------------------------------
 
@@ -326,7 +348,8 @@ class _Search:
 
     # ---- memory ----------------------------------------------------------------------------
 
-    def _need(self, part: Slice) -> int:
+    def need(self, part: Slice) -> int:
+        """Return the bytes of memory that a slice takes."""
         options = self._options
         return self._model.needs(part, n_ctx=options.n_ctx, n_seq=options.n_seq)
 
@@ -334,7 +357,7 @@ class _Search:
         """Whether each node can hold all its ranks (the search looks at one at a time)."""
         need = dict.fromkeys(self._index, 0)
         for rank in ranks:
-            need[rank.peer_id] += self._need(rank.slice)
+            need[rank.peer_id] += self.need(rank.slice)
         return all(need[n.peer_id] <= n.memory_bytes * MEMORY_SHARE for n in self._nodes)
 
     def no_room(self) -> Unavailable:
@@ -342,12 +365,12 @@ class _Search:
         chosen = self._options.nodes
         nodes = [n for n in self._nodes if chosen is None or n.peer_id in chosen]
         whole = Slice(0, self._model.n_layers, True)
-        need = self._need(whole) + RUNNER_BYTES * ((self._options.ranks or 1) - 1)
+        need = self.need(whole) + RUNNER_BYTES * ((self._options.ranks or 1) - 1)
         room = sum(int(n.memory_bytes * MEMORY_SHARE) for n in nodes)
-        each = ", ".join(f"{n.name} {_size(n.memory_bytes * MEMORY_SHARE)}" for n in nodes)
+        each = ", ".join(f"{n.name} {shown_size(n.memory_bytes * MEMORY_SHARE)}" for n in nodes)
         return Unavailable(
-            f"{self._model.name} needs about {_size(need)} with {self._options.n_seq} sessions of"
-            f" {self._options.n_ctx} tokens; usable are {_size(room)} ({each})"
+            f"{self._model.name} needs about {shown_size(need)} with {self._options.n_seq} sessions"
+            f" of {self._options.n_ctx} tokens; usable are {shown_size(room)} ({each})"
             + ("." if room < need else ", but not cut that way."),
             code="not_enough_memory",
             remedy="Add a node, free memory, or lower --n-ctx or --n-seq.",
@@ -356,34 +379,6 @@ class _Search:
             missing_bytes=max(0, need - room),
         )
 
-    # ---- words -----------------------------------------------------------------------------
-
-    def explain(self, ranks: Sequence[Rank], latency: float) -> tuple[str, ...]:
-        """Say what each rank holds and what a token costs."""
-        lines = []
-        computing = 0.0
-        for rank in ranks:
-            index = self._index[rank.peer_id]
-            node, part = self._nodes[index], rank.slice
-            seconds = self._seconds(index, part)
-            computing += seconds
-            kv = (part.last - part.first) * self._kv_bytes_per_layer()
-            weights = self._need(part) - kv - RUNNER_BYTES
-            lines.append(
-                f"rank {rank.rank}: layers {part.first}-{part.last - 1}"
-                f"{' and the output head' if part.head else ''} on {node.name}:"
-                f" {_size(weights)} of weights, {_size(kv)} of KV, {seconds * 1000:.2f} ms a token"
-            )
-        lines.append(
-            f"predicted {latency * 1000:.2f} ms a token: {computing * 1000:.2f} computing,"
-            f" {(latency - computing) * 1000:.2f} travelling"
-        )
-        return tuple(lines)
-
 
 def _reach(state: _State) -> int:
     return int(np.flatnonzero(np.isfinite(state.cost))[-1])
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
