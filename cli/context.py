@@ -178,7 +178,7 @@ def _contexts(app: App, rows: Sequence[ContextView]) -> None:
             f"{row.documents}",
             f"{row.chunks}",
             f"{row.tokens:,}",
-            size(row.record_bytes),
+            size(row.record_bytes) + (" spread" if row.spread else ""),
             f"{row.bodies_here}",
             _policy(row.policy),
         )
@@ -216,6 +216,11 @@ def _show(app: App, reply: DocumentsReply) -> None:
         f" index {size(view.record_bytes)}; {_policy(view.policy)}"
     )
     app.out.text(f"  encoder {view.encoder}")
+    where = "spread over the nodes by bucket" if view.spread else "on every node"
+    app.out.text(
+        f"  sketches ({size(view.sketch_bytes)}) {where}, {size(view.sketch_bytes_here)} on this"
+        f" one: {view.spread_why}"
+    )
     if not reply.documents:
         app.out.note(f"It is empty. Next: `pyagent-node context add {view.name} FOLDER`.")
         return
@@ -300,6 +305,7 @@ def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
         app.out.text(
             f"{reply.candidates} of {reply.windows} windows were candidates, in"
             f" {reply.candidate_chunks} chunks; {reply.nodes_asked} of {reply.nodes} nodes"
+            f"{f' ({reply.probed} of them for sketches)' if reply.probed else ''}"
             f" asked; {reply.seconds * 1000:.0f} ms, {reply.embed_seconds * 1000:.0f} of them for"
             " the question's vector"
         )

@@ -28,6 +28,7 @@ from pyagent_node.sharding.context.records import (
     encode_record,
 )
 from pyagent_node.sharding.context.search import candidates, found, question_terms, rank, score_all
+from pyagent_node.sharding.context.shares import Share
 
 
 class LocalContexts:
@@ -78,6 +79,15 @@ class LocalContexts:
     def catalog(self, context: ContextId) -> Catalog:
         """See ``ContextMesh``."""
         return self._store.catalog(context)
+
+    def share(self, context: ContextId) -> Share:
+        """See ``ContextMesh``."""
+        return self._store.share(context)
+
+    @property
+    def index_bytes(self) -> int:
+        """See ``ContextMesh``: there is nowhere else."""
+        return 1 << 62
 
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """See ``ContextMesh``."""

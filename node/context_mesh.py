@@ -54,6 +54,7 @@ from pyagent_node.sharding.context.records import (
     encode_record,
     record_digest,
 )
+from pyagent_node.sharding.context.shares import Share
 
 log = logging.getLogger("pyagent_node.context")
 
@@ -218,6 +219,15 @@ class ContextService:
     def catalog(self, context: ContextId) -> Catalog:
         """See ``ContextMesh``."""
         return self.store.catalog(context)
+
+    def share(self, context: ContextId) -> Share:
+        """See ``ContextMesh``."""
+        return self.store.share(context)
+
+    @property
+    def index_bytes(self) -> int:
+        """See ``ContextMesh``."""
+        return self._consensus.state.settings["context_index_bytes"]
 
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """See ``ContextMesh``; raises :class:`Unavailable` (``no_owner``)."""

@@ -231,7 +231,7 @@ class SqliteContextStore:
             )
             await _in_thread(lambda: self._database.put_records(rows))
             for known in found:
-                catalog.strip(known.record.source)
+                catalog.make_bare(known.record.source)
 
     async def forget_source(self, context: ContextId, source: str) -> None:
         """See ``ContextStore``."""

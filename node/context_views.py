@@ -23,6 +23,13 @@ def samples(contexts: ContextService) -> Iterator[Sample]:
     yield Sample("context_questions", "Questions to contexts at this node.", search.questions)
     text = "Nodes that were asked for these questions."
     yield Sample("context_nodes_asked", text, search.asked)
+    text = "Nodes that were asked for sketches for these questions."
+    yield Sample("context_nodes_probed", text, search.probed)
+    text = "Bytes of spread sketches that this node keeps."
+    kept = sum(contexts.share(info.id).size for info in contexts.contexts())
+    yield Sample("context_sketch_bytes", text, kept, "gauge")
+    text = "Chunks whose sketches this node is to keep and could not get."
+    yield Sample("context_sketches_lacking", text, contexts.keeper.lacking, "gauge")
     text = "Candidate chunks that could be had from no node."
     yield Sample("context_missing", text, search.missing)
     text = "Records of documents that came from peers."

@@ -39,7 +39,7 @@ from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.context_drafts import KEPT_FROM, Drafts
 from pyagent_node.node.context_encoder import EncoderSource
 from pyagent_node.node.context_readers import check_size, read_document
-from pyagent_node.sharding.context.catalog import Known
+from pyagent_node.sharding.context.catalog import Known, sketch_bytes
 from pyagent_node.sharding.context.defaults import axes_of
 from pyagent_node.sharding.context.documents import About, Cut, cut, document, removal
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
@@ -133,6 +133,11 @@ class Contexts:
             tokens=sum(record.tokens for record in fresh),
             record_bytes=sum(known.size for known in catalog.everything()),
             bodies_here=sum(context == info.id for context in held.values()),
+            spread=info.spread,
+            spread_why=_spread_why(info.spread, self.mesh.index_bytes),
+            sketch_bytes=sketch_bytes(catalog),
+            sketch_bytes_here=self.mesh.share(info.id).size
+            + sum(len(record.sketches) for record in catalog.documents()),
         )
 
     # Documents ---------------------------------------------------------------------------------
@@ -316,6 +321,7 @@ class Contexts:
             candidate_chunks=answer.candidate_chunks,
             nodes=answer.nodes,
             nodes_asked=answer.nodes_asked,
+            probed=answer.probed,
             missing=answer.missing,
             seconds=round(time.monotonic() - began, 6),
             embed_seconds=round(embed_seconds, 6),
@@ -348,6 +354,12 @@ class Contexts:
         sources = list(dict.fromkeys(hit.source for hit in answer.hits))
         await self.mesh.used(info.id, sources, int(self._clock()))
         return answer, seconds
+
+
+def _spread_why(spread: bool, limit: int) -> str:
+    if spread:
+        return f"a node is to hold at most {limit} bytes of sketches (context_index_bytes)"
+    return f"they fit into the {limit} bytes that a node is to hold, or every node owns all"
 
 
 def _ahead(info: ContextInfo) -> int:

@@ -116,7 +116,7 @@ class MemoryContextStore:
         """See ``ContextStore``."""
         await trio.lowlevel.checkpoint()
         for source in sources:
-            self.catalog(context).strip(source)
+            self.catalog(context).make_bare(source)
 
     async def forget_source(self, context: ContextId, source: str) -> None:
         """See ``ContextStore``."""

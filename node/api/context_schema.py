@@ -21,7 +21,9 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``documents`` of which ``fresh`` may be answered from, in ``chunks`` of ``windows`` and
     ``tokens`` (those of fresh documents); ``record_bytes`` of all records lie on every node,
-    ``bodies_here`` are the chunks whose text lies on this one.
+    ``bodies_here`` are the chunks whose text lies on this one.  ``spread``: the sketches, of
+    ``sketch_bytes`` together, lie spread over the nodes, ``sketch_bytes_here`` of them on this one;
+    ``spread_why`` says why so, or why not.
     """
 
     name: str
@@ -36,6 +38,10 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     record_bytes: int
     bodies_here: int
+    spread: bool = False
+    spread_why: str = ""
+    sketch_bytes: int = 0
+    sketch_bytes_here: int = 0
 
 
 class ContextsReply(msgspec.Struct, frozen=True):
@@ -150,3 +156,4 @@ class QueryReply(msgspec.Struct, frozen=True, kw_only=True):
     missing: int
     seconds: float
     embed_seconds: float
+    probed: int = 0

@@ -128,7 +128,7 @@ class Catalog:
         self._put(Known(record, digest, len(encoded)))
         return True
 
-    def strip(self, source: str) -> DocumentRecord | None:
+    def make_bare(self, source: str) -> DocumentRecord | None:
         """Forget the sketches of a record; returns it as it is now if it had any."""
         held = self._known.get(source)
         if held is None or held.record.whole or not held.record.windows:

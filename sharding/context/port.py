@@ -186,6 +186,15 @@ class ContextMesh(Protocol):
         """Return what this node knows of a context; not a copy, and grows by itself."""
         ...
 
+    def share(self, context: ContextId) -> Share:
+        """Return the sketches of bare records that this node keeps."""
+        ...
+
+    @property
+    def index_bytes(self) -> int:
+        """The most bytes of sketches that lie on every node; larger contexts are spread."""
+        ...
+
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """Give a document to the mesh: its bodies to their owners first, then the record.
 

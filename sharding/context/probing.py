@@ -157,6 +157,7 @@ class Probe:
         self._asked: set[PeerId] = set()
         self._top: frozenset[ChunkId] | None = None
         self._settled = False
+        self._looked = 0
 
     @property
     def short(self) -> bool:
@@ -172,9 +173,12 @@ class Probe:
         self._served |= groups
 
     def look(self, top: frozenset[ChunkId]) -> None:
-        """Note what the best chunks are after a wave."""
-        self._settled = top == self._top
-        self._top = top
+        """Note what the best chunks are after a wave; one that nobody answered says nothing."""
+        if self._served != self._looked:
+            self._settled = top == self._top
+            self._top, self._looked = top, self._served
+        elif self._top is None:
+            self._top = frozenset()
 
     def wave(self) -> list[PeerId]:
         """Return the nodes to ask now; none when it is enough, or there is nobody else."""

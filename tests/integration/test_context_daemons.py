@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pyagent_node.inference.models.encoders import (
 from pyagent_node.node.api.context_schema import QueryReply, QueryRequest
 from pyagent_node.node.client import Client
 from pyagent_node.node.home import Home
+from pyagent_node.sharding.context.catalog import SKETCH_BYTES
 
 from .waiting import until, votes_settled
 
@@ -160,3 +162,59 @@ def test_two_daemons_are_killed_and_one_comes(encoder_files: EncoderFiles) -> No
             assert all(gist(reply) == gist(replies[0]) for reply in replies)
             if name in before:
                 assert gist(replies[0])[0][:2] == before[name][0][:2]
+
+
+def test_two_daemons_add_at_once_and_sketches_are_spread(encoder_files: EncoderFiles) -> None:
+    with local_swarm(3) as nodes:
+        for node in nodes:
+            give_encoder(node, encoder_files)
+        clients = [node.client for node in nodes]
+        clients[0].contexts.create("shelf", ContextPolicy())
+        names = list(FACTS)
+        until(clients[1], lambda: clients[1].contexts.show("shelf"), "the context is known")
+        both = threading.Barrier(2)
+
+        def adding(client: Client, own: list[str]) -> None:
+            both.wait()
+            for name in own:
+                add(client, name)
+            text = f"Written with {own[0]} at hand.".encode()
+            client.contexts.add("shelf", "same.txt", text, modified=1)
+
+        with ThreadPoolExecutor(2) as pool:
+            halves = [pool.submit(adding, clients[0], names[::2])]
+            halves.append(pool.submit(adding, clients[1], names[1::2]))
+            for half in halves:
+                half.result()
+        wait_restored(nodes, len(names) + 1)
+        versions = {
+            (row.counter, row.writer)
+            for client in clients
+            for row in client.contexts.show("shelf").documents
+            if row.source == "same.txt"
+        }
+        assert len(versions) == 1  # of two that came at once one has won, the same everywhere
+        before = {name: gist(ask(clients[2], name)) for name in names}
+        clients[0].mesh.change_setting("context_index_bytes", 0)
+
+        def spread(wanted: bool) -> bool:
+            views = [client.contexts.show("shelf").context for client in clients]
+            here = [view.sketch_bytes_here for view in views]
+            if wanted:  # two owners have each, with its place and its group besides
+                done = sum(here) * SKETCH_BYTES == 2 * (SKETCH_BYTES + 3) * views[0].sketch_bytes
+            else:
+                done = all(view.sketch_bytes_here >= view.sketch_bytes for view in views)
+            return done and all(view.spread == wanted for view in views)
+
+        until(clients[0], lambda: spread(True), "the sketches are spread", seconds=60)
+        for name in names:
+            for client in clients:
+                reply = ask(client, name)
+                assert reply.missing == 0
+                assert reply.hits[0].text == before[name][0][1]
+        clients[0].mesh.change_setting("context_index_bytes", None)
+        until(clients[0], lambda: spread(False), "every daemon has all sketches", seconds=60)
+        for name in names:
+            reply = ask(clients[1], name)
+            assert (reply.missing, reply.probed) == (0, 0)
+            assert gist(reply)[0][:2] == before[name][0][:2]

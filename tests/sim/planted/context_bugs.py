@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from pyagent_node.base.types import PeerId
-from pyagent_node.node import context_mesh, context_mover, context_steward
+from pyagent_node.node import context_keeper, context_mesh, context_mover, context_steward
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.owners import Table
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord
@@ -60,6 +60,14 @@ async def _place_nothing(service: object, record: DocumentRecord, bodies: list[C
     return None
 
 
+async def _get_nothing(keeper: object, info: object, wanted: object) -> int:
+    return 0
+
+
+def _lacks_nothing(catalog: Catalog, *args: object, **rest: object) -> list[ChunkId]:
+    return []
+
+
 BUGS = (
     Bug(
         "chunks_dropped_before_others_have_them",
@@ -101,6 +109,20 @@ BUGS = (
         "a document counts as taken though no node has its chunks",
         swap(context_mesh.ContextService, "_place", _place_nothing),
         _with_contexts(4),
+        CAUGHT,
+    ),
+    Bug(
+        "sketches_never_made",
+        "a node that is to keep sketches does not get them",
+        swap(context_keeper.SketchKeeper, "_get", _get_nothing),
+        _with_contexts(4),
+        CAUGHT,
+    ),
+    Bug(
+        "sketches_given_up_unseen",
+        "a node takes it that all sketches are where they should be, and gives up its own",
+        swap(Catalog, "lacking", _lacks_nothing),
+        _with_contexts(5),
         CAUGHT,
     ),
 )
