@@ -16,7 +16,7 @@ from pyagent_node.consensus.commands import Command
 from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.raft_messages import Propose, Refusal, frame
 from pyagent_node.consensus.raft_proposals import Proposals
-from pyagent_node.consensus.raft_trouble import no_leader
+from pyagent_node.consensus.raft_trouble import no_leader, too_few
 from pyagent_node.consensus.replica import Record, proposal_too_old, too_old
 from pyagent_node.native import RaftDropped, RaftRefused
 
@@ -51,11 +51,20 @@ class Courier:
         """Say whether a peer's certificate, or its record in the log, lets it vote."""
         return self.role_of(peer) == "voter" or (member is not None and member.vote == "always")
 
-    def place(self, node: RaftNode, links: Links, patience: int) -> None:
-        """Send what waits here; what could be sent nowhere for ``patience`` ticks is given up."""
+    def place(self, node: RaftNode, links: Links, patience: int, short: int) -> None:
+        """Send what waits here; what could be sent nowhere for ``patience`` ticks is given up.
+
+        Where there has been no leader for so long and there can be none, too few voters being
+        there, a new one waits ``short`` ticks only, and one that was sent to the last leader, who
+        may have made the change, waits no longer.
+        """
         leader = self._members.peer_of(node.leader) if node.leader else None
+        lost = node.leaderless > patience and too_few(self._members, links.peers)
+        if lost:
+            for pending in self.proposals.orphaned(node.tick, patience):
+                pending.settle(no_leader(self._members, links.peers, unknown=True))
         if not node.leads:
-            for pending in self.proposals.starved(node.tick, patience):
+            for pending in self.proposals.starved(node.tick, short if lost else patience):
                 pending.settle(no_leader(self._members, links.peers))
         if leader is None:
             return

@@ -50,6 +50,8 @@ log = logging.getLogger("pyagent_node.consensus.raft")
 
 NO_LEADER_SECONDS = 5.0
 """Longest wait for a leader before a proposal is given up that nobody has seen."""
+STILL_NO_LEADER_SECONDS = 1.0
+"""The same where there has been no leader for so long already, and too few voters are there."""
 
 RESIGN_SECONDS = 1.0
 """Longest wait for another leader before a leader ends."""
@@ -234,7 +236,8 @@ class RaftEngine:
             elif node.leads:
                 voter = self._courier.role_of(peer) == "voter"
                 self._handovers.asked(self.links, peer, offer.to, voter=voter)
-        self._courier.place(node, self.links, self._patience)
+        short = int(STILL_NO_LEADER_SECONDS / node.timing.tick_seconds)
+        self._courier.place(node, self.links, self._patience, short)
         self._ask_reads()
         if node.leads:
             self._changes.feed(node.core)

@@ -194,6 +194,11 @@ class RaftNode:
         return 0 if silent and self.core.role == "learner" else leader
 
     @property
+    def leaderless(self) -> int:
+        """For how many ticks there has been no leader."""
+        return 0 if self.leader else self.tick - self._leader_seen
+
+    @property
     def lonely(self) -> bool:
         """Whether there has been no leader for so long that the configuration may be an old one."""
         return self.tick - self._leader_seen > LONELY_TIMEOUTS * self.timing.election_ticks

@@ -104,6 +104,14 @@ class Proposals:
             if pending.placed is None and tick - pending.born > patience
         ]
 
+    def orphaned(self, tick: int, patience: int) -> list[Pending]:
+        """Return what was sent to a leader, ``patience`` ticks ago or more, and not agreed on."""
+        return [
+            pending
+            for pending in self._pending.values()
+            if pending.placed is not None and tick - pending.placed_at > patience
+        ]
+
     def fail(self, error: PyAgentError) -> None:
         """End every wait here; what was sent somewhere may still be agreed on."""
         doubt = error_from_info(error.to_info())

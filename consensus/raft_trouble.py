@@ -9,6 +9,13 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.raft_members import Members
 
 
+def too_few(members: Members, present: Collection[PeerId]) -> bool:
+    """Whether fewer voters than are needed can be reached, of a node that has the log."""
+    voters = members.peers_of(members.conf.voters)
+    here = sum(1 for peer in voters if peer in present or peer == members.peer)
+    return members.me in members.peers and here < len(voters) // 2 + 1
+
+
 def no_leader(
     members: Members, present: Collection[PeerId], *, unknown: bool = False
 ) -> Unavailable:

@@ -123,6 +123,33 @@ async def test_nothing_is_decided_without_a_majority(
     await cluster.propose("a")
 
 
+async def test_who_asks_without_a_majority_is_told_soon(
+    cluster: Cluster, autojump_clock: MockClock
+) -> None:
+    await cluster.found("abc")
+    engine = cluster.engine("a")
+    await cluster.leader()
+    await cluster.stop("b", "c")
+
+    async def refused(number: int) -> tuple[float, str]:
+        began = trio.current_time()
+        with pytest.raises(Unavailable) as caught:
+            await engine.propose(model(number))
+        assert caught.value.code == "no_leader"
+        return trio.current_time() - began, str(caught.value)
+
+    # it is in the log of the leader that was, who may have made it before the others went
+    seconds, why = await refused(50)
+    assert seconds < cluster.propose_seconds - 3
+    assert "The change may have happened" in why
+    seconds, why = await refused(51)
+    assert 0.5 < seconds < 2
+    assert "may have happened" not in why
+    # voters are back: now there is time for an election
+    await cluster.start("b")
+    await cluster.propose("a")
+
+
 async def test_all_stop_and_come_back(cluster: Cluster, autojump_clock: MockClock) -> None:
     await cluster.found("abc")
     for name in "abc":
