@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import trio
@@ -27,8 +27,7 @@ from pyagent_node.inference.models.gguf_header import read_header
 from pyagent_node.inference.pipeline.plan_types import (
     Work,
 )
-from pyagent_node.inference.runner import SliceRunner
-from pyagent_node.inference.slice_speed import SliceTimes, measure_slice
+from pyagent_node.inference.slice_speed import Measurable, SliceTimes, measure_slice
 from pyagent_node.node.planning import planner_shape
 from pyagent_node.node.speed_records import MAX_RECORDS, SpeedFile, SpeedRecord, read_speeds
 
@@ -40,6 +39,15 @@ SAVE_SECONDS: Final = 60.0
 """What sessions show is written so often at most."""
 CLOSE_SECONDS: Final = 2.0
 """Longest time to write when a slice is closed."""
+
+
+class Measured(Measurable, Protocol):
+    """A runner that tells how long its computations take."""
+
+    @property
+    def times(self) -> CallTimes:
+        """The latest of them."""
+        ...
 
 
 class _Live(NamedTuple):
@@ -88,16 +96,30 @@ class SpeedBook:
 
     @contextlib.asynccontextmanager
     async def following(
-        self, model: Digest, part: Slice, path: Path, runner: SliceRunner
+        self, model: Digest, part: Slice, path: Path, runner: Measured
     ) -> AsyncIterator[None]:
-        """Measure a fresh slice unless that was done before, and follow what its sessions show.
+        """Measure a fresh slice of a file unless that was done before, and follow its sessions.
 
         Raises what the runner raises when it fails.
         """
-        live = await self._known(model, part, path, runner)
-        if live is None:
+        try:
+            shape = planner_shape(await trio.to_thread.run_sync(read_header, path), "")
+        except PyAgentError as error:
+            logger.info("the speed of layers %s is not measured: %s", part, error)
             yield
             return
+        # a slice's own file has its layers only, counted from 0
+        own = shape.n_layers <= part.last - part.first
+        work = shape.work(Slice(0, shape.n_layers, part.head) if own else part)
+        async with self.followed(model, part, work, runner):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def followed(
+        self, model: Digest, part: Slice, work: Work, runner: Measured
+    ) -> AsyncIterator[None]:
+        """Do so for a slice of which a token takes so much ``work``."""
+        live = await self._known(model, part, work, runner)
         self._live.append(live)
         try:
             yield
@@ -107,17 +129,7 @@ class SpeedBook:
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
                 await self.save()
 
-    async def _known(
-        self, model: Digest, part: Slice, path: Path, runner: SliceRunner
-    ) -> _Live | None:
-        try:
-            shape = planner_shape(await trio.to_thread.run_sync(read_header, path), "")
-        except PyAgentError as error:
-            logger.info("the speed of layers %s is not measured: %s", part, error)
-            return None
-        whole = Slice(0, shape.n_layers, part.head)
-        inside = part if shape.n_layers > part.last - part.first else whole
-        work = shape.work(inside)
+    async def _known(self, model: Digest, part: Slice, work: Work, runner: Measured) -> _Live:
         info = runner.info
         record = SpeedRecord(
             model, info.backend, info.version, info.threads, part, 0.0, 0.0, 0.0, "loading", 0.0
