@@ -1,4 +1,4 @@
-"""The Rust module: hashing, sampling, KV, sketches, suffixes, tensor tap, attention, cipher, Raft."""
+"""The Rust module: hashing, sampling, KV, attention, sketches, suffixes, tap, cipher, Raft."""
 
 from pyagent_node.native._native import (
     Blake3,

@@ -523,8 +523,8 @@ class TensorTap:
 
     ``tensor_set`` is the address of ``ggml_backend_tensor_set``, for tensors that are to be
     written, ``get_data`` that of ``ggml_get_data``, for tensors in this process's own memory whose
-    pages are to be given back.  ``early`` is the name of another tensor, after which a graph may be left: see
-    :meth:`arm`.
+    pages are to be given back.  ``early`` is the name of another tensor, after which a graph may be
+    left: see :meth:`arm`.
     """
 
     def __new__(
