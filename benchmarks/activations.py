@@ -100,7 +100,7 @@ class Chain:
             stack.enter_context(
                 closing(
                     LlamaBackend(
-                        store.make_slice(digest, part), part, n_ctx=N_CTX, n_seq=1, threads=2
+                        store.make_slice(digest, part), part, n_ctx=N_CTX, n_seq=1, threads=1
                     )
                 )
             )
@@ -147,7 +147,7 @@ def numbers(path: Path, n: int) -> Iterator[Numbers]:
         for name, texts in TEXTS.items():
             prompt = tokenizer.tokenize(texts[0].encode(), add_special=True, parse_special=False)
             exact = chain.answer(prompt, n, EXACT_ACTIVATIONS)
-            for kind in ACTIVATIONS:
+            for kind in ACTIVATIONS[1:]:
                 yield _compare(name, kind, exact, chain.answer(prompt, n, kind))
 
 

@@ -32,6 +32,7 @@ from pyagent_node.inference.stepping.backend import SliceBackend, check_numbers
 from pyagent_node.inference.stepping.calls import CallRunner, LonePolicy
 from pyagent_node.inference.stepping.selftest import Findings, run_self_test
 from pyagent_node.inference.stepping.shapes import ShapeBook
+from pyagent_node.inference.stepping.watching import PlainPruner
 
 Compute = Literal["f32", "f16"]
 _SIZES: dict[Compute, int] = {"f32": 4, "f16": 2}
@@ -103,9 +104,12 @@ class MlxBackend(SliceBackend):
             prefill_cut=PREFILL_CHUNK,
             kv_shape=config.kv_shape,
             exactness=f"mlx/{library.VERSION}/{device}/{kind}",
+            prunes=True,
         )
         lone = LonePolicy(threads, threads, companion=False)
-        super().__init__(info, context, CallRunner(context, shapes, lone, head=part.head), cells)
+        calls = CallRunner(context, shapes, lone, head=part.head)
+        pruner = PlainPruner(context, info.kv_bytes_per_token)
+        super().__init__(info, context, calls, cells, pruner)
         self._mlx = context
 
     def close(self) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pyagent_node.inference.backend import KV_ROWS, KvRange, LayerKv, Tokens
 from pyagent_node.inference.mlx_backend.context import MlxContext
-from pyagent_node.inference.stepping.cell_checks import check_append, check_copy, checked_rows
+from pyagent_node.inference.stepping.cell_checks import (
+    check_append,
+    check_copy,
+    checked_rows,
+    note_cells,
+)
+from pyagent_node.inference.stepping.pruning import kept_positions
 from pyagent_node.inference.stepping.sequences import SequenceLog
 
 
@@ -18,7 +26,8 @@ class MlxCells:
     def copy(self, log: SequenceLog, source: SequenceLog, start: int, stop: int) -> None:
         """Append cells of another sequence; errors as for :meth:`load`."""
         picked = check_copy(log, source, start, stop)
-        self._context.write(log.seq, start, self._context.read(source.seq, start, stop))
+        positions = np.arange(start, stop, dtype=np.int32)
+        self._context.write(log.seq, positions, self._context.read(source.seq, start, stop))
         log.append(start, source.tokens[picked])
 
     def shift(self, log: SequenceLog, start: int, stop: int, delta: int) -> None:
@@ -41,8 +50,8 @@ class MlxCells:
         width = context.config.n_head_kv * context.config.head_dim
         rows = checked_rows(kv, tokens, self._first, context.n_layers, width)
         check_append(log, kv.start, kv.stop)
-        context.write(log.seq, kv.start, rows)
-        log.append(kv.start, tokens)
+        context.write(log.seq, kept_positions(kv), rows)
+        note_cells(log, kv, tokens)
 
     def doubt(self, seq: int) -> None:
         """Do nothing: the context puts a sequence back by itself when a call fails."""

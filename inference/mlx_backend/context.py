@@ -21,6 +21,7 @@ from pyagent_node.inference.formats.weights import Weights
 from pyagent_node.inference.mlx_backend.layers import Ends, Projections, Rope, load_layers
 from pyagent_node.inference.mlx_backend.library import mapped_errors
 from pyagent_node.inference.stepping.rows import Rows
+from pyagent_node.inference.stepping.watching import Watch, Watcher, end_all
 
 GROWTH: Final = 256
 """Cells are made in steps of so many."""
@@ -76,6 +77,8 @@ class MlxContext:
             self._ends = Ends(weights, part, dtype)
         self._rope = Rope(config)
         self._sequences = [_Sequence(self.n_layers) for _ in range(n_seq)]
+        self.watcher = Watcher(self.n_layers)
+        self._watches: list[Watch] = []
         self._logits: NDArray[np.float32] = np.zeros((0, 0), np.float32)
         self._logit_rows: dict[int, int] = {}
 
@@ -99,6 +102,7 @@ class MlxContext:
         for seq, _, count, _ in groups:
             if self._sequences[seq].count + count > self._n_ctx:
                 raise LimitExceeded("No KV cell is free for these tokens.", code="kv_full")
+        self._watches = self.watcher.watches(rows)
         before = [(self._sequences[seq], self._sequences[seq].positions) for seq, *_ in groups]
         try:
             with mapped_errors("computing"):
@@ -107,6 +111,7 @@ class MlxContext:
             for sequence, positions in before:
                 sequence.positions = positions
             raise
+        end_all(self._watches)
 
     def _compute(self, rows: Rows, groups: list[_Group], n: int, out: Activations | None) -> None:
         if rows.tokens is not None:
@@ -162,6 +167,9 @@ class MlxContext:
         keys = self._rope(heads(parts.keys), group.position)
         stop = sequence.count
         all_keys, all_values = self._put(sequence, layer, stop - n, keys[0], heads(parts.values)[0])
+        for watch in self._watches:
+            if watch.seq == group.seq:
+                watch.add(layer, self._weights(watch, queries, all_keys, offset))
         attended = mx.fast.scaled_dot_product_attention(
             queries,
             all_keys[None, :, :stop],
@@ -170,6 +178,22 @@ class MlxContext:
             mask=mask,
         )
         return attended[0].transpose(1, 0, 2).reshape(n, -1)
+
+    def _weights(
+        self, watch: Watch, queries: mx.array, keys: mx.array, offset: int
+    ) -> NDArray[np.float32]:
+        """Return where the watched rows attend in one layer, shape (rows, heads, cells)."""
+        rows = slice(watch.rows.start - offset, watch.rows.stop - offset)
+        wanted = queries[0, :, rows].astype(mx.float32)
+        heads, n, width = wanted.shape
+        wanted = wanted.reshape(self.config.n_head_kv, -1, n, width)
+        seen = keys[:, None, : watch.cells].astype(mx.float32)
+        scores = (wanted @ seen.swapaxes(-1, -2)) * self._scale
+        visible = mx.array((~watch.hidden).astype(np.uint8)).astype(mx.bool_)
+        scores = mx.where(visible, scores, -float("inf"))
+        weights = mx.softmax(scores, axis=-1).reshape(heads, n, -1).transpose(1, 0, 2)
+        found: NDArray[np.float32] = np.array(weights)
+        return found
 
     def _put(
         self, sequence: _Sequence, layer: int, at: int, keys: mx.array, values: mx.array
@@ -247,8 +271,10 @@ class MlxContext:
                 for keys, values in zip(sequence.keys, sequence.values, strict=True)
             ]
 
-    def write(self, seq: int, start: int, layers: list[tuple[Floats, Floats]]) -> None:
-        """Append cells at positions from ``start`` on; shapes as :meth:`read` gives them."""
+    def write(
+        self, seq: int, positions: NDArray[np.int32], layers: list[tuple[Floats, Floats]]
+    ) -> None:
+        """Append cells at ``positions``; shapes as :meth:`read` gives them."""
         sequence = self._sequences[seq]
         n, at = len(layers[0][0]), sequence.count
         if at + n > self._n_ctx:
@@ -262,12 +288,18 @@ class MlxContext:
             for layer, (keys, values) in enumerate(layers):
                 self._put(sequence, layer, at, heads(keys), heads(values))
             mx.eval(*self._arrays(seq))
-        new = np.arange(start, start + n, dtype=np.int32)
-        sequence.positions = np.concatenate((sequence.positions, new))
+        sequence.positions = np.concatenate((sequence.positions, positions))
 
     def _arrays(self, seq: int) -> list[mx.array]:
         sequence = self._sequences[seq]
         return [held for held in (*sequence.keys, *sequence.values) if held is not None]
+
+    def keep(self, seq: int, kept: NDArray[np.intp]) -> None:
+        """Keep the cells at these indices, which ascend, and no others; their memory goes."""
+        sequence = self._sequences[seq]
+        with mapped_errors("giving up cells"):
+            self._rearrange(sequence, kept)
+        sequence.positions = sequence.positions[kept]
 
     def _rearrange(self, sequence: _Sequence, keep: NDArray[np.intp]) -> None:
         """Keep the cells of these indices, in this order."""

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.inference.backend import KV_ROWS, KvRange, Tokens
+from pyagent_node.inference.stepping.pruning import kept_positions
 from pyagent_node.inference.stepping.sequences import SequenceLog
 
 HalfRows = NDArray[np.float16]
@@ -23,9 +24,8 @@ def checked_rows(
     (``kv_malformed``, ``not_finite``).
     """
     check_codec(kv)
-    count = kv.stop - kv.start
-    if tokens.shape != (max(0, count),) or tokens.dtype != np.int32:
-        raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
+    check_tokens(kv, tokens)
+    count = len(kept_positions(kv))
     if [layer.layer for layer in kv.layers] != list(range(first, first + n_layers)):
         raise CorruptData(
             f"KV of the layers {first} to {first + n_layers} was expected in order;"
@@ -46,6 +46,21 @@ def checked_rows(
         return found
 
     return [(rows(x.keys, x.layer), rows(x.values, x.layer)) for x in kv.layers]
+
+
+def check_tokens(kv: KvRange, tokens: Tokens) -> None:
+    """Raise :class:`CorruptData` (``kv_malformed``) unless there is a token for each position."""
+    count = kv.stop - kv.start
+    if tokens.shape != (max(0, count),) or tokens.dtype != np.int32:
+        raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
+
+
+def note_cells(log: SequenceLog, kv: KvRange, tokens: Tokens) -> None:
+    """Note the cells of a range behind those of a sequence, and which of them are not there."""
+    before, positions = log.count, kept_positions(kv)
+    log.append(kv.start, tokens)
+    old = np.arange(before, dtype=np.intp)
+    log.prune(np.concatenate([old, before + (positions - kv.start).astype(np.intp)]))
 
 
 def check_codec(kv: KvRange) -> None:

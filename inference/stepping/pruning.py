@@ -44,8 +44,8 @@ class Pruner(Protocol):
 def no_pruning() -> Unsupported:
     """Return the error of a backend, or a model, that cannot do any of it."""
     return Unsupported(
-        "Attention can be watched and cells can be pruned with llama.cpp only, in models of its"
-        " plain attention whose cells can be moved.",
+        "Attention can be watched, and cells can be pruned, only in models of plain attention whose"
+        " cells can be moved, and in sequences whose positions were not shifted.",
         code="no_pruning",
     )
 

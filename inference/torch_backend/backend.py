@@ -23,6 +23,7 @@ from pyagent_node.inference.llama.memory import F16, F32, HEADROOM, MemoryNeed, 
 from pyagent_node.inference.stepping.backend import SliceBackend, check_numbers
 from pyagent_node.inference.stepping.calls import CallRunner, LonePolicy
 from pyagent_node.inference.stepping.shapes import ShapeBook
+from pyagent_node.inference.stepping.watching import PlainPruner
 from pyagent_node.inference.torch_backend.cells import TorchCells
 from pyagent_node.inference.torch_backend.context import TorchContext, padded_cells
 from pyagent_node.inference.torch_backend.devices import (
@@ -91,10 +92,12 @@ class TorchBackend(SliceBackend):
             joint_shapes=shapes.joint,
             kv_shape=config.kv_shape,
             exactness=exactness(place),
+            prunes=True,
         )
         policy = LonePolicy(threads, threads, companion=False)
         calls = CallRunner(context, shapes, policy, head=part.head)
-        super().__init__(info, context, calls, TorchCells(context, part))
+        pruner = PlainPruner(context, info.kv_bytes_per_token)
+        super().__init__(info, context, calls, TorchCells(context, part), pruner)
         self._torch = context
 
     def close(self) -> None:

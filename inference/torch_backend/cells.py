@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import KV_ROWS, KvRange, LayerKv, Tokens
+from pyagent_node.inference.stepping.cell_checks import check_tokens, note_cells
+from pyagent_node.inference.stepping.pruning import kept_positions
 from pyagent_node.inference.stepping.sequences import SequenceLog
 from pyagent_node.inference.torch_backend.context import TorchContext
 from pyagent_node.inference.torch_backend.devices import torch_errors
@@ -44,9 +46,9 @@ class TorchCells:
                 remedy="Run the same version on every node.",
             )
         _check_append(log, kv.start, kv.stop)
-        count = kv.stop - kv.start
-        if tokens.shape != (count,) or tokens.dtype != np.int32:
-            raise CorruptData(f"{count} cells need {count} tokens.", code="kv_malformed")
+        check_tokens(kv, tokens)
+        positions = kept_positions(kv)
+        count = len(positions)
         expected = list(range(self._part.first, self._part.last))
         if [layer.layer for layer in kv.layers] != expected:
             raise CorruptData(
@@ -58,8 +60,8 @@ class TorchCells:
         with torch_errors("to write KV"):
             for cache, rows in zip(self._caches(), (keys, values), strict=True):
                 self._write(cache, log.seq, np.stack(rows))
-        self._context.add_cells(log.seq, np.arange(kv.start, kv.stop, dtype=np.int32))
-        log.append(kv.start, tokens)
+        self._context.add_cells(log.seq, positions)
+        note_cells(log, kv, tokens)
 
     def copy(self, log: SequenceLog, source: SequenceLog, start: int, stop: int) -> None:
         """Append cells of another sequence; errors as for :meth:`load`."""

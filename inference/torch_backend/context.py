@@ -21,6 +21,7 @@ from torch.nn import functional as fn  # pyright: ignore[reportMissingImports]
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations
 from pyagent_node.inference.formats.config import ModelConfig
 from pyagent_node.inference.stepping.rows import Rows
+from pyagent_node.inference.stepping.watching import Watch, Watcher, end_all
 from pyagent_node.inference.torch_backend.devices import Device, torch_errors
 from pyagent_node.inference.torch_backend.layers import (
     Layer,
@@ -62,6 +63,7 @@ class TorchContext:
         with torch_errors("for the KV cache"):
             self.keys = torch.zeros(shape, dtype=device.cache, device=device.name)
             self.values = torch.zeros(shape, dtype=device.cache, device=device.name)
+        self.watcher = Watcher(len(layers.layers))
         self.counts = [0] * n_seq
         self.positions = np.zeros((n_seq, padded_cells(n_ctx)), np.int32)
         self._logits: NDArray[np.float32] = np.zeros((0, 0), np.float32)
@@ -95,6 +97,16 @@ class TorchContext:
                 cache[:, seq, :, : len(kept)] = cache[:, seq].index_select(2, index)
             self.positions[seq, : len(kept)] = self.positions[seq, kept]
         self.counts[seq] = len(kept)
+
+    def keep(self, seq: int, kept: NDArray[np.intp]) -> None:
+        """Keep the cells at these indices, which ascend, side by side, and no others."""
+        n = len(kept)
+        index = torch.from_numpy(kept).to(self.device.name)
+        with torch_errors("to give up KV"):
+            for cache in (self.keys, self.values):
+                cache[:, seq, :, :n] = cache[:, seq].index_select(2, index)
+        self.positions[seq, :n] = self.positions[seq, kept]
+        self.counts[seq] = n
 
     def add_cells(self, seq: int, positions: NDArray[np.int32]) -> tuple[int, int]:
         """Make cells at these positions behind those of ``seq``; return where they are."""
@@ -130,6 +142,7 @@ class TorchContext:
                 self._wanted = np.flatnonzero(rows.wanted)
                 picked = stream[: len(rows.seqs)][torch.from_numpy(self._wanted)]
                 self._logits = self._head(picked, parts) if len(self._wanted) else self._logits[:0]
+        end_all(call.watches)
         for seq, start in zip(call.seqs, range(0, len(rows.seqs), call.rows), strict=True):
             self.add_cells(seq, rows.positions[start : start + call.rows])
 
@@ -179,6 +192,8 @@ class TorchContext:
             place = slice(cell, cell + call.rows)
             self.keys[index, seq, :, place] = keys[mine].transpose(0, 1)
             self.values[index, seq, :, place] = values[mine].transpose(0, 1)
+        for watch in call.watches:
+            watch.add(index, self._weights(index, watch, rotated))
         # the query heads that share a key head are rows beside each other: it is read once
         s, r, g = len(call.seqs), call.rows, config.n_head // config.n_head_kv
         queries = (
@@ -199,6 +214,20 @@ class TorchContext:
         added = product(heads, layer.out, device, prefill=call.prefill)
         return added if layer.out_bias is None else added + layer.out_bias
 
+    def _weights(self, index: int, watch: Watch, rotated: Tensor) -> NDArray[np.float32]:
+        """Return where the watched rows attend in one layer, shape (rows, heads, cells)."""
+        config = self.config
+        group, width = config.n_head // config.n_head_kv, config.head_dim
+        queries = rotated[watch.rows, : config.n_head]
+        queries = queries.float().view(-1, config.n_head_kv, group, width)
+        keys = self.keys[index, watch.seq, :, : watch.cells].float()
+        scores = torch.einsum("rkgw,kcw->rkgc", queries, keys) * width**-0.5
+        hidden = torch.from_numpy(watch.hidden).to(self.device.name)
+        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        weights = torch.softmax(scores, -1).flatten(1, 2)
+        found: NDArray[np.float32] = weights.cpu().numpy()
+        return found
+
 
 def _for_a_cell(rows: Tensor) -> Tensor:
     """Return rows in f16, finite: a cell may be read, times nothing, when it belongs to nobody."""
@@ -210,6 +239,7 @@ class _Call:
 
     def __init__(self, rows: Rows, context: TorchContext) -> None:
         self.n = len(rows.seqs)
+        self.watches = context.watcher.watches(rows)
         first, last = int(rows.seqs[0]), int(rows.seqs[-1])
         self.seqs = range(first, last + 1)
         self.rows = self.n // len(self.seqs)
