@@ -32,23 +32,34 @@ from pyagent_node.node.planning import find_node
 
 
 def with_backends(
-    nodes: Sequence[NodeFacts], wanted: str | None, architecture: str
+    nodes: Sequence[NodeFacts],
+    wanted: str | None,
+    architecture: str,
+    *,
+    swarm: Sequence[NodeFacts] = (),
+    before: Backends = (),
 ) -> tuple[list[NodeFacts], Backends]:
     """Return the nodes that can do what is asked for, and who shall use which backend.
 
     ``wanted`` is a name for every node, or ``NODE=NAME,...`` for some of them; nodes are then
-    named by name or peer id.  Raises :class:`InvalidRequest` (``bad_backend``, ``unknown_node``,
-    ``ambiguous_node``) and :class:`Unsupported` (``backend_missing``,
-    ``unsupported_architecture``).
+    named by name or peer id.  Those of the ``swarm`` that get no rank may be named, too: they may
+    be standbys.  What was said ``before`` of a node that is away now stays.
+
+    Raises :class:`InvalidRequest` (``bad_backend``, ``unknown_node``, ``ambiguous_node``) and
+    :class:`Unsupported` (``backend_missing``, ``unsupported_architecture``).
     """
     if not wanted:
         return list(nodes), ()
     if "=" not in wanted:
-        return _everywhere(nodes, check_choice(wanted), architecture)
+        return _everywhere(nodes, check_choice(wanted), architecture, swarm or nodes)
     chosen: dict[PeerId, str] = {}
     for part in wanted.split(","):
         who, _, name = part.partition("=")
-        node = find_node(who.strip(), list(nodes))
+        away = [peer for peer, name_of in before if (peer, name_of) == (who.strip(), name.strip())]
+        if away and not any(node.peer_id in away for node in swarm or nodes):
+            chosen[away[0]] = name.strip()
+            continue
+        node = find_node(who.strip(), list(swarm or nodes))
         if node.peer_id in chosen:
             raise InvalidRequest(f"{node.name} is named twice.", code="bad_backend")
         _check_architecture(check_choice(name.strip()), architecture)
@@ -60,7 +71,7 @@ def with_backends(
 
 
 def _everywhere(
-    nodes: Sequence[NodeFacts], name: str, architecture: str
+    nodes: Sequence[NodeFacts], name: str, architecture: str, swarm: Sequence[NodeFacts]
 ) -> tuple[list[NodeFacts], Backends]:
     if name == AUTO_BACKEND:
         return list(nodes), ()
@@ -68,7 +79,8 @@ def _everywhere(
     able = [node for node in nodes if has(node, name)]
     if nodes and not able:
         raise _missing(name, nodes)
-    return able, tuple(sorted((node.peer_id, name) for node in able))
+    told = [node.peer_id for node in swarm if has(node, name)]
+    return able, tuple(sorted((peer, name) for peer in told))
 
 
 def has(node: NodeFacts, name: str) -> bool:

@@ -138,6 +138,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed,
     the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists.  ``kv``
     is there where a ``kv_budget`` was asked for that ranks could keep.
+    ``served_by`` are the exactness classes that computed the answer (``docs/backends.md``).
     """
 
     text: str
@@ -158,6 +159,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     joined_tokens: int = 0
     kv: PrunedKv | None = None
     citations: tuple[Citation, ...] = ()
+    served_by: tuple[str, ...] = ()
 
 
 class LoadedCard(msgspec.Struct, frozen=True):
@@ -217,6 +219,7 @@ class _Chunk(msgspec.Struct, frozen=True):
     pyagent: _Details | None = None
     error: ApiFailure | None = None
     citations: tuple[Citation, ...] = ()
+    served_by: tuple[str, ...] = ()
 
 
 class Client:
@@ -378,6 +381,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
     details: _Details | None = None
     usage: _Usage | None = None
     citations: tuple[Citation, ...] = ()
+    served_by: tuple[str, ...] = ()
     done = False
     for line in lines:
         data = line.removeprefix("data: ")
@@ -395,6 +399,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
             if text or choice.token_ids:
                 yield Piece(text, choice.token_ids, choice.step_seconds, choice.compute_seconds)
         citations = chunk.citations or citations
+        served_by = chunk.served_by or served_by
         usage = chunk.usage or usage
         details = chunk.pyagent or details
     if details is None or usage is None:
@@ -420,6 +425,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
         joined_tokens=usage.prompt_tokens_details.joined_tokens,
         kv=usage.kv,
         citations=citations,
+        served_by=served_by,
     )
 
 

@@ -56,7 +56,13 @@ def outfit(
     back = [_given_back(node, shape, before, used) for node in found.nodes]
     swarm = Swarm([node for node in back if node.peer_id not in draining], found.rtt_ms)
     nodes, options = choose_nodes(request, swarm, n_ctx=n_ctx, n_seq=n_seq)
-    nodes, asked = with_backends(nodes, request.backend, shape.architecture)
+    nodes, asked = with_backends(
+        nodes,
+        request.backend,
+        shape.architecture,
+        swarm=swarm.nodes,
+        before=before.backends if before is not None else (),
+    )
     backends, choices = best_backends(swarm.nodes, asked, shape.architecture)
     able = abilities(swarm.nodes, lambda node: choices[node.peer_id])
     swarm = slowed(Swarm(resolved(swarm.nodes, able), swarm.rtt_ms), slowness)

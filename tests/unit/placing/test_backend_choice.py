@@ -88,6 +88,21 @@ def test_what_makes_no_sense_is_refused(asked: str, code: str) -> None:
     assert caught.value.remedy or code == "bad_backend"
 
 
+def test_a_node_without_a_rank_may_be_named_and_one_that_is_away_keeps_its_choice() -> None:
+    able, chosen = with_backends([OLD], "mac=mlx,old=llama.cpp", "llama", swarm=NODES)
+    assert able == [OLD]
+    assert chosen == tuple(sorted([(MAC.peer_id, "mlx"), (OLD.peer_id, "llama.cpp")]))
+    _, everywhere = with_backends([OLD], "llama.cpp", "llama", swarm=NODES)
+    assert len(everywhere) == len(NODES)
+    said = f"{MAC.peer_id}=mlx"
+    assert with_backends([OLD], said, "llama", before=((MAC.peer_id, "mlx"),)) == (
+        [OLD],
+        ((MAC.peer_id, "mlx"),),
+    )
+    with pytest.raises(InvalidRequest):
+        with_backends([OLD], said, "llama")
+
+
 def test_nobody_has_it_or_nothing_can_compute_it() -> None:
     with pytest.raises(Unsupported) as caught:
         with_backends([OLD], "mlx", "llama")
