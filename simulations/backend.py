@@ -240,6 +240,7 @@ class ToyRunner:
         seconds: float = 0.0,
         one_way: bool = False,
         exactness: str = "",
+        prefill_cut: int = 64,
     ) -> None:
         self.seconds = seconds
         self._one_way = one_way
@@ -270,7 +271,7 @@ class ToyRunner:
             batch_invariant_widths=(1, 2, 4, 8),
             kv_portable=True,
             kv_codec=TOY_CELLS,
-            prefill_cut=64,
+            prefill_cut=prefill_cut,
             joint_shapes=((2, 4), (4, 4), (8, 4)),
             exactness=exactness,
         )

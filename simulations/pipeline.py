@@ -86,6 +86,7 @@ class PipelineWorld:
         seconds: float = 0.01,
         keep: bool = False,
         classes: Sequence[str] = (),
+        prefill_cuts: Sequence[int] = (),
         activations: str = "",
     ) -> Placement:
         """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last.
@@ -113,6 +114,7 @@ class PipelineWorld:
                 n_seq=n_seq,
                 seconds=seconds,
                 exactness=classes[r.rank] if classes else "",
+                prefill_cut=prefill_cuts[r.rank] if prefill_cuts else 64,
             )
             for r in ranks
         ]

@@ -13,12 +13,13 @@ nothing: a failover within a class is exact as ever.  Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import SessionId, Slice
+from pyagent_node.inference.backend import PREFILL_CHUNK
 from pyagent_node.inference.backend_names import (
     ADOPTED,
     MAX_CLASS,
@@ -27,30 +28,43 @@ from pyagent_node.inference.backend_names import (
     rooted,
 )
 from pyagent_node.native import blake3
-from pyagent_node.sharding.kv_keys import LINK_BYTES
+from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES
 
-MAX_ORIGINS = 256
+CUTS: Final = range(BLOCK_TOKENS, PREFILL_CHUNK + 1, BLOCK_TOKENS)
+"""What a rank may say of the places where a prompt can be cut."""
+MAX_ORIGINS: Final = 256
 """Ranks that a session may say this of."""
 
 
 class Origin(msgspec.Struct, frozen=True, gc=False):
-    """One rank of a session: its first layer, its class, and the root of its blocks' names."""
+    """One rank of a session: its first layer, its class, and what its blocks' names depend on.
+
+    ``root`` is what they begin with, ``cut`` is as in ``OpenSession``.
+    """
 
     first: int
     label: str
     root: bytes
+    cut: int = BLOCK_TOKENS
+
+
+class Source(NamedTuple):
+    """Under which names the blocks lie that a rank begins from; see :class:`Origin`."""
+
+    root: bytes
+    cut: int
 
 
 class Roots(NamedTuple):
     """What a rank makes of an opening.
 
-    ``classes`` are those of the ranks up to this one, which is ``origin``; its blocks are looked
-    for under the root ``source``.
+    ``classes`` are those of the ranks up to this one, which is ``origin`` (but for its cut); its
+    blocks are looked for under the names of ``source``, or also its own.
     """
 
     classes: tuple[str, ...]
     origin: Origin
-    source: bytes
+    source: Source | None = None
 
 
 def roots(
@@ -73,13 +87,13 @@ def roots(
         joined = joined_classes(classes, label)
         origins = (*trail, Origin(part.first, label, b""))
         name = block_root(root, joined, origins, session=session)
-        return Roots(joined, Origin(part.first, label, name), name)
+        return Roots(joined, Origin(part.first, label, name))
 
     plain = named(own)
     source = _source(former, part)
-    if not root or not own or source in (None, plain.origin.root):
+    if not root or not own or source is None or source.root == plain.origin.root:
         return plain
-    return named(adopting(own))._replace(source=source or b"")
+    return named(adopting(own))._replace(source=source)
 
 
 def block_root(
@@ -108,7 +122,10 @@ def check_origins(origins: Sequence[Origin]) -> None:
     Raises :class:`InvalidRequest` (``bad_parameter``).
     """
     wrong = len(origins) > MAX_ORIGINS or any(
-        origin.first < 0 or len(origin.label) > MAX_CLASS or len(origin.root) not in (0, LINK_BYTES)
+        origin.first < 0
+        or len(origin.label) > MAX_CLASS
+        or len(origin.root) not in (0, LINK_BYTES)
+        or origin.cut not in CUTS
         for origin in origins
     )
     if wrong:
@@ -126,11 +143,11 @@ def _runs(origins: Sequence[Origin]) -> list[tuple[int, str]]:
     return found
 
 
-def _source(former: Sequence[Origin], part: Slice) -> bytes | None:
-    """Return the one root under which the layers of ``part`` lay, ``None`` if there is none."""
+def _source(former: Sequence[Origin], part: Slice) -> Source | None:
+    """Return the names under which all layers of ``part`` lay, ``None`` if there are none."""
     stops = [origin.first for origin in former[1:]]
     found = {
-        origin.root
+        Source(origin.root, origin.cut)
         for origin, stop in zip(former, [*stops, part.last], strict=False)
         if origin.first < part.last and stop > part.first
     }

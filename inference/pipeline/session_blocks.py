@@ -13,6 +13,7 @@ import numpy as np
 
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.pipeline.frames import Step
+from pyagent_node.inference.pipeline.origins import Source
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, rest_links
 
 
@@ -20,7 +21,7 @@ class SessionBlocks:
     """What a rank knows of the tokens whose cells it holds, guesses included.
 
     ``cut`` is the greatest ``prefill_cut`` of the ranks up to this one.  The names of its blocks
-    begin with ``root``, those of the blocks that it begins from with ``source``, which is another
+    begin with ``root``; those of the blocks that it begins from are of ``source``, which is another
     one where these are of other classes (see ``origins``).
     """
 
@@ -38,10 +39,10 @@ class SessionBlocks:
     )
 
     def __init__(
-        self, root: bytes, prompt_tokens: int, cut: int, source: bytes | None = None
+        self, root: bytes, prompt_tokens: int, cut: int, source: Source | None = None
     ) -> None:
         self.root = root
-        self.source = root if source is None else source
+        self.source = source or Source(root, cut)
         self.cut = cut
         self.prompt_tokens = prompt_tokens
         self.settled = 0

@@ -195,11 +195,11 @@ class StageCore:
             own=self._exactness,
         )
         session.classes = found.classes
-        session.trail = (*message.trail, found.origin)
         cut = self.blocks.opened(
             session, found.origin.root, message.cut, message.prompt_tokens, found.source
         )
         session.cut = cut
+        session.trail = (*message.trail, msgspec.structs.replace(found.origin, cut=cut))
         if spec.downstream is None:
             return []
         onward = msgspec.structs.replace(

@@ -27,6 +27,7 @@ from pyagent_node.inference.pipeline.frames import (
     Tail,
     unpack_tokens,
 )
+from pyagent_node.inference.pipeline.origins import Source
 from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
@@ -123,7 +124,7 @@ class StageBlocks:
         root: bytes,
         cut: int,
         prompt_tokens: int,
-        source: bytes | None = None,
+        source: Source | None = None,
     ) -> int:
         """Take note of a new session; returns the ``cut`` that the next rank is told.
 
@@ -211,7 +212,10 @@ class StageBlocks:
             if load.seq < 0 and seq is not None and blocks is not None:
                 load.seq = seq
                 load.chain = block_chain(
-                    blocks.source, load.tokens, blocks.prompt_tokens, prefill_cut=blocks.cut
+                    blocks.source.root,
+                    load.tokens,
+                    blocks.prompt_tokens,
+                    prefill_cut=blocks.source.cut,
                 )
                 began.append(load)
         return began
@@ -257,7 +261,7 @@ class StageBlocks:
         blocks, start = load.session.blocks, len(load.chain) * BLOCK_TOKENS
         if blocks is None or len(load.tokens) == start or not load.held:
             return None
-        parent = load.chain[-1] if load.chain else blocks.source
+        parent = load.chain[-1] if load.chain else blocks.source.root
         part = self._spec.slice
         return Rest(
             session=load.session.id,

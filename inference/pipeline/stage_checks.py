@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.kv.budgets import check
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
-from pyagent_node.inference.pipeline.origins import check_origins
+from pyagent_node.inference.pipeline.origins import CUTS, check_origins
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
 from pyagent_node.inference.trees import check_tree, depths
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES
-
-CUTS: Final = range(BLOCK_TOKENS, PREFILL_CHUNK + 1, BLOCK_TOKENS)
-"""What a rank may say of the places where a prompt can be cut."""
 
 
 def check_opening(spec: StageSpec, message: OpenSession) -> None:

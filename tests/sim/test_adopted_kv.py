@@ -46,6 +46,17 @@ async def test_a_rank_of_another_class_goes_on_from_the_blocks(autojump_clock: M
         await left(world, shelves)
 
 
+async def test_the_names_of_before_may_depend_on_another_cut(autojump_clock: MockClock) -> None:
+    async with world_of() as (world, shelves):
+        world.place((3, 7), (1, 2, 3), classes=(A, B, A), prefill_cuts=(64, 512, 64))
+        acts: dict[int, object] = {100: anew(world, (A, A, A), (1, 2, 3))}
+        answer = await answer_with(world, unending(LENGTH, TOKENS), TOKENS, acts)
+        usage = answer.finished.usage
+        assert usage.recomputed_tokens <= 64
+        assert usage.classes == (A, B, f"{A}+kv")
+        await left(world, shelves)
+
+
 async def test_the_first_rank_may_be_the_one(autojump_clock: MockClock) -> None:
     async with world_of() as (world, shelves):
         usage = (await answered(world, {100: (B, A, A)})).finished.usage

@@ -11,6 +11,7 @@ from pyagent_node.inference.pipeline.origins import (
     MAX_ORIGINS,
     Origin,
     Roots,
+    Source,
     adopting,
     check_origins,
     roots,
@@ -52,8 +53,9 @@ def trail(found: list[Roots]) -> tuple[Origin, ...]:
 
 def test_where_all_is_llama_names_are_the_plain_ones() -> None:
     found = chain((LLAMA,) * 3)
-    assert {each.origin.root for each in found} == {each.source for each in found} == {ROOT}
-    assert chain((LLAMA,), (0, 30), trail(found))[0].source == ROOT  # cut anew
+    assert {each.origin.root for each in found} == {ROOT}
+    assert {each.source for each in found} == {None}
+    assert chain((LLAMA,), (0, 30), trail(found))[0].source is None  # cut anew
     assert {each.origin.root for each in chain(("",) * 3)} == {ROOT}
 
 
@@ -67,9 +69,10 @@ def test_names_say_at_which_layer_classes_meet() -> None:
 
 def test_a_rank_of_another_class_and_those_behind_it_adopt() -> None:
     before = chain((LLAMA, LLAMA, LLAMA))
+    assert {each.origin.cut for each in before} == {64}
     after = chain((LLAMA, MLX, LLAMA), former=trail(before), session="w2")
     assert [each.origin.label for each in after] == [LLAMA, adopting(MLX), adopting(LLAMA)]
-    assert [each.source for each in after] == [ROOT] * 3
+    assert [each.source for each in after] == [None, Source(ROOT, 64), Source(ROOT, 64)]
     kept = {each.origin.root for each in after}
     assert len(kept) == 3
     # nobody else's: not those of a plain pipeline like it, nor of another session
@@ -87,20 +90,23 @@ def test_adopted_cells_are_adopted_again() -> None:
     before = chain((LLAMA,) * 3)
     second = chain((LLAMA, MLX, LLAMA), former=trail(before), session="w2")
     third = chain((LLAMA, LLAMA, LLAMA), former=trail(second), session="w3")
-    assert [each.source for each in third] == [each.origin.root for each in second]
+    assert third[0].source is None
+    for one, other in zip(third[1:], second[1:], strict=True):
+        assert one.source == Source(other.origin.root, 64)
     assert [is_adopted(each.origin.label) for each in third] == [False, True, True]
 
 
 def test_layers_under_two_names_are_not_asked_for() -> None:
     before = chain((LLAMA, MLX, MLX))
     (whole,) = chain((MLX,), (0, 30), trail(before))
-    assert whole.source == whole.origin.root
+    assert whole.source is None
     assert not is_adopted(whole.origin.label)
 
 
 def test_without_a_root_there_are_no_names() -> None:
     found = chain((LLAMA, MLX, MLX), former=trail(chain((LLAMA,) * 3)), root=b"")
-    assert {each.origin.root for each in found} == {each.source for each in found} == {b""}
+    assert {each.origin.root for each in found} == {b""}
+    assert {each.source for each in found} == {None}
 
 
 def test_a_class_of_any_length_stays_one() -> None:
@@ -113,6 +119,8 @@ def test_a_class_of_any_length_stays_one() -> None:
         (Origin(-1, LLAMA, ROOT),),
         (Origin(0, "x" * (MAX_CLASS + 1), ROOT),),
         (Origin(0, LLAMA, b"short"),),
+        (Origin(0, LLAMA, ROOT, 0),),
+        (Origin(0, LLAMA, ROOT, 100),),
         (Origin(0, LLAMA, ROOT),) * (MAX_ORIGINS + 1),
     ],
 )
