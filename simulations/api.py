@@ -13,14 +13,19 @@ import httpx
 import trio
 
 from pyagent_node.base.errors import NotFound, Unavailable
-from pyagent_node.base.types import Digest, SessionId
+from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.node.api.app import ApiOptions, create_app
 from pyagent_node.node.api.context_routes import ContextServices
 from pyagent_node.node.api.exchange import Drain
 from pyagent_node.node.api.following import Report
 from pyagent_node.node.api.guard import GuardOptions
 from pyagent_node.node.api.openai import GenerationOptions
-from pyagent_node.node.api.placement_schema import DrainReply, DrainRequest, PlanView
+from pyagent_node.node.api.placement_schema import (
+    DrainReply,
+    DrainRequest,
+    PlannedNode,
+    PlanView,
+)
 from pyagent_node.node.api.schema import (
     Check,
     ConnectReply,
@@ -53,6 +58,36 @@ from pyagent_node.simulations.api_mesh import SimulatedMeshServices
 from pyagent_node.simulations.word_engine import DIGEST, PEER, WordEngine
 
 TOKEN = "test-token-of-32-characters-0000"  # noqa: S105 (of simulated nodes only)
+
+
+PLANNED_NODE = PlannedNode(
+    peer_id=PeerId("peer-a"),
+    name="ann",
+    layers=((0, 12),),
+    backend="llama.cpp",
+    version="0.3",
+    device="cpu",
+    backend_why="the fastest on a processor",
+    threads=3,
+    source="sessions",
+    decode_bytes_per_second=5e9,
+    prefill_flops_per_second=40e9,
+    token_seconds=0.01,
+    prompt_seconds=0.002,
+    memory="ram",
+    total_bytes=16_000_000_000,
+    free_bytes=9_000_000_000,
+    usable_bytes=8_100_000_000,
+    need_bytes=700_000_000,
+    supply="battery",
+    charge=80.0,
+    saver=False,
+    throttled=False,
+    share=0.5,
+    power="battery at 80%",
+    why="a layer more would cost +0.10 ms",
+)
+"""A node of the plan that a simulated API makes."""
 
 
 class Forgetful:
@@ -204,6 +239,7 @@ class SimulatedServices:
             ranks=(),
             changes=(),
             explanation=("nothing is better",),
+            nodes=(PLANNED_NODE,),
         )
 
     async def apply(self, request: LoadRequest, report: Report) -> PlacementView:

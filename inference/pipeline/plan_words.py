@@ -115,18 +115,18 @@ class PlanWords:
         if self._judge.options.boundaries is not None:
             words.append("the cut was asked for")
         elif len(ranks) == 1:
-            words.append(self._alone())
+            words.append(self._alone(ranks))
         elif len(own) == 1:
             words += [self._moved(own[0], ranks, 1), self._moved(own[0], ranks, -1)]
         return "; ".join(filter(None, words))
 
-    def _alone(self) -> str:
+    def _alone(self, ranks: Sequence[Rank]) -> str:
         if self._judge.options.ranks == 1 or self._judge.options.nodes is not None:
             return "one rank was asked for"
-        two = self._rivals.get(2)
-        if two is None:
+        two, now = self._rivals.get(2), self._judge.weighed(ranks)
+        if two is None or now <= 0:
             return "holds all of it"
-        return f"holds all of it: two ranks would take {two * 1000:.2f} ms a token"
+        return f"holds all of it: two ranks would take {two / now:.1f} times as long"
 
     def _moved(self, rank: Rank, ranks: Sequence[Rank], by: int) -> str:
         """Say what one layer more or less for ``rank`` costs, whichever neighbour it comes from."""
@@ -158,10 +158,10 @@ class PlanWords:
         if options.ranks is not None or options.boundaries is not None:
             return f"{len(ranks)} ranks were asked for, and others are faster or nearer"
         more = self._rivals.get(len(ranks) + 1)
-        now = self._judge.weighed(ranks) * 1000
-        if more is None:
+        now = self._judge.weighed(ranks)
+        if more is None or now <= 0:
             return "others are faster or nearer"
-        return f"not needed: {len(ranks) + 1} ranks would take {more * 1000:.2f} ms, not {now:.2f}"
+        return f"not needed: {len(ranks) + 1} ranks would take {more / now:.1f} times as long"
 
 
 def power_words(node: NodeFacts) -> str:

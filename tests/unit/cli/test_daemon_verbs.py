@@ -201,6 +201,15 @@ async def test_placement_verbs(api: SimulatedApi, run: Run) -> None:
     assert planned.status == 0, planned
     assert "nothing is better" in planned.out
     assert "Nothing would change." in planned.out
+    assert "GB/s" not in planned.out
+    explained = await on(run, "placement", "plan", "words", "--explain", *flags)
+    assert explained.status == 0, explained
+    words = " ".join(explained.out.split())
+    assert "measured in sessions" in words
+    assert "ann: a layer more would cost +0.10 ms" in words
+    planned = await on(run, "placement", "plan", "words", "--json", *flags)
+    (node,) = planned.json["plan"]["nodes"]
+    assert (node["backend"], node["source"], node["share"]) == ("llama.cpp", "sessions", 0.5)
     wanted = LoadRequest(model="words", ranks=2, standbys=2, spares=0)
     assert api.services.calls[-1] == wanted
     assert (await on(run, "placement", "apply", "words", *flags, "--json")).status == 0
