@@ -25,18 +25,25 @@ LEFT_OUT: Final = frozenset(
 
 
 class Fact(NamedTuple):
-    """A sentence, the question that asks for it, and whether tuning may look at it."""
+    """A sentence, the question that asks for it, and whether tuning may look at it.
+
+    ``keys``: a right answer says one of them, in whatever case; none where nobody wrote them down.
+    """
 
     sentence: str
     question: str
     tuning: bool
+    keys: tuple[str, ...] = ()
 
 
 def facts(path: Path = FACTS) -> list[Fact]:
     """Return the facts of a file; every third one is for tuning."""
     lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
     found = [line.split("\t") for line in lines if line]
-    return [Fact(a, b, number % 3 == 0) for number, (a, b) in enumerate(found)]
+    return [
+        Fact(row[0], row[1], number % 3 == 0, tuple(row[2].split("/")) if len(row) > 2 else ())
+        for number, row in enumerate(found)
+    ]
 
 
 def library(root: Path | None = None) -> Iterator[tuple[str, str]]:

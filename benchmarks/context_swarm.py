@@ -20,7 +20,7 @@ import trio
 
 from pyagent_node.base.errors import DeadlineExceeded
 from pyagent_node.base.types import ContextPolicy
-from pyagent_node.benchmarks.context_answers import AnswerRow, give_encoder, place_model
+from pyagent_node.benchmarks.context_answers import CHUNKS, AnswerRow, give_encoder, place_model
 from pyagent_node.benchmarks.context_answers import measure as measure_answers
 from pyagent_node.benchmarks.context_corpus import Fact, corpus, facts
 from pyagent_node.benchmarks.context_index import (
@@ -114,6 +114,7 @@ def run(
     say: Callable[[str], None],
     machine: dict[str, str | int],
     split: str = "held-out",
+    top: int = CHUNKS,
 ) -> ContextReport:
     """Measure; ``answers`` of the questions are also answered by ``model``, placed on all daemons.
 
@@ -136,7 +137,7 @@ def run(
         say(f"Added {view.tokens} tokens in {ingest:.0f} s.")
         both = _ask(swarm, wanted, "both", report)
         meaning = _ask(swarm, wanted, "meaning", report)
-        answered = _answers(swarm, model, wanted[:answers], say)
+        answered = _answers(swarm, model, wanted[:answers], top, say)
         folders = [_contexts(node) for node in swarm]
         for node in swarm:
             node.close()
@@ -185,14 +186,18 @@ def run(
 
 
 def _answers(
-    swarm: Sequence[LocalNode], model: Path, wanted: Sequence[Fact], say: Callable[[str], None]
+    swarm: Sequence[LocalNode],
+    model: Path,
+    wanted: Sequence[Fact],
+    top: int,
+    say: Callable[[str], None],
 ) -> AnswerRow | None:
     """Have a model on all daemons answer questions, by KV of chunks and by computing all."""
     if not wanted:
         return None
     say(f"Asking {len(wanted)} questions of a model, three times each.")
     name = place_model(swarm, model)
-    return measure_answers(swarm[0], name, NAME, wanted, say=say)
+    return measure_answers(swarm[0], name, NAME, wanted, chunks=top, say=say)
 
 
 def encoder(store: ModelStore, folder: Path | None = None) -> EncoderFiles:

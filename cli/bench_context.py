@@ -39,6 +39,13 @@ ASKED = (1, 2, 4, 8, 16)
     show_default=True,
     help="Questions that a model answers, too.",
 )
+@click.option(
+    "--top",
+    type=click.IntRange(1, 32),
+    default=8,
+    show_default=True,
+    help="Chunks in the prompt of an answer.",
+)
 @click.option("--model", default=DEFAULT, show_default=True, help="A source or a file.")
 @click.option(
     "--encoder",
@@ -71,6 +78,7 @@ def context(
     nodes: int,
     full: bool,
     answers: int,
+    top: int,
     model: str,
     encoder: Path | None,
     part: str,
@@ -107,6 +115,7 @@ def context(
             bench.encoder(open_store(app.home, app.settings()), encoder),
             model=path,
             answers=answers,
+            top=top,
             report=progress,
             say=app.out.note,
             machine=machine(),
@@ -168,5 +177,8 @@ def _show(app: App, report: ContextReport) -> None:
             f"{answered.questions} answers: the first token came after {answered.ttft_joined:.2f} s"
             f" from KV of chunks, {answered.ttft_computed:.2f} s computed"
             f" ({answered.kv_ttft_speedup:.1f} times); right {answered.answer_accuracy:.0%},"
-            f" computed {answered.answer_accuracy_full_prefill:.0%}."
+            f" computed {answered.answer_accuracy_full_prefill:.0%}: a difference of"
+            f" {answered.accuracy_points:+.1f} points (standard error"
+            f" {answered.accuracy_points_error:.1f}).  The fact was among the {answered.chunks}"
+            f" chunks of {answered.found:.0%}."
         )

@@ -4,13 +4,16 @@
 
     the model's template, earlier messages, the beginning of the last message of the user
     "Sources:", then one piece for each chunk: a line that says where it is from, its text
+    the few windows that are most like the question, once more
     "Question:", the user's own words
     the end of the template
 
 A piece is tokenised by itself, so its tokens depend on nothing but the chunk, and its KV can be
 computed once for all prompts (``inference.kv.chunks``).  The best chunk stands last, next to the
-question.  Texts of chunks and of users are never read as control tokens: what looks like a role
-marker in a file is text like any other.
+question.  What is repeated before the question is computed with it, in sight of all else: small
+models find it there, and it makes up for what joined chunks have not seen.  Texts of chunks and of
+users are never read as control tokens: what looks like a role marker in a file is text like any
+other.
 
 Where the template puts a message is found out by trying: two messages that have nothing in common
 are rendered, and what both renderings begin and end with is the template's.
@@ -34,6 +37,11 @@ INSTRUCTIONS: Final = (
 """The system message of requests without one."""
 SOURCES: Final = "Sources:\n\n"
 QUESTION: Final = "Question: "
+PASSAGES: Final = "Passages from the sources that may answer the question:\n"
+REPEATED: Final = 3
+"""Windows, of as many chunks, that stand before the question once more,"""
+MAX_PASSAGE: Final = 240
+"""and the most characters of one."""
 ANSWER_ROOM: Final = 256
 """Tokens that are left for an answer of unknown length, where the context has room for them."""
 MAX_SOURCE_NAME: Final = 200
@@ -105,6 +113,14 @@ def piece_text(source: str, first_line: int, last_line: int, text: str) -> str:
     return f"[{name}, lines {first_line}-{last_line}]\n{text.strip()}\n\n"
 
 
+def asked_text(question: str, passages: Sequence[str]) -> str:
+    """Return what stands behind the chunks: ``passages`` (the best first), and the question."""
+    lines = [f"- {' '.join(passage.split())[:MAX_PASSAGE]}\n" for passage in passages if passage]
+    if not lines:
+        return QUESTION + question
+    return "".join((PASSAGES, *reversed(lines), "\n", QUESTION, question))
+
+
 def room_for(n_ctx: int, max_tokens: int | None) -> int:
     """Return how many tokens a prompt may have, so that an answer fits behind it."""
     wanted = ANSWER_ROOM if max_tokens is None else max_tokens
@@ -142,6 +158,6 @@ def lay_out(
     return Laid(tuple(tokens), plan, tuple(chosen))
 
 
-def plain_text(pieces: Sequence[str], question: str) -> str:
+def plain_text(pieces: Sequence[str], asked: str) -> str:
     """Return sources and question as one message, for templates that cannot be framed."""
-    return "".join((SOURCES, *reversed(pieces), QUESTION, question))
+    return "".join((SOURCES, *reversed(pieces), asked))

@@ -18,9 +18,10 @@ from pyagent_node.node.api.citations import Citation
 from pyagent_node.node.api.context_schema import HitView, QueryReply, QueryRequest
 from pyagent_node.node.context_prompt import (
     PROBES,
-    QUESTION,
+    REPEATED,
     SOURCES,
     Laid,
+    asked_text,
     frame_of,
     lay_out,
     piece_text,
@@ -86,9 +87,10 @@ async def ground(
     found = await contexts.query(ask.name, QueryRequest(question=question, count=ask.count))
     hits = found.hits
     texts = [piece_text(hit.source, hit.first_line, hit.last_line, hit.text) for hit in hits]
-    laid = await _lay_out(first, ask, messages, question, texts, engine=engine, model=model)
+    passages = [hit.best for hit in hits]
+    laid = await _lay_out(first, ask, messages, texts, passages, engine=engine, model=model)
     if laid is None:
-        content = plain_text(texts, question)
+        content = plain_text(texts, asked_text(question, passages[:REPEATED]))
         whole = (*messages[:-1], ChatMessage("user", content))
         made = [msgspec.structs.replace(request, messages=whole) for request in requests]
         return Grounded(tuple(made), _citations(hits, range(len(hits))))
@@ -103,21 +105,29 @@ async def _lay_out(
     request: GenerationRequest,
     ask: ContextAsk,
     messages: Sequence[ChatMessage],
-    question: str,
     texts: Sequence[str],
+    passages: Sequence[str],
     *,
     engine: Engine,
     model: LoadedModel,
 ) -> Laid | None:
+    question = question_of(messages)
     rendered = [await engine.chat(model.digest, probed(messages, probe)) for probe in PROBES]
     frame = frame_of(*rendered)
     if frame is None:
         return None
     opening = await engine.tokenize(model.digest, SOURCES) if texts else []
     pieces = [await engine.tokenize(model.digest, text) for text in texts]
-    asked = await engine.tokenize(model.digest, QUESTION + question)
     room = room_for(model.n_ctx, request.max_tokens)
-    return lay_out(frame, opening, pieces, asked, room, exact=ask.exact)
+    repeated = range(min(REPEATED, len(passages)))
+    while True:
+        text = asked_text(question, [passages[rank] for rank in repeated])
+        asked = await engine.tokenize(model.digest, text)
+        laid = lay_out(frame, opening, pieces, asked, room, exact=ask.exact)
+        if set(repeated) <= set(laid.chunks):
+            return laid
+        # Nothing stands in a prompt that is not cited: without a chunk, not its passage either.
+        repeated = range(0)
 
 
 def _citations(hits: Sequence[HitView], ranks: Sequence[int]) -> tuple[Citation, ...]:

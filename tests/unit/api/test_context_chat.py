@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import trio
 
@@ -239,3 +240,18 @@ async def test_searches_that_cannot_be_are_refused(at, body):
 
 def test_pieces_are_spans():
     assert Piece(3, 8).tokens == 5
+
+
+async def test_passages_are_repeated_before_the_question(at):
+    api, found = at
+    hits = found.hits[:2]
+    found.hits = tuple(msgspec.structs.replace(hit, best="the very words") for hit in hits)
+    await api.http.post("/v1/chat/completions", json=BODY)
+    (request,) = api.engine.requests
+    plain = len(request.tokens)
+    # 9 words before two passages of 4 words ("-" and three)
+    found.hits = hits
+    await api.http.post("/v1/chat/completions", json=BODY)
+    without = len(api.engine.requests[-1].tokens)
+    assert plain - without == 9 + 2 * 4
+    assert request.tokens[-5:] == (9, 5, 2, 2, 99)

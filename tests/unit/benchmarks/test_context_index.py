@@ -48,6 +48,12 @@ def test_the_facts_are_many_and_the_split_is_fixed() -> None:
     assert len({fact.question for fact in found}) == len(found)
     assert sum(fact.tuning for fact in found) * 3 <= len(found)
     assert [fact.tuning for fact in found[:6]] == [True, False, False] * 2
+    keyed = [fact for fact in found if fact.keys]
+    assert len(keyed) >= 50
+    assert not any(fact.tuning for fact in keyed)
+    # A key that the question says is no key; synonyms need not be in the sentence, one is.
+    assert all(key not in f.question.lower() for f in keyed for key in f.keys)
+    assert all(any(key in f.sentence.lower() for key in f.keys) for f in keyed)
     assert all(fact.question.endswith("?") and fact.sentence.endswith(".") for fact in found)
 
 

@@ -11,7 +11,10 @@ from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.kv.chunks import check_pieces
 from pyagent_node.node.context_prompt import (
     INSTRUCTIONS,
+    MAX_PASSAGE,
+    PASSAGES,
     Frame,
+    asked_text,
     frame_of,
     lay_out,
     piece_text,
@@ -96,4 +99,14 @@ def test_an_answer_has_room() -> None:
 
 
 def test_the_plain_form_says_the_same() -> None:
-    assert plain_text(["one\n\n", "two\n\n"], "why?") == "Sources:\n\ntwo\n\none\n\nQuestion: why?"
+    asked = asked_text("why?", [])
+    assert asked == "Question: why?"
+    assert plain_text(["one\n\n", "two\n\n"], asked) == "Sources:\n\ntwo\n\none\n\nQuestion: why?"
+
+
+def test_passages_stand_before_the_question_the_best_last() -> None:
+    text = asked_text("why?", ["the  best\n one", "", "x" * 999])
+    lines = text.splitlines()
+    assert lines[0] == PASSAGES.strip()
+    assert lines[1] == "- " + "x" * MAX_PASSAGE
+    assert lines[2:] == ["- the best one", "", "Question: why?"]
