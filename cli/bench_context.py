@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.bench_growth import growth
 from pyagent_node.cli.bench_memory import LENGTHS, memory
 from pyagent_node.cli.demo import MAX_NODES, model_file
 from pyagent_node.cli.model import DEFAULT
@@ -54,10 +55,17 @@ ASKED = (1, 2, 4, 8, 16)
 )
 @click.option(
     "--part",
-    type=click.Choice(("swarm", "memory")),
+    type=click.Choice(("swarm", "memory", "growth")),
     default="swarm",
     show_default=True,
-    help="memory: what pruning saves of a model's KV, and what it costs, instead.",
+    help="memory: what pruning saves of a model's KV, and what it costs; growth: several sizes.",
+)
+@click.option(
+    "--with",
+    "before",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    multiple=True,
+    help="A stored run whose figures count, for growth; without --tokens nothing is measured then.",
 )
 @click.option("--lengths", metavar="N,M,..", help=f"Of contexts, for memory ({LENGTHS}).")
 @click.option(
@@ -67,7 +75,7 @@ ASKED = (1, 2, 4, 8, 16)
     metavar="auto|N",
     help="Cells that pruning leaves, for memory.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw memory into an SVG file.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw memory or growth: an SVG file.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Where to store the figures.")
 @json_option
 @pass_app
@@ -82,6 +90,7 @@ def context(
     model: str,
     encoder: Path | None,
     part: str,
+    before: tuple[Path, ...],
     lengths: str | None,
     kv_budget: str,
     plot: str | None,
@@ -96,9 +105,15 @@ def context(
     With --part memory: one model behind contexts of several lengths, with all cells of its KV, with
     those that attention rests on, and with the last ones alone: bytes held, perplexity of the text
     that follows, and facts that are asked for.
+
+    With --part growth: 10,000, 100,000 and 1,000,000 tokens, and the index alone at 10,000,000; or
+    one size (--tokens), beside rows of stored runs (--with).
     """
     if part == "memory":
         memory(app, model, lengths or LENGTHS, kv_budget, plot=plot, output=output)
+        return
+    if part == "growth":
+        growth(app, tokens, nodes, encoder, before=before, plot=plot, output=output)
         return
     from pyagent_node.benchmarks import context_swarm as bench  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible  # noqa: PLC0415
