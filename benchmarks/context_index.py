@@ -17,7 +17,8 @@ away from the centre of all (``SketchModel.aim``) unless they say otherwise:
     python -m pyagent_node.benchmarks.context_index --tokens 1000000 --cache /tmp/vectors --json
 
 ``kept`` is the share of the exact top 8 windows that a way finds.  ``spread`` gives recall@8 where
-the windows lie on 16 nodes and only some are asked, by learned buckets, random ones, and centroids.
+the windows lie on 16 nodes and only some are asked, by learned buckets, random ones, and centroids;
+``sharded`` the same for the form that nodes have (``context_spread``).
 Computing the vectors takes minutes; ``--cache`` keeps them.
 """
 
@@ -39,6 +40,7 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.files import make_private_dir
 from pyagent_node.benchmarks.context_corpus import Fact, corpus, facts
+from pyagent_node.benchmarks.context_spread import sharded
 from pyagent_node.inference.gguf_embedder import GgufIdentity
 from pyagent_node.inference.models.encoders import minilm_files
 from pyagent_node.inference.models.store import ModelStore
@@ -371,6 +373,7 @@ def run(material: Material, identity: str) -> dict[str, object]:
         "words_bytes_per_window": round(words.nbytes / len(every), 2),
         "ways": rows,
         "spread": spread(found, generator),
+        "sharded": sharded(found, material.axes),
     }
 
 

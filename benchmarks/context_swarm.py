@@ -32,6 +32,7 @@ from pyagent_node.benchmarks.context_index import (
     spread,
     word_by_word,
 )
+from pyagent_node.benchmarks.context_spread import sharded
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.models.encoders import EncoderFiles, minilm_files
 from pyagent_node.inference.models.store import ModelStore
@@ -64,7 +65,8 @@ class ContextReport(msgspec.Struct, frozen=True, kw_only=True):
     ``index_bytes`` is what every daemon holds of the whole context, ``chunk_bytes`` what all of
     them hold together of texts and exact vectors, copies counted.  ``nodes_contacted_fraction`` is
     of the daemons asked over all, on average.  ``baselines`` search the same chunks and vectors in
-    one process; ``spread`` is recall@8 by the number of nodes asked, of 16.  ``unmeasured`` says
+    one process; ``spread`` is recall@8 by the number of nodes asked, of 16, and ``sharded`` that of
+    the form that nodes have (``context_spread``).  ``unmeasured`` says
     why a figure is null.
     """
 
@@ -96,6 +98,7 @@ class ContextReport(msgspec.Struct, frozen=True, kw_only=True):
     by_meaning: Row
     baselines: dict[str, Row]
     spread: dict[str, Row]
+    sharded: Row
     kv_ttft_speedup: float | None = None
     answer_accuracy: float | None = None
     answer_accuracy_full_prefill: float | None = None
@@ -177,6 +180,7 @@ def run(
         by_meaning=meaning,
         baselines=baselines,
         spread=spread(found, np.random.default_rng(0)),
+        sharded=sharded(found, axes_of(embedder)),
         kv_ttft_speedup=answered.kv_ttft_speedup if answered else None,
         answer_accuracy=answered.answer_accuracy if answered else None,
         answer_accuracy_full_prefill=answered.answer_accuracy_full_prefill if answered else None,

@@ -212,7 +212,8 @@ def _check_models(command: Command) -> None:
             _number("after_epoch", command.after_epoch, 0)
         case SetBuckets():
             _number("after_epoch", command.after_epoch, 0)
-            _ensure(len(command.owners) <= MAX_BUCKETS, "owners", len(command.owners))
+            rows = len(command.owners)
+            _ensure(rows <= MAX_BUCKETS and not rows & (rows - 1), "owners", rows)
             for owners in command.owners:
                 _ensure(len(owners) > 0, "owners", "a bucket without any")
                 _peers("owners", owners, MAX_OWNERS)

@@ -90,6 +90,10 @@ PUT_RATE: Final = 64 * MIB
 """... and how many more each second."""
 FEW: Final = 16
 """A group counts as held here if the sketches of less than one chunk in so many may be lacking."""
+RECORD_BURST: Final = 256 * MIB
+"""Bytes of records that a peer may tell at once ..."""
+RECORD_RATE: Final = 16 * MIB
+"""... and how many more each second."""
 BATCH: Final = 64
 """Bodies that are read at a time for a reply."""
 
@@ -130,6 +134,7 @@ class ContextServer:
         self._now = now
         self._offload = offload
         self._budgets: dict[PeerId, ByteBudget] = {}
+        self._told: dict[PeerId, ByteBudget] = {}
         self._digests: dict[ContextId, tuple[int, bytes]] = {}
         rpc.register(AskSummary, self._summary)
         rpc.register(AskSlots, self._slots)
@@ -221,6 +226,13 @@ class ContextServer:
         self, peer: PeerId, tell: TellRecords, tail: bytes
     ) -> tuple[Done, bytes]:
         self._check_member(peer, writes=True)
+        now = self._clock()
+        if not self._budget(self._told, peer, RECORD_BURST, RECORD_RATE).take(len(tail), now):
+            raise LimitExceeded(
+                "This node takes no more records of you for now.",
+                code="context_record_budget",
+                remedy="Wait some seconds: it also looks for what it lacks by itself.",
+            )
         parts = unpack(tail)
         for data in parts:
             self._known(decode_record(data).context)
@@ -236,7 +248,8 @@ class ContextServer:
 
     async def _keep(self, peer: PeerId, put: PutBodies, tail: bytes) -> tuple[Done, bytes]:
         self._check_member(peer, writes=True)
-        if not self._budget(peer).take(len(tail), self._clock()):
+        budget = self._budget(self._budgets, peer, PUT_BURST, PUT_RATE)
+        if not budget.take(len(tail), self._clock()):
             raise LimitExceeded(
                 "This node takes no more chunks of you for now.",
                 code="context_budget",
@@ -361,11 +374,14 @@ class ContextServer:
         groups, marks, found = await self.likely(info, unpack_vector(ask, tail))
         return LikelyWindows(groups), pack_likely(marks, found)
 
-    def _budget(self, peer: PeerId) -> ByteBudget:
+    def _budget(
+        self, budgets: dict[PeerId, ByteBudget], peer: PeerId, burst: float, rate: float
+    ) -> ByteBudget:
         now = self._clock()
-        if peer not in self._budgets and len(self._budgets) >= MAX_PEERS:
-            self._budgets = {p: b for p, b in self._budgets.items() if not b.full(now)}
-        return self._budgets.setdefault(peer, ByteBudget(PUT_BURST, PUT_RATE, now))
+        if peer not in budgets and len(budgets) >= MAX_PEERS:
+            for idle in [p for p, budget in budgets.items() if budget.full(now)]:
+                del budgets[idle]
+        return budgets.setdefault(peer, ByteBudget(burst, rate, now))
 
 
 def _encode_all(bodies: Sequence[ChunkBody]) -> list[bytes]:

@@ -21,7 +21,7 @@ from pyagent_node.node.context_client import ContextClient
 from pyagent_node.node.context_messages import Summary
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
-from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.catalog import MAX_CATALOG, Catalog
 from pyagent_node.sharding.context.port import ContextStore
 from pyagent_node.sharding.context.records import ChunkId, decode_record
 
@@ -141,10 +141,14 @@ class RecordSync:
                 return
 
     async def merge(self, records: Sequence[bytes]) -> int:
-        """Take records in; those of contexts that the log does not know are left out."""
+        """Take records in; those of contexts that the log does not know are left out.
+
+        Raises :class:`LimitExceeded` (``context_full``) where a context has no room for them.
+        """
         known = {info.id for info in self._consensus.state.contexts.values()}
         before: list[tuple[Catalog, list[ChunkId]]] = []
         wanted = []
+        sizes: dict[ContextId, int] = {}
         for data in records:
             record = decode_record(data)
             if record.context not in known:
@@ -152,6 +156,16 @@ class RecordSync:
             wanted.append(data)
             catalog = self._store.catalog(record.context)
             held = catalog.get(record.source)
+            size = sizes.get(record.context, catalog.size) + len(data)
+            sizes[record.context] = size - (held.size if held is not None else 0)
+            if sizes[record.context] > MAX_CATALOG and not record.removed:
+                raise LimitExceeded(
+                    f"A context has at most {MAX_CATALOG} bytes of records.",
+                    code="context_full",
+                    remedy="Remove documents, or take another context.",
+                    limit=MAX_CATALOG,
+                    used=catalog.size,
+                )
             if held is not None:
                 rows = enumerate(held.record.chunks)
                 before.append((catalog, [held.record.id_of(at) for at, row in rows if row.windows]))

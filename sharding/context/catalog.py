@@ -41,6 +41,8 @@ SKETCH_BYTES: Final = BITS // 8 + 2
 """Bytes of a window's sketch and its weight."""
 MAX_DOCUMENTS: Final = 1 << 20
 """The most sources of a context, removed ones that are remembered included."""
+MAX_CATALOG: Final = 4 << 30
+"""The most bytes of the records of a context, as they are encoded."""
 _NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
 
 
@@ -84,12 +86,18 @@ class Catalog:
         self._ready: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)
         self._lacking: tuple[tuple[int, int, int, bool], list[ChunkId]] = ((-1, 0, 0, True), [])
         self._windows = 0
+        self._size = 0
         self._uses: dict[str, int] = {}
         self._generation = 0
         self._table: tuple[tuple[int, int, SketchModel, frozenset[str]], Table] | None = None
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all records as they are encoded, removals too."""
+        return self._size
 
     @property
     def generation(self) -> int:
@@ -125,6 +133,7 @@ class Catalog:
         held = self._known.get(record.source)
         if held is not None:
             self._drop_chunks(held.record)
+            self._size -= held.size
         self._put(Known(record, digest, len(encoded)))
         return True
 
@@ -135,6 +144,7 @@ class Catalog:
             return None
         record = bare(held.record, held.digest)
         self._known[source] = Known(record, held.digest, len(encode_record(record)))
+        self._size += self._known[source].size - held.size
         self._generation += 1
         return record
 
@@ -143,6 +153,7 @@ class Catalog:
         held = self._known.pop(source, None)
         if held is not None:
             self._drop_chunks(held.record)
+            self._size -= held.size
             slot = slot_of(source)
             del self._slots[slot][source]
             self._digests[slot] = None
@@ -309,6 +320,7 @@ class Catalog:
     def _put(self, known: Known) -> None:
         record = known.record
         self._known[record.source] = known
+        self._size += known.size
         slot = slot_of(record.source)
         for place, row in enumerate(record.chunks):
             if row.windows:

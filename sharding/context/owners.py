@@ -57,8 +57,12 @@ def owner_table(
 
 
 def owners_of(table: Table, bucket: int) -> tuple[PeerId, ...]:
-    """Return the owners of a bucket; nobody where the table has no such row."""
-    return table[bucket] if 0 <= bucket < len(table) else ()
+    """Return the owners of a bucket; nobody where there is no such bucket, or no table.
+
+    A table of fewer rows, which the log takes if it has a power of two of them, says by a bucket's
+    lower bits who owns it: none is without owners.
+    """
+    return table[bucket % len(table)] if table and 0 <= bucket < BUCKETS else ()
 
 
 def sources(bucket: int, tables: Sequence[Table], others: Collection[PeerId]) -> tuple[PeerId, ...]:

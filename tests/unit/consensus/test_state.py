@@ -438,3 +438,10 @@ def test_contradicting_snapshots_are_refused() -> None:
     ):
         with pytest.raises(CorruptData):
             decode_snapshot(encode_snapshot(bad))
+
+
+@pytest.mark.parametrize("rows", [3, 255, 2048])
+def test_a_table_of_owners_has_a_power_of_two_of_rows(rows: int) -> None:
+    state, lines = run([*HISTORIES["admit_member"][:1], SetBuckets(((A,),) * rows, 0)])
+    assert lines[-1]["outcome"] == "invalid_request: bad_command"
+    assert state.buckets == ()

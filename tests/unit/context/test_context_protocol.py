@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import CorruptData, PyAgentError
+from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError
 from pyagent_node.base.types import ContextId, ContextPolicy
 from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.state import State
+from pyagent_node.node import context_server, context_sync
 from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.node.context_messages import (
     MAX_IDS,
@@ -56,6 +57,7 @@ from pyagent_node.simulations.contexts import (
     ENCODER,
     MemoryContextStore,
     open_simulated_contexts,
+    removal,
     toy_document,
     toy_vector,
 )
@@ -285,3 +287,40 @@ async def test_a_full_node_says_so_and_another_one_stands_in(autojump_clock):
             await it.services[2].publish(again, others)
         assert caught.value.code == "no_owner"
         assert it.services[2].catalog(SHELF.id).get("b.txt") is None
+
+
+async def test_a_peer_tells_records_within_a_budget(autojump_clock, monkeypatch):
+    monkeypatch.setattr(context_server, "RECORD_BURST", 100)
+    monkeypatch.setattr(context_server, "RECORD_RATE", 100)
+    records = [
+        encode_record(toy_document(SHELF.id, f"{n}.txt", "Some text.", Version(1, C))[0])
+        for n in range(3)
+    ]
+    async with pair() as it:
+        tell = it.services[2].client.tell_records
+        assert await tell(A, records[:1]) == 1
+        with pytest.raises(LimitExceeded) as caught:
+            await tell(A, records[1:2])
+        assert caught.value.code == "context_record_budget"
+        await trio.sleep(10)
+        assert await tell(A, records[1:2]) == 1
+
+
+async def test_records_of_a_context_have_a_limit_and_removals_always_room(
+    autojump_clock, monkeypatch
+):
+    record, _ = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    more, _ = toy_document(SHELF.id, "b.txt", "Some text.", Version(1, C))
+    size = len(encode_record(record))
+    monkeypatch.setattr(context_sync, "MAX_CATALOG", size)
+    async with pair() as it:
+        tell = it.services[2].client.tell_records
+        assert await tell(A, [encode_record(record)]) == 1
+        assert it.stores[0].catalog(SHELF.id).size == size
+        with pytest.raises(LimitExceeded) as caught:
+            await tell(A, [encode_record(more)])
+        assert caught.value.code == "context_full"
+        gone = encode_record(removal(SHELF.id, "b.txt", Version(2, C)))
+        assert await tell(A, [gone]) == 1
+        assert await tell(A, [encode_record(removal(SHELF.id, "a.txt", Version(2, C)))]) == 1
+        assert it.stores[0].catalog(SHELF.id).size < size + len(gone)

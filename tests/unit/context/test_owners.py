@@ -117,3 +117,8 @@ def test_sources_are_owners_then_those_before_then_anybody():
         assert sorted(found) == sorted(even(1, 2, 3, 4, 5))
         # Without the earlier table, those who had it before come early all the same.
         assert set(old[bucket]) <= set(sources(bucket, [new], even(1, 2, 3, 4))[:3])
+
+
+def test_a_table_of_fewer_rows_leaves_no_bucket_without_owners() -> None:
+    rows = owner_table(even(3))[:4]
+    assert [owners_of(rows, bucket) for bucket in range(BUCKETS)] == list(rows) * (BUCKETS // 4)
