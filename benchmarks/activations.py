@@ -4,9 +4,10 @@
 
 Three ranks.  *Numbers*: in this process, over one text for each kind of text, greedily: how many
 tokens come as in f32, how close the likeliest two were at the first one that does not, and how far
-the chosen tokens' log-probabilities are from those in f32 before it.  *Speed* (``--speed``): three
-daemons of this machine, every hop over a stream, with links as they are and at 100 Mbit and 50 ms
-of round trip; the kinds take turns in each round.  Bytes are those of one token's step frame.
+the chosen tokens' log-probabilities are from those in f32 before it.  *Speed* (``--speed``): on
+three daemons of this machine instead, every hop over a stream, with links as they are and at 100
+Mbit and 50 ms of round trip; the kinds take turns in each round.  Bytes are those of one token's
+step frame.
 """
 
 from __future__ import annotations
@@ -241,12 +242,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--speed", action="store_true", help="Start daemons, too.")
+    parser.add_argument("--speed", action="store_true", help="Measure speed, on daemons, instead.")
     args = parser.parse_args()
     report = Report(
         args.model.name,
         token_bytes(model_shape(read_header(args.model)).n_embd),
-        tuple(numbers(args.model, args.tokens)),
+        () if args.speed else tuple(numbers(args.model, args.tokens)),
         tuple(speeds(args.model, args.tokens, args.rounds)) if args.speed else (),
     )
     print(json.dumps(msgspec.to_builtins(report), indent=1))
