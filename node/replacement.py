@@ -296,7 +296,10 @@ def _successor(
         return fits(peer) or peer not in facts or need is None
 
     reserves = [*standbys, *filter(ready, spares), *spares]
-    others = sorted(filter(fits, filter(usable, outlook.good)), key=order)
+    others = sorted(
+        filter(fits, filter(usable, outlook.good)),
+        key=lambda peer: (not facts[peer].willing, order(peer)),
+    )
     for peer in (*filter(fits_or_unknown, reserves), *others):
         promised[peer] += need or 0
         return peer

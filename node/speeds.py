@@ -1,9 +1,10 @@
 """What slices on this node were measured to do, kept over restarts; the planner is told of it.
 
-A slice that is loaded with a backend and a number of threads for the first time is measured by a
-short run.  Real sessions then correct that: once they have computed enough, the median of what
-they took is what counts.  A record is kept by (model, backend, threads, slice) in one small file of
-the home; a damaged one is left aside, since all of it can be measured again.
+The first slice of a model that is loaded with a backend and a number of threads is measured by a
+short run, and so is the first with the output head.  Real sessions then correct that: once they
+have computed enough, the median of what they took is what counts.  A record is kept by (model,
+backend, threads, slice) in one small file of the home; a damaged one is left aside, since all of it
+can be measured again.
 """
 
 from __future__ import annotations
@@ -134,20 +135,31 @@ class SpeedBook:
         record = SpeedRecord(
             model, info.backend, info.version, info.threads, part, 0.0, 0.0, 0.0, "loading", 0.0
         )
-        known = self._records.get(record.key)
+        known = self._records.get(record.key) or self._sibling(record)
         if known is None or known.version != info.version:
             times = await measure_slice(runner)
             runner.times.clear()
-            record = msgspec.structs.replace(
+            known = msgspec.structs.replace(
                 record,
                 decode=work.bytes / times.layers,
                 head=_head_speed(work, times),
                 prefill=work.flops / times.prompt if times.prompt else 0.0,
                 at=self._clock(),
             )
-            self._note(record)
+            self._note(known)
             await self.save()
-        return _Live(self._records.get(record.key, record), work, runner.times)
+        return _Live(msgspec.structs.replace(known, slice=part), work, runner.times)
+
+    def _sibling(self, record: SpeedRecord) -> SpeedRecord | None:
+        """Return what another slice of the model showed: nobody shall wait for the same twice."""
+        found = [
+            each
+            for each in self._records.values()
+            if (each.model, each.backend, each.version, each.threads)
+            == (record.model, record.backend, record.version, record.threads)
+            and (each.head > 0 or not record.slice.head)
+        ]
+        return max(found, key=lambda each: (each.at, each.key), default=None)
 
     def _note(self, record: SpeedRecord) -> None:
         self._records[record.key] = record

@@ -43,7 +43,7 @@ def choose_reserves(
     """Return ``ranks`` with their standbys and spares, as many as there is room for.
 
     Those of ``ranks`` that are in ``good`` stay, the others go.  New ones come from ``nodes``, of
-    which ``memory_bytes`` is what is free now.
+    which ``memory_bytes`` is what is free now; those that want no work are not asked.
     """
     return _Chooser(model, ranks, nodes, options, good).run()
 
@@ -59,7 +59,7 @@ class _Chooser:
     ) -> None:
         self._model = model
         self._ranks = ranks
-        self._nodes = [node for node in nodes if node.usable]
+        self._nodes = [node for node in nodes if node.usable and node.willing]
         self._options = options
         self._serving = Counter(rank.peer_id for rank in ranks)
         self._room = {

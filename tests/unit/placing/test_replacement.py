@@ -311,6 +311,18 @@ def test_reserves_share_memory_and_stay_where_they_are() -> None:
     assert choose_reserves(SHAPE, chosen, [], options, good=good) == chosen
     pending = msgspec.structs.replace(options, pending={D: NEED, E: NEED})
     assert all(r.standbys == () for r in choose_reserves(SHAPE, ranks, nodes, pending, good=good))
+    tired = [nodes[0], msgspec.structs.replace(nodes[1], share=0.0)]
+    asked = choose_reserves(SHAPE, ranks, tired, options, good=frozenset())
+    assert {p for rank in asked for p in (*rank.standbys, *rank.spares)} == {nodes[0].peer_id}
+
+
+def test_a_rank_moves_to_a_node_that_wants_no_work_only_if_there_is_no_other() -> None:
+    placed = placement(A, B, C)
+    known = facts(*PEERS)
+    known[D] = msgspec.structs.replace(known[D], share=0.0)
+    assert D not in moved(placed, outlook(placed, dead="B", facts=known))
+    none = {peer: msgspec.structs.replace(node, share=0.0) for peer, node in known.items()}
+    assert moved(placed, outlook(placed, dead="B", facts=none)) == [A, D, C]
 
 
 def test_a_node_with_the_bytes_is_preferred_as_spare() -> None:

@@ -136,3 +136,19 @@ async def test_sessions_correct_what_loading_showed_and_it_is_kept(
     assert again.speeds(MODEL, 4) == (told,)
     async with again.followed(MODEL, Slice(0, 9, True), work, fake):
         assert len(fake.steps) == steps, "what is known is not measured again"
+    other = Fake(Slice(3, 7, False), scale=0.001)
+    async with again.followed(MODEL, Slice(3, 7, False), Work(400, 0, 2000, 0), other):
+        assert not other.steps, "nor is another slice of the same model"
+        for _ in range(20):
+            other.times.took(1, 0.0004)
+        best = next(each for each in again.speeds(MODEL, 4) if each.slice == Slice(3, 7, False))
+        assert best.decode == pytest.approx(400 / 0.0004)
+
+
+async def test_the_output_head_is_measured_once_too(autojump_clock: MockClock) -> None:
+    book = SpeedBook(clock=trio.current_time)
+    body, tail = Slice(0, 4, False), Slice(4, 9, True)
+    for part, measured in ((body, True), (tail, True), (Slice(2, 9, True), False)):
+        fake = Fake(part, scale=0.001)
+        async with book.followed(MODEL, part, Work(1000, 200 * part.head, 5000, 0), fake):
+            assert bool(fake.steps) is measured
