@@ -178,6 +178,13 @@ def _show(app: App, report: ContextReport) -> None:
             name, *(f"{row[f'nodes_{n}']:.3f}" for n in ASKED), f"{row['largest_node']:.1%}"
         )
     app.out.console.print(curve)
+    held = report.sharded
+    app.out.text(
+        f"Sketches spread over 16 nodes: recall@8 {held['recall_at_8']:.3f} with"
+        f" {held['nodes_asked']:.1f} nodes asked for sketches, {held['nodes_8']:.3f} with 8;"
+        f" {held['bytes_a_node']:.0f} bytes of sketches a node instead of"
+        f" {held['bytes_a_node_replicated']:.0f}."
+    )
     app.out.text(
         f"{report.tokens} tokens, {report.documents} files, {report.chunks} chunks,"
         f" {report.windows} windows, added in {report.ingest_seconds:.0f} s"
