@@ -60,8 +60,9 @@ class Loop(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One backend; figures are ``None`` where it is not ``available`` (``hint`` says why).
+    """One backend; figures are ``None`` where it is not ``available``.
 
+    ``hint`` says what to install to have it, or to have its library's own loop beside it.
     ``max_logit_diff`` is the greatest difference of a logit from llama.cpp's over the scored text,
     whose ``perplexity`` is given.
     """

@@ -95,6 +95,7 @@ def run(job: Job) -> BackendRow:
         decode_tokens_per_second=decode,
         perplexity=perplexity(logits, job.text),
         baseline=baseline,
+        hint=_lacks(job.name),
     )
 
 
@@ -125,6 +126,14 @@ def _turn(backend: SliceBackend, job: Job) -> Turn:
 # ---- the libraries' own loops, which have no types of ours -------------------------------------
 
 _LOOPS = {"mlx": "mlx-lm", "torch": "transformers"}
+
+
+def _lacks(name: str) -> str:
+    """Return what to install to compare a backend; empty when that is there, or there is none."""
+    package = _LOOPS.get(name)
+    if package is None or importlib.util.find_spec(package.replace("-", "_")) is not None:
+        return ""
+    return f"{package} is not installed: pip install 'pyagent-node[compare]'"
 
 
 def _loop(job: Job, dtype: str) -> Callable[[], Turn] | None:

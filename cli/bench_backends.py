@@ -66,13 +66,14 @@ def backends(app: App, *, full: bool, threads: int | None, model: str, output: s
 
 
 def _show(app: App, report: BackendsReport) -> None:
+    from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("backend", "device", "prefill", "decode", "perplexity", "logits off", "own loop"):
         table.add_column(name, justify="left" if name == "backend" else "right")
     for row in report.backends:
-        table.add_row(*_cells(row))
+        table.add_row(*(escape(cell) for cell in _cells(row)))  # a hint names an extra in brackets
     app.out.console.print(table)
     app.out.text(
         f"Tokens a second, prompts of {report.prompt_tokens}, {report.tokens} tokens an answer;"
@@ -95,5 +96,7 @@ def _cells(row: BackendRow) -> tuple[str, ...]:
         shown(row.decode_tokens_per_second),
         shown(row.perplexity, ".3f"),
         shown(row.max_logit_diff, ".3f"),
-        f"{own.name} {own.prefill_ratio:.2f}, {own.decode_ratio:.2f}" if own is not None else "-",
+        f"{own.name} {own.prefill_ratio:.2f}, {own.decode_ratio:.2f}"
+        if own is not None
+        else row.hint or "-",
     )
