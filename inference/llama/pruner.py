@@ -166,7 +166,7 @@ class LlamaPruner:
             width=shape.head_dim,
             scale=shape.head_dim**-0.5,
         )
-        if not np.isfinite(mass).all():
+        if not (np.isfinite(mass).all() and np.isfinite(entropy).all()):
             log.warning("attention of sequence %d is not finite and was left out", sequence.seq)
             return
         found = RowMass(mass.reshape(-1, cells), peak, entropy, limits)
