@@ -140,6 +140,7 @@ class _Bench:
             begin = np.array(fact.question[:-1], np.int32)
             self.feed(_OTHER, begin, end)
             found = self.attention(_OTHER)
+            self.backend.apply(WatchSequence(_OTHER, 0))
             self.backend.apply(PruneSequence(_OTHER, self.chosen(found, end)))
             told.append(self.ask(_OTHER, fact, fact.question[-1:]))
         return sum(right for right, _ in told) / len(told), sum(x for _, x in told) / len(told)
@@ -180,11 +181,12 @@ class _Bench:
             self.feed(_FULL, self.tokens[start:stop], start)
             if stop not in self.job.lengths:
                 continue
+            keep = self.chosen(self.attention(_FULL), stop)
+            backend.apply(WatchSequence(_FULL, 0))
             scores = self.note(OFF, _FULL, stop)
             self.rows[-1] = msgspec.structs.replace(
                 self.rows[-1], asked=scores.right, asked_loss=scores.loss
             )
-            keep = self.chosen(self.attention(_FULL), stop)
             asked = self.asked_before(stop)
             self.again(stop)
             backend.apply(PruneSequence(_OTHER, keep))
@@ -208,8 +210,10 @@ class _Bench:
             if due(self.pruning, backend.kv_usage(_FULL).cells, stop):
                 backend.apply(PruneSequence(_FULL, self.chosen(self.attention(_FULL), stop)))
                 backend.apply(WatchSequence(_FULL))
-            if stop in self.job.lengths:
+            if stop in self.job.lengths:  # what is scored is not to be measured
+                backend.apply(WatchSequence(_FULL, 0))
                 self.note(GROWING, _FULL, stop)
+                backend.apply(WatchSequence(_FULL))
         backend.apply(FreeSequence(_FULL))
 
 

@@ -22,8 +22,8 @@ class MemoryJob(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     lengths: tuple[int, ...]
-    scored: int = 128
-    asked: int = 8
+    scored: int = 64
+    asked: int = 6
     cells: int = 0
     threads: int = 2
 

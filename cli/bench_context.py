@@ -75,6 +75,13 @@ ASKED = (1, 2, 4, 8, 16)
     metavar="auto|N",
     help="Cells that pruning leaves, for memory.",
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 512),
+    default=2,
+    show_default=True,
+    help="Of the model, for memory.",
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw memory or growth: an SVG file.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Where to store the figures.")
 @json_option
@@ -93,6 +100,7 @@ def context(
     before: tuple[Path, ...],
     lengths: str | None,
     kv_budget: str,
+    threads: int,
     plot: str | None,
     output: str | None,
 ) -> None:
@@ -110,7 +118,15 @@ def context(
     one size (--tokens), beside rows of stored runs (--with).
     """
     if part == "memory":
-        memory(app, model, lengths or LENGTHS, kv_budget, plot=plot, output=output)
+        memory(
+            app,
+            model,
+            lengths or LENGTHS,
+            kv_budget,
+            threads=threads,
+            plot=plot,
+            output=output,
+        )
         return
     if part == "growth":
         growth(app, tokens, nodes, encoder, before=before, plot=plot, output=output)

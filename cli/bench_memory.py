@@ -21,7 +21,14 @@ SHORTEST, LONGEST, MOST = 256, 8192, 16
 
 
 def memory(
-    app: App, model: str, lengths: str, budget: str, *, plot: str | None, output: str | None
+    app: App,
+    model: str,
+    lengths: str,
+    budget: str,
+    *,
+    threads: int,
+    plot: str | None,
+    output: str | None,
 ) -> None:
     """Measure, show, store, and draw if asked to; raises :class:`InvalidRequest` (``usage``)."""
     from pyagent_node.benchmarks import context_memory as bench  # noqa: PLC0415
@@ -47,7 +54,10 @@ def memory(
         )
     with interruptible():
         job = MemoryJob(
-            path=str(model_file(app, model)), lengths=tuple(sorted(asked)), cells=pruning.cells
+            path=str(model_file(app, model)),
+            lengths=tuple(sorted(asked)),
+            cells=pruning.cells,
+            threads=threads,
         )
         app.out.note(f"  contexts of {', '.join(map(str, job.lengths))} tokens")
         result = bench.measure_apart(job)
