@@ -133,6 +133,7 @@ def run(
         for node in swarm:
             give_encoder(node, files)
         swarm[0].client.contexts.create(NAME, ContextPolicy())
+        _all_known(swarm, 0)
         ingest = _add(swarm, texts, report)
         began = time.monotonic()
         view = _all_known(swarm, len(texts))

@@ -90,7 +90,7 @@ class MiniLm:
         """Return the unit vector of a question: that of any other text."""
         return np.asarray(self.embed([question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the likeness of words (see ``rerank``)."""
         check_texts([question, *texts])
         encodings = self._tokenizer.encode_batch([question, *texts])

@@ -78,3 +78,17 @@ def test_odd_texts_and_limits(minilm: MiniLm) -> None:
         minilm.embed([""] * 70_000)
     with pytest.raises(InvalidRequest):
         minilm.embed(["\ud800"])
+
+
+@pytest.mark.slow
+def test_words_are_found_where_they_stand(minilm: MiniLm) -> None:
+    texts = ["The cat chased a mouse.", "", "Prices of steel fell.", "word " * 3000]
+    question = "What did the cat hunt?"
+    likeness = minilm.compare(question, texts)
+    assert likeness.shape == (4,)
+    assert int(likeness.argmax()) == 0
+    alone = [float(minilm.compare(question, [text])[0]) for text in texts]
+    assert np.allclose(likeness, alone, atol=0.02)
+    assert np.array_equal(minilm.embed_question(question), minilm.embed([question])[0])
+    assert minilm.compare("?", []).shape == (0,)
+    assert minilm.centre is None
