@@ -82,15 +82,12 @@ class Prober:
         here = self._reach.here
         groups, _, found = await self._server.likely(info, vector)
         elsewhere = frozenset(catalog.lacking(share, ALL_GROUPS))
-        if not elsewhere:
-            groups = ALL_GROUPS
-        else:
-            unsure |= dict.fromkeys(
-                chunk
-                for chunk in catalog.lacking(share, groups)
-                if self._is_live(chunk, live, info)
-            )
         merged.add(found)
+        if not elsewhere:
+            return Picked(picked(merged.best(), (), catalog, live)[0], count, asked, 0, set())
+        unsure |= dict.fromkeys(
+            chunk for chunk in catalog.lacking(share, groups) if self._is_live(chunk, live, info)
+        )
         holders = [self._reach.holders(group) for group in range(GROUPS)]
         owners = [self._reach.owners(group) for group in range(GROUPS)]
         probe = Probe(chances(axes.buckets, vector), holders, owners)

@@ -87,6 +87,7 @@ class Catalog:
         self._lacking: tuple[tuple[int, int, int, bool], list[ChunkId]] = ((-1, 0, 0, True), [])
         self._windows = 0
         self._size = 0
+        self._bare = 0
         self._uses: dict[str, int] = {}
         self._generation = 0
         self._table: tuple[tuple[int, int, SketchModel, frozenset[str]], Table] | None = None
@@ -145,6 +146,7 @@ class Catalog:
         record = bare(held.record, held.digest)
         self._known[source] = Known(record, held.digest, len(encode_record(record)))
         self._size += self._known[source].size - held.size
+        self._bare += 1
         self._generation += 1
         return record
 
@@ -214,6 +216,8 @@ class Catalog:
         Such are neither in ``share`` nor, with ``bare_only``, in a record that is not bare.  The
         list of the last call is kept, and serves until something changes.
         """
+        if bare_only and not self._bare:
+            return []
         key = (self._generation, share.generation, groups, bare_only)
         if self._lacking[0] != key:
             found = [
@@ -227,6 +231,8 @@ class Catalog:
 
     def ready(self, share: Share, tolerance: int = 0) -> int:
         """Return the groups of which all sketches are here, but for those of a few chunks."""
+        if not self._bare:
+            return ALL_GROUPS
         key = (self._generation, share.generation, tolerance)
         if self._ready[0] != key:
             held: Counter[int] = Counter()
@@ -321,6 +327,7 @@ class Catalog:
         record = known.record
         self._known[record.source] = known
         self._size += known.size
+        self._bare += bool(record.whole)
         slot = slot_of(record.source)
         for place, row in enumerate(record.chunks):
             if row.windows:
@@ -333,6 +340,7 @@ class Catalog:
         self._generation += 1
 
     def _drop_chunks(self, record: DocumentRecord) -> None:
+        self._bare -= bool(record.whole)
         slot = slot_of(record.source)
         for place, row in enumerate(record.chunks):
             if row.windows:
