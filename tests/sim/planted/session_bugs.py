@@ -97,7 +97,7 @@ def _nobody_is_strange(self: engine.PipelineEngine, session: Any, sender: PeerId
 
 def _from_anybody(self: Attempt, sender: PeerId, result: Result, now: float) -> Any:
     try:
-        return _on_result(self, self._tail, result, now)
+        return _on_result(self, self.tail, result, now)
     except CorruptData:  # not due: somebody else's step was
         return None
 
