@@ -406,7 +406,7 @@ class StageCore:
                     continue
                 session.computed(queued, output.sampled)
                 self._queue.finished(session, message, len(output.sampled))
-                self.pruning.computed(session)
+                self.pruning.computed(session, message)
                 result = Result(
                     message.session,
                     message.model,
@@ -427,7 +427,7 @@ class StageCore:
                 if void:
                     session.void = message.step
                 self._queue.finished(session, message, 0)
-                self.pruning.computed(session)
+                self.pruning.computed(session, message)
                 if void:
                     continue
                 rows = output.activations

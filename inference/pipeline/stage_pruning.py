@@ -23,6 +23,7 @@ from pyagent_node.inference.backend import (
 )
 from pyagent_node.inference.kv.budgets import WINDOW, Evicted, Pruning, budget, due
 from pyagent_node.inference.kv.pruning import kept, ranges
+from pyagent_node.inference.pipeline.frames import Step
 from pyagent_node.inference.pipeline.stage_queue import WATCH_EVERY, WATCH_ROWS, ServedSession
 
 
@@ -51,13 +52,14 @@ class StagePruning:
         """Take note of a session that opens."""
         session.pruning = pruning if self._able else None
 
-    def computed(self, session: ServedSession) -> None:
+    def computed(self, session: ServedSession, step: Step) -> None:
         """Note a step of a session."""
         pruning, end = session.pruning, session.end
         if pruning is None or end <= session.prompt_tokens or session in self._due:
             return
-        settled = end - session.sure < WINDOW
-        if settled and due(pruning, end - session.evicted, end):
+        # ranks before the last keep guesses that turn out wrong: a later step may go back to here
+        back = step.position + step.known if step.parent is None else step.settled
+        if end - back < WINDOW and due(pruning, end - session.evicted, end):
             self._due.append(session)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -234,11 +235,13 @@ def test_guesses_that_are_not_settled_wait_for_their_turn() -> None:
     stage = driver(1)
     prompted(stage)
     session = stage.core._sessions[SessionId("s")]
-    session.end, session.sure = PROMPT + 200, PROMPT + 1
-    stage.core.pruning.computed(session)
+    session.end = PROMPT + 200
+    child = Step(SessionId("s"), MODEL, EPOCH, 1, 9, PROMPT + 190, 10, sample=True, drafts=9)
+    child = msgspec.structs.replace(child, parent=8, settled=session.end - WINDOW)
+    stage.core.pruning.computed(session, child)
     assert not stage.core.pruning.has_turn
-    session.sure = session.end - WINDOW + 1
-    stage.core.pruning.computed(session)
+    child = msgspec.structs.replace(child, settled=session.end - WINDOW + 1)
+    stage.core.pruning.computed(session, child)
     assert stage.core.pruning.has_turn
 
 
