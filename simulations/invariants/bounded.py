@@ -21,7 +21,7 @@ MAX_LOG_BYTES: Final = 4 << 20
 """A log that is compacted every few entries stays far below."""
 
 
-TASKS_A_NODE: Final = 81
+TASKS_A_NODE: Final = 82
 TASKS_A_PEER: Final = 5
 """Tasks that a node has when nothing is asked, on average, and for each other node besides."""
 BUSY: Final = 3
