@@ -21,9 +21,10 @@ MAX_LOG_BYTES: Final = 4 << 20
 """A log that is compacted every few entries stays far below."""
 
 
-TASKS_A_NODE: Final = 82
-TASKS_A_PEER: Final = 5
-"""Tasks that a node has when nothing is asked, on average, and for each other node besides."""
+TASKS_A_NODE: Final = 62
+TASKS_A_PEER: Final = 13
+"""Tasks that a node may have when nothing is asked, and for each node besides: five streams that it
+serves, two that it writes for ranks and one for journals, each watched, and the two of Raft."""
 BUSY: Final = 3
 """So many times as many it may have meanwhile."""
 
