@@ -68,6 +68,7 @@ from pyagent_node.sharding.context.probing import MAX_UNSURE, Likely, likely
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
+    check_body,
     decode_body,
     decode_record,
     encode_body,
@@ -255,7 +256,7 @@ class ContextServer:
                 code="context_budget",
                 remedy="Wait some seconds.",
             )
-        bodies = await self._offload(lambda: [decode_body(data) for data in unpack(tail)])
+        bodies = await self._offload(lambda: [check_body(decode_body(d)) for d in unpack(tail)])
         for context in {body.context for body in bodies}:
             self._known(context)
         await self._store.put_bodies(bodies)
@@ -324,14 +325,21 @@ class ContextServer:
     async def parts(
         self, info: ContextInfo, chunks: Sequence[ChunkId], groups: int
     ) -> dict[ChunkId, Part]:
-        """Return the sketches in some groups of those of the chunks whose bodies are here."""
+        """Return the sketches in some groups of those of the chunks whose bodies are here.
+
+        A body whose vectors cannot be sketched has none: it counts as looked at.
+        """
         bodies = [body for body in await self._store.bodies(chunks) if body.context == info.id]
 
         def work() -> dict[ChunkId, Part]:
             found: dict[ChunkId, Part] = {}
             for body in bodies:
-                axes = self.models(info.encoder, len(body.vectors) // 2 // len(body.spans))
-                found[body.id] = part_of(body, axes, groups)
+                try:
+                    axes = self.models(info.encoder, body.dimensions)
+                    found[body.id] = part_of(body, axes, groups)
+                except InvalidRequest as error:
+                    log.warning("a chunk of %r has no sketches: %s", body.source, error)
+                    found[body.id] = Part(groups, b"", b"", b"", b"")
             return found
 
         return await self._offload(work)

@@ -38,7 +38,7 @@ from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.sharding.context.chunking import MAX_SOURCE
 from pyagent_node.sharding.context.owners import BUCKETS
-from pyagent_node.sharding.context.sketches import MAX_DIMENSIONS
+from pyagent_node.sharding.context.sketches import MAX_DIMENSIONS, check_vectors
 
 ChunkId = NewType("ChunkId", bytes)
 """16 bytes of a digest of context, source, version, place and content of a chunk."""
@@ -161,6 +161,11 @@ class ChunkBody(msgspec.Struct, frozen=True, kw_only=True):
         """The chunk's id, as its record gives it too if nothing was changed."""
         check = content_check(self.text, self.spans, self.vectors)
         return chunk_id(self.context, self.source, self.version, self.ordinal, check)
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        return len(self.vectors) // 2 // len(self.spans) if self.spans else 0
 
     def matrix(self) -> NDArray[np.float32]:
         """Return the vectors, ``[windows, dimensions]``."""
@@ -385,6 +390,16 @@ def decode_body(data: bytes | bytearray | memoryview) -> ChunkBody:
     problem = _body_problem(body)
     if problem is not None:
         raise _corrupt(problem, _BAD_BODY)
+    return body
+
+
+def check_body(body: ChunkBody) -> ChunkBody:
+    """Return a body that is new here if its vectors can be sketched.
+
+    One that is held already is not refused for it.  Raises :class:`InvalidRequest`
+    (``bad_vectors``).
+    """
+    check_vectors(body.matrix())
     return body
 
 

@@ -53,6 +53,7 @@ from pyagent_node.node.context_messages import (
 )
 from pyagent_node.sharding.context.owners import owner_table
 from pyagent_node.sharding.context.records import ChunkId, Version, encode_body, encode_record
+from pyagent_node.sharding.context.shares import ALL_GROUPS
 from pyagent_node.simulations.contexts import (
     ENCODER,
     MemoryContextStore,
@@ -324,3 +325,22 @@ async def test_records_of_a_context_have_a_limit_and_removals_always_room(
         assert await tell(A, [gone]) == 1
         assert await tell(A, [encode_record(removal(SHELF.id, "a.txt", Version(2, C)))]) == 1
         assert it.stores[0].catalog(SHELF.id).size < size + len(gone)
+
+
+async def test_one_odd_body_takes_no_sketches_from_the_others(autojump_clock):
+    _, (good, *_) = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    _, (plain, *_) = toy_document(SHELF.id, "b.txt", "Other text.", Version(1, C))
+    huge = np.full(good.dimensions, 2000, "<f2").tobytes()
+    far = msgspec.structs.replace(plain, vectors=huge)
+    short = msgspec.structs.replace(plain, vectors=plain.vectors[:8])
+    async with pair() as it:
+        assert await it.refusal(PutBodies(), Done, pack([encode_body(far)])) == "bad_vectors"
+        assert not it.stores[0].held()
+        bodies = [far, good, short]
+        await it.stores[0].put_bodies(bodies)  # an earlier version took such
+        ids = [body.id for body in bodies]
+        parts = await it.services[2].client.parts(A, SHELF.id, ids, ALL_GROUPS)
+        assert {chunk: len(part) for chunk, part in parts.items()} == dict(
+            zip(ids, (0, 1, 0), strict=True)
+        )
+        assert {part.groups for part in parts.values()} == {ALL_GROUPS}
