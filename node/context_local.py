@@ -109,8 +109,12 @@ class LocalContexts:
     ) -> Answer:
         """See ``ContextMesh``."""
         catalog = self._store.catalog(context.id)
-        model = default_model(context.encoder, len(vector)).model
-        table = catalog.table(model, context.policy, self._clock())
+        now = self._clock()
+        table = await trio.to_thread.run_sync(
+            lambda: catalog.table(
+                default_model(context.encoder, len(vector)).model, context.policy, now
+            )
+        )
         picked = await trio.to_thread.run_sync(candidates, table, vector)
         bodies = {body.id: body for body in await self._store.bodies([c.id for c in picked])}
         words = question_terms(question)

@@ -78,7 +78,7 @@ class Prober:
         merged, asked, said = Merged(), set[PeerId](), dict[ChunkId, PeerId]()
         unsure: dict[ChunkId, None] = {}
         partial: list[list[ChunkId]] = []
-        axes = self._server.models(info.encoder, len(vector))
+        axes = await self._server.axes(info.encoder, len(vector))
         here = self._reach.here
         groups, _, found = await self._server.likely(info, vector)
         elsewhere = frozenset(catalog.lacking(share, ALL_GROUPS))

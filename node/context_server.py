@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
 from pyagent_node.native import blake3
 from pyagent_node.node.context_messages import (
+    MAX_IDS,
     AskBodies,
     AskHeld,
     AskLikely,
@@ -61,6 +63,7 @@ from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.kv_server import ByteBudget
 from pyagent_node.node.kv_vault import Offload
 from pyagent_node.node.rpc import RpcServer
+from pyagent_node.sharding.context import minilm
 from pyagent_node.sharding.context.catalog import SLOTS, Catalog
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.port import ContextStore
@@ -95,6 +98,8 @@ RECORD_BURST: Final = 256 * MIB
 """Bytes of records that a peer may tell at once ..."""
 RECORD_RATE: Final = 16 * MIB
 """... and how many more each second."""
+SAMPLE: Final = 16
+"""Bodies that tell how long the vectors of a context are."""
 BATCH: Final = 64
 """Bodies that are read at a time for a reply."""
 
@@ -137,6 +142,7 @@ class ContextServer:
         self._budgets: dict[PeerId, ByteBudget] = {}
         self._told: dict[PeerId, ByteBudget] = {}
         self._digests: dict[ContextId, tuple[int, bytes]] = {}
+        self._lengths: dict[ContextId, frozenset[int]] = {}
         rpc.register(AskSummary, self._summary)
         rpc.register(AskSlots, self._slots)
         rpc.register(AskRecords, self._records)
@@ -360,6 +366,31 @@ class ContextServer:
                 break
         return Parts(looked), pack(flat)
 
+    async def axes(self, encoder: str, dimensions: int) -> Axes:
+        """Return the axes of an encoder; those without learned ones take a while to make."""
+        return await self._offload(lambda: self.models(encoder, dimensions))
+
+    async def _check_length(self, info: ContextInfo, length: int) -> None:
+        """Refuse a vector that is none of a context's encoder, before axes are made for it.
+
+        Where no body of the context is here, any length may be right.  Raises
+        :class:`InvalidRequest` (``bad_vectors``).
+        """
+        known = self._lengths.get(info.id, frozenset())
+        if info.encoder == minilm.IDENTITY:
+            known = frozenset((minilm.DIMENSIONS,))
+        elif not known:
+            some = islice(self._store.catalog(info.id).chunk_ids(), MAX_IDS)
+            bodies = await self._store.bodies([c for c in some if self._store.holds(c)][:SAMPLE])
+            known = frozenset(body.dimensions for body in bodies)
+            if known:
+                self._lengths[info.id] = known
+        if known and length not in known:
+            raise InvalidRequest(
+                f"The encoder of {info.name!r} makes no vectors of {length} numbers.",
+                code="bad_vectors",
+            )
+
     async def likely(
         self, info: ContextInfo, vector: NDArray[np.float32]
     ) -> tuple[int, tuple[int, ...], list[Likely]]:
@@ -368,7 +399,7 @@ class ContextServer:
         A group of which a few sketches are not here yet counts: the marks tell.
         """
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
-        axes, now = self.models(info.encoder, len(vector)), self._now()
+        axes, now = await self.axes(info.encoder, len(vector)), self._now()
         groups = catalog.ready(share, min(MAX_UNSURE, catalog.chunks // FEW))
         marks = catalog.covered(share, groups)
         table = await self._offload(lambda: catalog.table(axes.model, info.policy, now, share))
@@ -378,8 +409,9 @@ class ContextServer:
         self, peer: PeerId, ask: AskLikely, tail: bytes
     ) -> tuple[LikelyWindows, bytes]:
         self._check_member(peer)
-        info = self._info(ask.context)
-        groups, marks, found = await self.likely(info, unpack_vector(ask, tail))
+        info, vector = self._info(ask.context), unpack_vector(ask, tail)
+        await self._check_length(info, len(vector))
+        groups, marks, found = await self.likely(info, vector)
         return LikelyWindows(groups), pack_likely(marks, found)
 
     def _budget(

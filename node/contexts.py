@@ -182,7 +182,6 @@ class Contexts:
         parts = await trio.to_thread.run_sync(cut, read.text, source, encoder.count_tokens)
         _check_window(info, sum(chunk.tokens for chunk in parts.chunks), source)
         vectors, embedded = await self._vectors(encoder, parts, known, source, report)
-        axes = axes_of(encoder)
         about = About(
             context=info.id,
             source=source,
@@ -193,7 +192,9 @@ class Contexts:
             added=int(self._clock()),
             encoder=encoder.identity,
         )
-        record, bodies = await trio.to_thread.run_sync(document, parts, vectors, about, axes)
+        record, bodies = await trio.to_thread.run_sync(
+            lambda: document(parts, vectors, about, axes_of(encoder))
+        )
         if self.mesh.find(info.name).id != info.id:
             raise NotFound(
                 f"The context {info.name!r} was removed meanwhile.", code="context_not_found"
@@ -340,7 +341,7 @@ class Contexts:
         began = time.monotonic()
         vector = await trio.to_thread.run_sync(encoder.embed_question, request.question)
         seconds = time.monotonic() - began
-        vector = axes_of(encoder).model.aim(vector)
+        vector = await trio.to_thread.run_sync(lambda: axes_of(encoder).model.aim(vector))
         # Words that name something of code weigh more than what comparing states finds.
         again = request.way != "words" and not names_something(request.question)
         count = max(request.count, COMPARED) if again else request.count

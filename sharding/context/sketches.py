@@ -77,7 +77,7 @@ class SketchModel:
                 remedy=f"Take at most {vectors.shape[1] // 8 * 8} bits.",
             )
         centre, axes = _principal(vectors)
-        return cls.of_axes(centre.astype(np.float32), _rotation(bits, seed) @ axes[:bits])
+        return cls.of_axes(centre.astype(np.float32), _upright(bits, bits, seed) @ axes[:bits])
 
     @classmethod
     def of_axes(cls, centre: NDArray[np.float32], axes: NDArray[np.float64]) -> SketchModel:
@@ -231,8 +231,13 @@ def in_range(numbers: NDArray[np.float32] | NDArray[np.float16]) -> bool:
 
 def random_axes(count: int, dimensions: int, seed: int) -> NDArray[np.float64]:
     """Return unit axes, ``[count, dimensions]``; up to ``dimensions`` of them stand upright."""
-    turns = -(-count // dimensions)
-    return np.concatenate([_rotation(dimensions, seed + turn) for turn in range(turns)])[:count]
+    turns = range(0, count, dimensions)
+    return np.concatenate(
+        [
+            _upright(dimensions, min(count - at, dimensions), seed + turn).T
+            for turn, at in enumerate(turns)
+        ]
+    )
 
 
 def check_size(bits: int, dimensions: int) -> None:
@@ -246,8 +251,11 @@ def check_size(bits: int, dimensions: int) -> None:
         )
 
 
-def _rotation(size: int, seed: int) -> NDArray[np.float64]:
-    """Return a random rotation, every one equally likely (QR of a matrix of normal numbers)."""
+def _upright(size: int, count: int, seed: int) -> NDArray[np.float64]:
+    """Return ``count`` upright unit columns of ``size``, all equally likely (QR of normal numbers).
+
+    It takes ``size * count * count`` steps, not ``size`` cubed.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
-    q, r = np.linalg.qr(generator.standard_normal((size, size)))
+    q, r = np.linalg.qr(generator.standard_normal((size, count)))
     return np.asarray(q * np.sign(np.diagonal(r)), np.float64)

@@ -51,10 +51,13 @@ from pyagent_node.node.context_messages import (
     unpack_scores,
     unpack_uses,
 )
+from pyagent_node.sharding.context import minilm
+from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.owners import owner_table
 from pyagent_node.sharding.context.records import ChunkId, Version, encode_body, encode_record
 from pyagent_node.sharding.context.shares import ALL_GROUPS
 from pyagent_node.simulations.contexts import (
+    DIMENSIONS,
     ENCODER,
     MemoryContextStore,
     open_simulated_contexts,
@@ -344,3 +347,28 @@ async def test_one_odd_body_takes_no_sketches_from_the_others(autojump_clock):
             zip(ids, (0, 1, 0), strict=True)
         )
         assert {part.groups for part in parts.values()} == {ALL_GROUPS}
+
+
+async def test_vectors_of_another_length_make_no_work(autojump_clock):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    learned = ContextInfo("learned", OTHER, ContextPolicy(), minilm.IDENTITY, 1)
+    async with pair() as it:
+        it.log.become(state(contexts={"shelf": SHELF, "learned": learned}))
+        await it.stores[0].merge([encode_record(record)])
+        client = it.services[2].client
+        await client.likely(A, SHELF.id, toy_vector("text"))  # nobody knows better here
+        await it.stores[0].put_bodies(bodies)
+        made = it.services[0].server.models
+        asked: list[int] = []
+
+        def models(encoder: str, dimensions: int) -> Axes:
+            asked.append(dimensions)
+            return made(encoder, dimensions)
+
+        it.services[0].server.models = models
+        for context, length in ((SHELF.id, 4096), (SHELF.id, 4095), (OTHER, 64)):
+            with pytest.raises(PyAgentError) as caught:
+                await client.likely(A, context, np.ones(length, np.float32))
+            assert caught.value.code == "bad_vectors"
+        await client.likely(A, SHELF.id, toy_vector("text"))
+        assert asked == [DIMENSIONS]

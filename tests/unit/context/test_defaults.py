@@ -11,6 +11,7 @@ from pyagent_node.sharding.context.defaults import (
     learn_axes,
 )
 from pyagent_node.sharding.context.minilm import DIMENSIONS, IDENTITY
+from pyagent_node.sharding.context.sketches import random_axes
 
 
 @pytest.mark.parametrize("dimensions", [8, 64, 384])
@@ -28,6 +29,22 @@ def test_an_encoder_without_axes_gets_random_ones(dimensions: int) -> None:
     buckets = axes.buckets.of(vectors)
     assert buckets.max() < 256
     assert len(set(buckets.tolist())) > 40
+
+
+def test_axes_of_long_vectors_are_made_without_a_square_matrix(monkeypatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    qr = np.linalg.qr
+
+    def noting(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shapes.append(a.shape)
+        return qr(a)
+
+    monkeypatch.setattr(np.linalg, "qr", noting)
+    axes = random_axes(256, 1000, 1)
+    assert shapes == [(1000, 256)]
+    assert np.allclose(axes @ axes.T, np.eye(256), atol=1e-9)
+    assert random_axes(20, 8, 1).shape == (20, 8)
+    assert shapes[1:] == [(8, 8), (8, 8), (8, 4)]
 
 
 @pytest.mark.parametrize("dimensions", [0, 1 << 20])
