@@ -197,8 +197,12 @@ class Run:
     async def _heal(self, swarm: Swarm) -> None:
         """Wait until nothing is wrong any more; what still is in the end is a violation."""
         with trio.move_on_after(HEAL_SECONDS):
-            while list(_wrong(self._invariants, swarm)):  # noqa: ASYNC110 - of many nodes
+            waited = ""
+            while wrong := _wrong(self._invariants, swarm):
+                waited = ", which waited last for {}: {}".format(*wrong[0])
                 await trio.sleep(1.0)
+            # the last question has only what is left of the time: the story must say who took it
+            swarm.trace.add(None, "phase", f"everything is whole{waited}")
             await ask_last(swarm)
             if swarm.librarian is not None:
                 await swarm.librarian.ask_last()
