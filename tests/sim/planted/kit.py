@@ -16,8 +16,13 @@ from pyagent_node.simulations.run import Outcome, Run
 
 SILENCE_SECONDS = 1.5
 """People are less patient here than in a long run."""
-HEAL_SECONDS = 45.0
-"""What is not whole again after so long stays broken."""
+HEAL_SECONDS = 60.0
+"""What is not whole again after so long stays broken.
+
+The sum of what may come one after the other: 22 s until all is answered that was asked under faults
+(the slowest of these schedules), 30 s (``SENT_SECONDS``) in which every answer that is read keeps
+two tasks for a reader who may come back, and 8 s for the last answer and the calm after it.
+"""
 
 
 @dataclass(frozen=True)
