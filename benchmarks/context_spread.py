@@ -67,17 +67,18 @@ def sharded(found: Searched, axes: Axes) -> Row:
             for peer in order[:step]:
                 served |= owned[peer]
             hits[step] += bool(wanted & set(answers(number, served)[:8]))
-        probe, served, asked = Probe(chance, table, table), owned[here], 1
-        probe.served(here, served)
-        while wave := probe.wave():
-            for peer in wave:
-                served |= owned[peer]
-                probe.served(peer, owned[peer])
-            asked += len(wave)
-            top = answers(number, served)[:LOOKED]
+        others = [[peer for peer in row if peer != here] for row in table]
+        probe, met = Probe(chance, others, table), {here}
+        while groups_now := probe.step():
+            probe.served(groups_now & owned[here])
+            while wave := probe.wave():
+                met |= wave.keys()
+                for wanted_there in wave.values():
+                    probe.served(wanted_there)
+            top = answers(number, probe.groups)[:LOOKED]
             probe.look(frozenset(ChunkId(chunk.to_bytes(16, "big")) for chunk in top))
-        needed += bool(wanted & set(answers(number, served)[:8]))
-        contacted.append(asked)
+        needed += bool(wanted & set(answers(number, probe.groups)[:8]))
+        contacted.append(len(met))
     count = max(1, len(found.answers))
     row: Row = {f"nodes_{step}": round(hits[step] / count, 4) for step in STEPS}
     row["recall_at_8"] = round(needed / count, 4)

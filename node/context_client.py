@@ -200,12 +200,15 @@ class ContextClient:
         return found
 
     async def likely(
-        self, peer: PeerId, context: ContextId, vector: NDArray[np.float32]
+        self, peer: PeerId, context: ContextId, vector: NDArray[np.float32], groups: int
     ) -> tuple[int, tuple[int, ...], list[Likely]]:
-        """Return groups that a peer has looked through, their marks, and the likeliest windows."""
-        ask = AskLikely(context, len(vector))
+        """Return which of ``groups`` a peer has looked through, marks, and the likeliest windows.
+
+        Raises :class:`CorruptData` (``bad_context_message``) for an answer to something else.
+        """
+        ask = AskLikely(context, len(vector), groups)
         reply, tail = await self._ask(peer, ask, LikelyWindows, pack_vector(vector), SCORE_SECONDS)
-        return reply.groups, *unpack_likely(reply, tail)
+        return reply.groups, *unpack_likely(reply, tail, groups)
 
     async def tell_uses(self, peer: PeerId, context: ContextId, uses: dict[str, int]) -> None:
         """Say when documents were last used."""

@@ -175,16 +175,21 @@ class Parts(msgspec.Struct, frozen=True, tag="parts"):
 
 
 class AskLikely(msgspec.Struct, frozen=True, tag="ask_likely"):
-    """Ask for the likeliest windows by the sketches that a node holds; the tail is the vector."""
+    """Ask for the likeliest windows by the sketches that a node holds; the tail is the vector.
+
+    Only windows in ``groups`` (bit ``g`` stands for group ``g``) count.
+    """
 
     context: bytes
     dimensions: int
+    groups: int
 
 
 class LikelyWindows(msgspec.Struct, frozen=True, tag="likely_windows"):
     """The tail holds the marks of the slots of a catalog, then ``Likely`` in MessagePack.
 
-    ``groups`` are those that the node has looked through, of the chunks that the marks cover.
+    ``groups`` are those that the node has looked through, of the chunks that the marks cover: some
+    or all of those that it was asked for.
     """
 
     groups: int
@@ -327,6 +332,8 @@ def unpack_vector(ask: AskLikely, tail: bytes) -> NDArray[np.float32]:
     """Return the vector; raises :class:`CorruptData` (``bad_context_message``)."""
     if not 0 < ask.dimensions <= MAX_DIMENSIONS or len(tail) != 4 * ask.dimensions:
         raise _corrupt("holds no question")
+    if not 0 < ask.groups <= ALL_GROUPS:
+        raise _corrupt("asks for no groups that there are")
     vector = np.frombuffer(tail, "<f4").astype(np.float32)
     if not in_range(vector):
         raise _corrupt("holds no vector")
@@ -338,12 +345,19 @@ def pack_likely(marks: Sequence[int], found: Sequence[Likely]) -> bytes:
     return _pack_marks(marks) + _encode(list(found))
 
 
-def unpack_likely(reply: LikelyWindows, tail: bytes) -> tuple[tuple[int, ...], list[Likely]]:
-    """Return marks and windows; raises :class:`CorruptData` (``bad_context_message``)."""
+def unpack_likely(
+    reply: LikelyWindows, tail: bytes, asked: int
+) -> tuple[tuple[int, ...], list[Likely]]:
+    """Return marks and windows of a reply to a question for the groups ``asked``.
+
+    Raises :class:`CorruptData` (``bad_context_message``).
+    """
     size = SLOTS * MARK_BYTES
     _check_list(tail)
     if len(tail) < size or not 0 <= reply.groups <= ALL_GROUPS:
         raise _corrupt("holds no marks")
+    if reply.groups & ~asked:
+        raise _corrupt("is of groups that were not asked for")
     try:
         found = _decode_likely.decode(tail[size:])
     except (msgspec.DecodeError, ValueError, RecursionError):

@@ -1,14 +1,15 @@
 """Picks the candidates of a question: by this node's own sketches, or with those of other nodes.
 
-A node that has all sketches asks nobody.  Where they lie spread, the nodes that own the likeliest
-groups are asked (``sharding.context.probing``), others only while that changes something; if one
-does not answer, another owner is asked.
+Where sketches lie spread, the likeliest groups of windows are looked through, more of them only
+while that changes something (``sharding.context.probing``): those that are not here at the nodes
+that own them, and if one does not answer, at another owner.  Windows of no other groups are
+candidates, not even those whose sketches are here, so that all nodes answer alike.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -80,22 +81,19 @@ class Prober:
         partial: list[list[ChunkId]] = []
         axes = await self._server.axes(info.encoder, len(vector))
         here = self._reach.here
-        groups, _, found = await self._server.likely(info, vector)
-        elsewhere = frozenset(catalog.lacking(share, ALL_GROUPS))
-        merged.add(found)
-        if not elsewhere:
+        if not catalog.spread:
+            merged.add((await self._server.likely(info, vector, ALL_GROUPS))[2])
             return Picked(picked(merged.best(), (), catalog, live)[0], count, asked, 0, set())
+        own, elsewhere = self._server.ready(catalog, share), set(catalog.lacking(share, ALL_GROUPS))
         unsure |= dict.fromkeys(
-            chunk for chunk in catalog.lacking(share, groups) if self._is_live(chunk, live, info)
+            chunk for chunk in catalog.lacking(share, own) if self._is_live(chunk, live, info)
         )
-        holders = [self._reach.holders(group) for group in range(GROUPS)]
-        owners = [self._reach.owners(group) for group in range(GROUPS)]
-        probe = Probe(chances(axes.buckets, vector), holders, owners)
-        probe.served(here, groups)
+        others = [[peer for peer in row if peer != here] for row in self._rows(self._reach.holders)]
+        probe = Probe(chances(axes.buckets, vector), others, self._rows(self._reach.owners))
 
-        async def ask(peer: PeerId) -> None:
+        async def ask(peer: PeerId, wanted: int) -> None:
             try:
-                groups, marks, found = await self._client.likely(peer, info.id, vector)
+                groups, marks, found = await self._client.likely(peer, info.id, vector, wanted)
             except PyAgentError as error:
                 log.debug("%s said nothing of its sketches: %s", peer, error)
                 return
@@ -108,18 +106,19 @@ class Prober:
                 lambda chunk: chunk in elsewhere and self._is_live(chunk, live, info),
             )
             if len(doubtful) <= MAX_UNSURE:
-                probe.served(peer, groups)
+                probe.served(groups)
                 unsure.update(dict.fromkeys(doubtful))
             else:
                 partial.append(doubtful)
 
         with trio.move_on_after(PROBE_SECONDS):
-            while wave := probe.wave():
-                for peer in wave:
-                    probe.served(peer, 0)
-                async with trio.open_nursery() as nursery:
-                    for peer in wave:
-                        nursery.start_soon(ask, peer)
+            while groups := probe.step():
+                merged.add((await self._server.likely(info, vector, groups))[2])
+                probe.served(groups & own)
+                while wave := probe.wave():
+                    async with trio.open_nursery() as nursery:
+                        for peer, wanted in wave.items():
+                            nursery.start_soon(ask, peer, wanted)
                 probe.look(merged.top())
         unseen = 0
         if probe.short:
@@ -131,6 +130,10 @@ class Prober:
         candidates, strange = picked(merged.best(), unsure, catalog, live)
         newer = {said[chunk] for chunk in strange if chunk in said}
         return Picked(candidates, count, asked, unseen, newer)
+
+    @staticmethod
+    def _rows(of: Callable[[int], Sequence[PeerId]]) -> list[Sequence[PeerId]]:
+        return [of(group) for group in range(GROUPS)]
 
     def _is_live(self, chunk: ChunkId, live: set[str], info: ContextInfo) -> bool:
         place = self._store.catalog(info.id).locate(chunk)

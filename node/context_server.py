@@ -82,6 +82,7 @@ from pyagent_node.sharding.context.shares import (
     ALL_GROUPS,
     GROUPS,
     Part,
+    Share,
     encode_part,
     part_of,
 )
@@ -392,18 +393,25 @@ class ContextServer:
             )
 
     async def likely(
-        self, info: ContextInfo, vector: NDArray[np.float32]
+        self, info: ContextInfo, vector: NDArray[np.float32], asked: int
     ) -> tuple[int, tuple[int, ...], list[Likely]]:
-        """Return the groups that are here, what marks their chunks, and the likeliest windows.
+        """Return which of the groups are here, marks of their chunks, and the likeliest windows.
 
-        A group of which a few sketches are not here yet counts: the marks tell.
+        Only windows in the groups ``asked`` count.  A group of which a few sketches are not here
+        yet counts as here: the marks tell.
         """
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
         axes, now = await self.axes(info.encoder, len(vector)), self._now()
-        groups = catalog.ready(share, min(MAX_UNSURE, catalog.chunks // FEW))
+        groups = self.ready(catalog, share)
         marks = catalog.covered(share, groups)
         table = await self._offload(lambda: catalog.table(axes.model, info.policy, now, share))
-        return groups, marks, await self._offload(lambda: likely(table, vector))
+        found = await self._offload(lambda: likely(table, vector, asked))
+        return groups & asked, marks, found
+
+    @staticmethod
+    def ready(catalog: Catalog, share: Share) -> int:
+        """Return the groups of which all sketches are here, but for those of a few chunks."""
+        return catalog.ready(share, min(MAX_UNSURE, catalog.chunks // FEW))
 
     async def _likely(
         self, peer: PeerId, ask: AskLikely, tail: bytes
@@ -411,7 +419,7 @@ class ContextServer:
         self._check_member(peer)
         info, vector = self._info(ask.context), unpack_vector(ask, tail)
         await self._check_length(info, len(vector))
-        groups, marks, found = await self.likely(info, vector)
+        groups, marks, found = await self.likely(info, vector, ask.groups)
         return LikelyWindows(groups), pack_likely(marks, found)
 
     def _budget(

@@ -43,6 +43,8 @@ MAX_DOCUMENTS: Final = 1 << 20
 """The most sources of a context, removed ones that are remembered included."""
 MAX_CATALOG: Final = 4 << 30
 """The most bytes of the records of a context, as they are encoded."""
+GROUP_UNKNOWN: Final = 255
+"""In a table: the group of a window whose record is not bare."""
 _NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
 
 
@@ -58,7 +60,8 @@ class Table(NamedTuple):
     """The sketches of all windows of some documents, and whose they are.
 
     Row ``w`` is a window of chunk ``ordinals[w]`` of ``records[documents[w]]``, and the
-    ``places[w]``-th of that chunk.
+    ``places[w]``-th of that chunk; it is in group ``groups[w]`` (:data:`GROUP_UNKNOWN`: of a record
+    that is not bare).
     """
 
     records: tuple[DocumentRecord, ...]
@@ -66,6 +69,7 @@ class Table(NamedTuple):
     documents: NDArray[np.uint32]
     ordinals: NDArray[np.uint32]
     places: NDArray[np.uint32]
+    groups: NDArray[np.uint8]
 
 
 def slot_of(source: str) -> int:
@@ -202,6 +206,11 @@ class Catalog:
     def windows(self) -> int:
         """Windows of all documents, fresh or not."""
         return self._windows
+
+    @property
+    def spread(self) -> bool:
+        """Whether there are bare records: sketches of those lie with the owners of their groups."""
+        return bool(self._bare)
 
     def marks(self) -> tuple[int, ...]:
         """Return for each slot the sum (exclusive or) of the ids of its chunks that have bodies.
@@ -367,6 +376,7 @@ def _table(
     kept: list[DocumentRecord] = []
     packed = [np.zeros((0, width), np.uint8)]
     weights = [np.zeros(0, np.float16)]
+    groups = [np.zeros(0, np.uint8)]
     documents, ordinals, places = _empty(), _empty(), _empty()
     for record in records:
         if not record.windows:
@@ -384,6 +394,7 @@ def _table(
                 documents.append(np.full(len(part), len(kept), np.uint32))
                 ordinals.append(np.full(len(part), at, np.uint32))
                 places.append(part.at())
+                groups.append(np.frombuffer(part.group_of, np.uint8))
             if own:
                 kept.append(record)
             continue
@@ -397,6 +408,7 @@ def _table(
         ordinals.append(np.repeat(np.arange(len(counts), dtype=np.uint32), counts))
         firsts = np.repeat((np.cumsum(counts) - counts).astype(np.uint32), counts)
         places.append(np.arange(len(rows), dtype=np.uint32) - firsts)
+        groups.append(np.full(len(rows), GROUP_UNKNOWN, np.uint8))
         kept.append(record)
     return Table(
         tuple(kept),
@@ -404,6 +416,7 @@ def _table(
         np.concatenate(documents),
         np.concatenate(ordinals),
         np.concatenate(places),
+        np.concatenate(groups),
     )
 
 

@@ -2,14 +2,16 @@
 
 A window like the question has most likely the signs that the question's vector has, and the nearer
 that one lies to a border the likelier the other sign: so every group of windows has a chance
-(:func:`chances`), and a node's worth is the chance of the groups it has that nobody was asked for
-yet.  Nodes are asked in waves, the worthiest first, until what is left has hardly a chance or a
-wave has changed nothing (:class:`Probe`).  (Margin-ordered probes: Lv, Josephson, Wang, Charikar
-and Li, "Multi-Probe LSH", VLDB 2007.)
+(:func:`chances`).  Groups are looked through in steps, the likeliest first (:func:`steps`), until
+what is left has hardly a chance or a step has changed nothing (:class:`Probe`).  Which groups those
+are follows from the question's vector and from what is in them, and windows of no others count: so
+it is the same whoever asks, and whatever that one has itself.  (Margin-ordered probes: Lv,
+Josephson, Wang, Charikar and Li, "Multi-Probe LSH", VLDB 2007.)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
@@ -18,23 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.types import PeerId
-from pyagent_node.sharding.context.catalog import Catalog, Table
+from pyagent_node.sharding.context.catalog import GROUP_UNKNOWN, Catalog, Table
 from pyagent_node.sharding.context.index import RERANKED
 from pyagent_node.sharding.context.records import ChunkId
 from pyagent_node.sharding.context.search import Candidate
-from pyagent_node.sharding.context.shares import GROUP_BITS, GROUPS
-from pyagent_node.sharding.context.sketches import Buckets
+from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUP_BITS, GROUPS
+from pyagent_node.sharding.context.sketches import Buckets, Sketches
 
 SCALE: Final = 0.05
 """How far from a border a sign is three times as likely as the other (chosen on MiniLM)."""
 FIRST: Final = 0.9
-"""The first wave of nodes has groups of so much chance together,"""
-WAVE: Final = 2
-"""a later one has so many nodes,"""
+"""The groups of the first step have so much chance together,"""
+STEP: Final = 8
+"""a later step has so many groups more,"""
 REST: Final = 0.01
 """and groups of so little chance together are not asked for."""
 LOOKED: Final = 16
-"""The best chunks by their sketches: a wave that changes none of them is the last."""
+"""The best chunks by their sketches: a step that changes none of them is the last."""
 MAX_UNSURE: Final = 256
 """A node that may lack sketches of more chunks has not answered for its groups."""
 
@@ -58,15 +60,48 @@ def chances(buckets: Buckets, vector: NDArray[np.float32]) -> NDArray[np.float64
     return found
 
 
-def likely(table: Table, vector: NDArray[np.float32], count: int = RERANKED) -> list[Likely]:
-    """Return the ``count`` likeliest windows by their sketches, by chunk."""
-    if not len(table.sketches):
+def steps(chance: NDArray[np.float64]) -> list[int]:
+    """Return the sets of groups to look through, each with all of the one before, likeliest first.
+
+    The last one leaves no more than :data:`REST` of the chance out.
+    """
+    found: list[int] = []
+    groups, rest, more = 0, 1.0, 0
+    for group in sorted(range(GROUPS), key=lambda each: (-chance[each], each)):
+        groups |= 1 << group
+        rest -= float(chance[group])
+        more += 1
+        last = rest <= REST or groups == ALL_GROUPS
+        if last or (more >= STEP if found else rest <= 1 - FIRST):
+            found.append(groups)
+            more = 0
+        if last:
+            break
+    return found
+
+
+def likely(
+    table: Table, vector: NDArray[np.float32], groups: int = ALL_GROUPS, count: int = RERANKED
+) -> list[Likely]:
+    """Return the ``count`` likeliest windows in some groups by their sketches, by chunk.
+
+    Of records that are not bare all windows count: in which groups they are their sketches do not
+    tell.  Such stand beside bare ones only until the sketches of a context lie spread.
+    """
+    sketches, at = table.sketches, np.arange(len(table.sketches))
+    if groups != ALL_GROUPS:
+        wanted = np.ones(GROUP_UNKNOWN + 1, bool)
+        wanted[:GROUPS] = [bool(groups >> group & 1) for group in range(GROUPS)]
+        at = np.flatnonzero(wanted[table.groups])
+        sketches = Sketches(sketches.model, sketches.packed[at], sketches.weights[at])
+    if not len(at):
         return []
-    rows, estimates = table.sketches.nearest(vector, count)
+    best, estimates = sketches.nearest(vector, count)
+    rows = at[best]
     found: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for row, estimate in zip(rows, estimates, strict=True):
-        at = (int(table.documents[row]), int(table.ordinals[row]))
-        found.setdefault(at, []).append((int(table.places[row]), float(estimate)))
+        chunk = (int(table.documents[row]), int(table.ordinals[row]))
+        found.setdefault(chunk, []).append((int(table.places[row]), float(estimate)))
     return [
         Likely(
             table.records[document].id_of(ordinal),
@@ -140,10 +175,11 @@ def unsure_of(
 
 
 class Probe:
-    """Says whom to ask next.
+    """Says which groups to look through next, and whom to ask for them.
 
     ``sources`` has for each group the nodes that may have it, those that own it first; ``owners``
-    are those.  All owners of a group are equally good.
+    are those.  All owners of a group are equally good.  A step is looked through to its end before
+    the next one begins, so that neither the asker nor who answers first makes a difference.
     """
 
     def __init__(
@@ -153,55 +189,71 @@ class Probe:
         owners: Sequence[Collection[PeerId]],
     ) -> None:
         self._chance, self._sources, self._owners = chance, sources, owners
+        self._steps = steps(chance)
+        self._next = 0
         self._served = 0
-        self._asked: set[PeerId] = set()
+        self._asked: list[set[PeerId]] = [set() for _ in range(GROUPS)]
+        self._met: set[PeerId] = set()
         self._top: frozenset[ChunkId] | None = None
         self._settled = False
         self._looked = 0
 
     @property
+    def groups(self) -> int:
+        """The groups of all steps so far."""
+        return self._steps[self._next - 1] if self._next else 0
+
+    @property
     def short(self) -> bool:
         """Whether there are groups that should have been answered for, and were not."""
-        if self._settled:
-            return False
-        left = [group for group in range(GROUPS) if not self._served >> group & 1]
+        wanted = self.groups if self._settled else self._steps[-1]
+        left = _members(wanted & ~self._served)
         return float(sum(self._chance[group] for group in left)) > REST
 
-    def served(self, peer: PeerId, groups: int) -> None:
-        """Note that a node was asked, and has answered for ``groups``."""
-        self._asked.add(peer)
+    def step(self) -> int:
+        """Begin the next step; returns the groups that are new in it, 0 when it is enough."""
+        if self._settled or self._next == len(self._steps):
+            return 0
+        before = self.groups
+        self._next += 1
+        return self.groups & ~before
+
+    def served(self, groups: int) -> None:
+        """Note that somebody has answered for ``groups``."""
         self._served |= groups
 
     def look(self, top: frozenset[ChunkId]) -> None:
-        """Note what the best chunks are after a wave; one that nobody answered says nothing."""
+        """Note what the best chunks are after a step; one that nobody answered says nothing."""
         if self._served != self._looked:
-            self._settled = top == self._top
+            self._settled = bool(top) and top == self._top
             self._top, self._looked = top, self._served
-        elif self._top is None:
-            self._top = frozenset()
 
-    def wave(self) -> list[PeerId]:
-        """Return the nodes to ask now; none when it is enough, or there is nobody else."""
-        hoped = self._served
-        wave: list[PeerId] = []
-        while True:
-            left = [group for group in range(GROUPS) if not hoped >> group & 1]
-            rest = sum(float(self._chance[group]) for group in left)
-            first = self._top is None
-            enough = rest <= (1 - FIRST if first and wave else REST)
-            if enough or self._settled or (not first and len(wave) == WAVE):
-                return wave
-            worth: dict[PeerId, float] = {}
-            for group in left:
-                for peer in self._options(group):
-                    if peer not in wave:
-                        worth[peer] = worth.get(peer, 0.0) + float(self._chance[group])
-            if not worth:
-                return wave
-            best = min(worth, key=lambda peer: (-worth[peer], peer))
-            wave.append(best)
-            hoped |= sum(1 << group for group in left if best in self._options(group))
+    def wave(self) -> dict[PeerId, int]:
+        """Return the nodes to ask now, and for which groups; none when there is nobody else.
+
+        As few nodes as will do, those that were asked before rather than others.
+        """
+        left = {
+            group: options
+            for group in _members(self.groups & ~self._served)
+            if (options := self._options(group))
+        }
+        wave: dict[PeerId, int] = {}
+        while left:
+            worth = Counter(peer for options in left.values() for peer in options)
+            best = min(worth, key=lambda peer: (-worth[peer], peer not in self._met, peer))
+            own = [group for group, options in left.items() if best in options]
+            wave[best] = sum(1 << group for group in own)
+            self._met.add(best)
+            for group in own:
+                self._asked[group].add(best)
+                del left[group]
+        return wave
 
     def _options(self, group: int) -> list[PeerId]:
-        rest = [peer for peer in self._sources[group] if peer not in self._asked]
+        rest = [peer for peer in self._sources[group] if peer not in self._asked[group]]
         return [peer for peer in rest if peer in self._owners[group]] or rest[:1]
+
+
+def _members(groups: int) -> list[int]:
+    return [group for group in range(GROUPS) if groups >> group & 1]

@@ -106,8 +106,11 @@ def part_of(body: ChunkBody, axes: Axes, groups: int) -> Part:
     vectors = body.matrix()
     bucket = axes.buckets.of(vectors) & (GROUPS - 1)
     at = np.flatnonzero([bool(groups >> int(group) & 1) for group in bucket])
-    packed, weights = axes.model.sketch(vectors[at])
-    return _part(groups, at.astype(np.uint32), bucket[at].astype(np.uint8), packed, weights)
+    # All are made together, for a product's last digits vary with its shape, and all owners of a
+    # group are to have the same sketches, whatever other groups they have.
+    packed, weights = axes.model.sketch(vectors)
+    rows = at.astype(np.uint32)
+    return _part(groups, rows, bucket[at].astype(np.uint8), packed[at], weights[at])
 
 
 def encode_part(part: Part) -> bytes:

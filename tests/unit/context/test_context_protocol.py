@@ -26,6 +26,7 @@ from pyagent_node.node.context_messages import (
     MAX_LIST_BYTES,
     AskBodies,
     AskHeld,
+    AskLikely,
     AskRecords,
     AskScores,
     AskSlots,
@@ -33,6 +34,7 @@ from pyagent_node.node.context_messages import (
     Bodies,
     Done,
     Held,
+    LikelyWindows,
     PutBodies,
     Records,
     Scores,
@@ -43,17 +45,23 @@ from pyagent_node.node.context_messages import (
     Wanted,
     first_parts,
     pack,
+    pack_likely,
     pack_question,
     pack_uses,
+    pack_vector,
     unpack,
     unpack_ids,
+    unpack_likely,
     unpack_question,
     unpack_scores,
     unpack_uses,
+    unpack_vector,
 )
 from pyagent_node.sharding.context import minilm
+from pyagent_node.sharding.context.catalog import SLOTS
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.owners import owner_table
+from pyagent_node.sharding.context.probing import Likely
 from pyagent_node.sharding.context.records import ChunkId, Version, encode_body, encode_record
 from pyagent_node.sharding.context.shares import ALL_GROUPS
 from pyagent_node.simulations.contexts import (
@@ -109,6 +117,22 @@ def test_questions_are_within_bounds() -> None:
             unpack_question(ask, tail)
     with pytest.raises(CorruptData):
         unpack_ids(bytes(16 * (MAX_IDS + 1)))
+
+
+def test_likely_windows_are_asked_for_and_told_within_groups() -> None:
+    vector = np.ones(4, np.float32)
+    tail = pack_vector(vector)
+    for groups in (1, ALL_GROUPS):
+        assert (unpack_vector(AskLikely(SHELF.id, 4, groups), tail) == vector).all()
+    for groups in (0, -1, ALL_GROUPS + 1, 1 << 70):
+        with pytest.raises(CorruptData):
+            unpack_vector(AskLikely(SHELF.id, 4, groups), tail)
+    told = pack_likely([0] * SLOTS, [Likely(bytes(16), (3,), (0.5,))])
+    for groups in (0, 0b100, 0b101):
+        assert unpack_likely(LikelyWindows(groups), told, 0b101)[1][0].places == (3,)
+    for groups in (0b010, 0b111, -1, ALL_GROUPS + 1):
+        with pytest.raises(CorruptData):
+            unpack_likely(LikelyWindows(groups), told, 0b101)
 
 
 def test_times_of_use_are_times() -> None:
@@ -356,7 +380,7 @@ async def test_vectors_of_another_length_make_no_work(autojump_clock):
         it.log.become(state(contexts={"shelf": SHELF, "learned": learned}))
         await it.stores[0].merge([encode_record(record)])
         client = it.services[2].client
-        await client.likely(A, SHELF.id, toy_vector("text"))  # nobody knows better here
+        await client.likely(A, SHELF.id, toy_vector("text"), ALL_GROUPS)  # nobody knows better here
         await it.stores[0].put_bodies(bodies)
         made = it.services[0].server.models
         asked: list[int] = []
@@ -368,7 +392,7 @@ async def test_vectors_of_another_length_make_no_work(autojump_clock):
         it.services[0].server.models = models
         for context, length in ((SHELF.id, 4096), (SHELF.id, 4095), (OTHER, 64)):
             with pytest.raises(PyAgentError) as caught:
-                await client.likely(A, context, np.ones(length, np.float32))
+                await client.likely(A, context, np.ones(length, np.float32), ALL_GROUPS)
             assert caught.value.code == "bad_vectors"
-        await client.likely(A, SHELF.id, toy_vector("text"))
+        await client.likely(A, SHELF.id, toy_vector("text"), ALL_GROUPS)
         assert asked == [DIMENSIONS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,9 +19,11 @@ from pyagent_node.sharding.context.probing import (
     chances,
     likely,
     picked,
+    steps,
     unsure_of,
 )
 from pyagent_node.sharding.context.records import (
+    ChunkId,
     Version,
     bare,
     decode_record,
@@ -107,7 +111,7 @@ def test_all_parts_together_answer_as_the_whole_record_does() -> None:
     half = ALL_GROUPS // 3
     for groups in (half, ALL_GROUPS & ~half, half):  # two owners may say the same
         table = catalog(whole=False).table(model, policy, 20.0, parts(groups))
-        merged.add(likely(table, question, 7))
+        merged.add(likely(table, question, count=7))
     assert {chunk: set(own) for chunk, own in merged.best(7).items()} == expected
 
 
@@ -175,18 +179,48 @@ def test_chances_are_those_of_the_signs() -> None:
     assert int(found.argmax()) == int(bucket) % GROUPS
 
 
-def test_the_likeliest_nodes_are_asked_first_and_others_while_it_changes_something() -> None:
+def test_groups_are_looked_through_in_steps_the_likeliest_first() -> None:
+    chance = np.zeros(GROUPS)
+    chance[:4] = (0.6, 0.31, 0.05, 0.04)
+    assert steps(chance) == [0b11, 0b1111]
+    even = steps(np.full(GROUPS, 1 / GROUPS))
+    assert [each.bit_count() for each in even] == [58, 64]
+    for vector in (toy_vector("the keeper"), toy_vector("what says the lamp")):
+        found = steps(chances(toy_axes().buckets, vector))
+        assert all(not one & ~other for one, other in pairwise(found))
+        assert len(found) == len(set(found))
+
+
+def test_as_few_nodes_as_will_do_are_asked_and_others_while_it_changes_something() -> None:
     chance = np.zeros(GROUPS)
     chance[:4] = (0.6, 0.31, 0.05, 0.04)
     owners = [(A, B), (B, C), (C, A), (A,)] + [(A, B)] * (GROUPS - 4)
     probe = Probe(chance, owners, owners)
-    assert probe.wave() == [B]  # 0.91
-    probe.served(B, 0b0011)
+    assert probe.step() == 0b0011
+    assert probe.wave() == {B: 0b0011}
+    probe.served(0b0011)
+    assert probe.wave() == {}
     probe.look(frozenset({BODIES[0].id}))
-    assert probe.wave() == [A]  # has both of the rest
-    probe.served(A, 0b1101)
+    assert probe.step() == 0b1100
+    assert probe.wave() == {A: 0b1100}
+    probe.served(0b1100)
     probe.look(frozenset())
-    assert probe.wave() == []
+    assert probe.step() == 0
+    assert not probe.short
+
+
+def test_a_step_that_changes_nothing_is_the_last() -> None:
+    chance = np.full(GROUPS, 1e-9)
+    chance[:20] = [0.9] + [0.1 / 19] * 19
+    probe = Probe(chance, [(A,)] * GROUPS, [(A,)] * GROUPS)
+    top = frozenset({BODIES[0].id})
+    for _ in range(2):
+        groups = probe.step()
+        assert probe.wave() == {A: groups}
+        probe.served(groups)
+        probe.look(top)
+    assert probe.groups.bit_count() < 20
+    assert probe.step() == 0
     assert not probe.short
 
 
@@ -194,17 +228,66 @@ def test_another_owner_is_asked_for_one_that_is_silent_then_who_owned_before() -
     chance = np.zeros(GROUPS)
     chance[0] = 1.0
     probe = Probe(chance, [(A, B, C)] * GROUPS, [(A, B)] * GROUPS)
-    assert probe.wave() == [A]
-    probe.served(A, 0)
+    assert probe.step() == 1
+    for peer in (A, B, C):
+        assert probe.wave() == {peer: 1}
+    assert probe.wave() == {}
     probe.look(frozenset())
-    assert probe.wave() == [B]
-    probe.served(B, 0)
-    probe.look(frozenset())
-    assert probe.wave() == [C]
-    probe.served(C, 0)
-    probe.look(frozenset())
-    assert probe.wave() == []
+    assert probe.step() == 0
     assert probe.short
+
+
+def test_only_windows_in_the_wanted_groups_are_offered() -> None:
+    question = toy_vector("what does the miller of the harbour keep")
+    table = catalog(whole=False).table(toy_axes().model, ContextPolicy(), 20.0, parts(ALL_GROUPS))
+    groups = {int(group) for group in table.groups}
+    assert len(groups) > 2
+    wanted = 1 << min(groups) | 1 << max(groups)
+    offered = {
+        (each.id, place) for each in likely(table, question, wanted) for place in each.places
+    }
+    some = parts(wanted).copy()
+    assert offered == {(chunk, int(at)) for chunk, part in some.items() for at in part.at()}
+    assert likely(table, question, ALL_GROUPS & ~sum(1 << group for group in groups)) == []
+    whole = catalog(whole=True).table(toy_axes().model, ContextPolicy(), 20.0)
+    assert likely(whole, question, wanted) == likely(whole, question)
+
+
+def test_sketches_do_not_depend_on_what_else_an_owner_has() -> None:
+    for body in BODIES:
+        every = part_of(body, toy_axes(), ALL_GROUPS)
+        for group in range(GROUPS):
+            assert part_of(body, toy_axes(), 1 << group) == every.within(1 << group)
+
+
+@given(sets, sets, sets, st.integers(0, 200))
+@settings(deadline=None, max_examples=40)
+def test_the_candidates_do_not_depend_on_who_asks(a: int, b: int, c: int, word: int) -> None:
+    """Three nodes with some groups each, whatever they are: all pick the same windows."""
+    vector = toy_vector(f"who keeps {word} lamps for the weaver of the village")
+    held = {A: a, B: b | ALL_GROUPS & ~(a | c), C: c}
+    owners = [[p for p in held if held[p] >> group & 1] for group in range(GROUPS)]
+    tables = {
+        peer: catalog(whole=False).table(toy_axes().model, ContextPolicy(), 20.0, parts(groups))
+        for peer, groups in held.items()
+    }
+
+    def picked_by(asker: PeerId) -> tuple[dict[ChunkId, list[int]], int]:
+        merged = Merged()
+        others = [[peer for peer in row if peer != asker] for row in owners]
+        probe = Probe(chances(toy_axes().buckets, vector), others, owners)
+        while groups := probe.step():
+            merged.add(likely(tables[asker], vector, groups, 5))
+            probe.served(groups & held[asker])
+            while wave := probe.wave():
+                for peer, wanted in wave.items():
+                    merged.add(likely(tables[peer], vector, wanted, 5))
+                    probe.served(wanted & held[peer])
+            probe.look(merged.top())
+        assert not probe.short
+        return merged.best(5), probe.groups
+
+    assert picked_by(A) == picked_by(B) == picked_by(C)
 
 
 @given(
