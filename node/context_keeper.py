@@ -136,26 +136,33 @@ class SketchKeeper:
         failed = 0
         for at in range(0, len(lacking), BATCH):
             buckets: dict[ChunkId, int] = {}
+            windows: dict[ChunkId, int] = {}
             for chunk in lacking[at : at + BATCH]:
                 place = catalog.locate(chunk)
                 if place is not None:
-                    buckets[chunk] = place[0].chunks[place[1]].bucket
+                    row = place[0].chunks[place[1]]
+                    buckets[chunk], windows[chunk] = row.bucket, row.windows
             found: dict[ChunkId, Part] = {}
 
             async def ask(
-                peer: PeerId, chunks: list[ChunkId], found: dict[ChunkId, Part] = found
+                peer: PeerId,
+                chunks: list[ChunkId],
+                found: dict[ChunkId, Part] = found,
+                windows: dict[ChunkId, int] = windows,
             ) -> Collection[ChunkId]:
                 if peer == self._reach.here:
                     some = await self._server.parts(info, chunks, wanted)
                 else:
                     some = await self._client.parts(peer, info.id, chunks, wanted)
+                some = {chunk: part for chunk, part in some.items() if part.fits(windows[chunk])}
                 found.update(some)
                 return some.keys()
 
             failed += len(await self._reach.gather(buckets, ask))
             for chunk, part in found.items():
                 held = share.get(chunk)
-                found[chunk] = held.joined(part) if held is not None else part
+                if held is not None and held.fits(windows[chunk]):
+                    found[chunk] = held.joined(part)
             if found:
                 await self._store.put_parts(info.id, found)
             self.made += len(found)

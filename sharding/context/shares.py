@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import CorruptData
+from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.records import MAX_CHUNK_WINDOWS, ChunkBody, ChunkId
-from pyagent_node.sharding.context.sketches import MAX_BITS
+from pyagent_node.sharding.context.sketches import BITS, MAX_BITS
 
 GROUP_BITS: Final = 6
 GROUPS: Final = 1 << GROUP_BITS
@@ -82,9 +82,23 @@ class Part(msgspec.Struct, frozen=True, gc=False, array_like=True):
             self.scales()[keep],
         )
 
+    def fits(self, windows: int) -> bool:
+        """Whether this can be of a chunk of so many windows: each is one of them, and packed so."""
+        if not len(self):
+            return True
+        return self.width == BITS // 8 and int(self.at().max()) < windows
+
     def joined(self, other: Part) -> Part:
-        """Return this part and what another one has besides."""
+        """Return this part and what another one has besides.
+
+        Raises :class:`InvalidRequest` (``bad_sketches``) for sketches of two sizes.
+        """
         rest = other.within(other.groups & ~self.groups)
+        if len(self) and len(rest) and self.width != rest.width:
+            raise InvalidRequest(
+                f"Sketches of {self.width} and {rest.width} bytes are no part of one chunk.",
+                code="bad_sketches",
+            )
         return Part(
             self.groups | other.groups,
             self.places + rest.places,

@@ -62,14 +62,22 @@ from pyagent_node.sharding.context.catalog import SLOTS
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.owners import owner_table
 from pyagent_node.sharding.context.probing import Likely
-from pyagent_node.sharding.context.records import ChunkId, Version, encode_body, encode_record
-from pyagent_node.sharding.context.shares import ALL_GROUPS
+from pyagent_node.sharding.context.records import (
+    ChunkId,
+    Version,
+    bare,
+    encode_body,
+    encode_record,
+    record_digest,
+)
+from pyagent_node.sharding.context.shares import ALL_GROUPS, Part, part_of
 from pyagent_node.simulations.contexts import (
     DIMENSIONS,
     ENCODER,
     MemoryContextStore,
     open_simulated_contexts,
     removal,
+    toy_axes,
     toy_document,
     toy_vector,
 )
@@ -396,3 +404,28 @@ async def test_vectors_of_another_length_make_no_work(autojump_clock):
             assert caught.value.code == "bad_vectors"
         await client.likely(A, SHELF.id, toy_vector("text"), ALL_GROUPS)
         assert asked == [DIMENSIONS]
+
+
+async def test_sketches_that_do_not_fit_the_record_are_not_taken(autojump_clock):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    short = encode_record(bare(record, record_digest(encode_record(record))))
+    (body,) = bodies
+    good = part_of(body, toy_axes(), ALL_GROUPS)
+    far = msgspec.structs.replace(good, places=b"\x09\0" * len(good))
+    narrow = msgspec.structs.replace(good, packed=b"x" * len(good))
+    async with pair() as it:
+        given = [far, narrow, good]
+
+        async def parts(info: ContextInfo, chunks: object, groups: int) -> dict[ChunkId, Part]:
+            return {body.id: given[0]}
+
+        it.services[1].server.parts = parts  # type: ignore[method-assign]
+        store, keeper = it.stores[0], it.services[0].keeper
+        await store.merge([short])
+        for _ in range(2):
+            assert await keeper._get(SHELF, ALL_GROUPS) == 1
+            assert not store.share(SHELF.id)
+            del given[0]
+        store.share(SHELF.id).put({body.id: msgspec.structs.replace(narrow, groups=1)})
+        assert await keeper._get(SHELF, ALL_GROUPS) == 0
+        assert store.share(SHELF.id).get(body.id) == good

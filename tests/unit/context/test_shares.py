@@ -135,6 +135,22 @@ def test_parts_are_cut_and_joined_without_loss(one: int, other: int) -> None:
     assert windows(part_of(body, toy_axes(), one | other)) == windows(both)
 
 
+def test_a_part_has_the_width_of_all_and_windows_of_its_chunk_only() -> None:
+    every = part_of(BODIES[0], toy_axes(), ALL_GROUPS)
+    count = len(BODIES[0].spans)
+    assert every.fits(count)
+    assert not every.fits(count - 1)
+    assert Part(1, b"", b"", b"", b"").fits(0)
+    own = every.group_of[0]
+    narrow = Part(1 << own, b"\0\0", bytes([own]), b"x", b"\0\0")
+    assert not narrow.fits(count)
+    other = part_of(BODIES[0], toy_axes(), ALL_GROUPS & ~(1 << own))
+    for one, two in ((narrow, other), (other, narrow)):
+        with pytest.raises(InvalidRequest) as caught:
+            one.joined(two)
+        assert caught.value.code == "bad_sketches"
+
+
 @given(st.data())
 @settings(deadline=None, max_examples=60)
 def test_hostile_parts_are_refused_or_sound(data: st.DataObject) -> None:
