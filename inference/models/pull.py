@@ -63,8 +63,8 @@ async def pull(
     Without a ``name`` it is called after its file, and, where another model is called so, by the
     beginning of its digest, too.  A model that is here already keeps its name and is returned at
     once.  Of two pulls of one source, in this process or another, the second waits for the first.
-    ``progress`` gets bytes of the download.  A folder of safetensors becomes a GGUF file in f16,
-    and its model's name says so.
+    A folder of safetensors becomes a GGUF file in f16, and its model's name says so.  ``progress``
+    gets bytes of the download, or of what is converted.
 
     ``HF_ENDPOINT`` and ``HF_TOKEN`` (or ``HUGGING_FACE_HUB_TOKEN``) of ``environment`` are used for
     ``hf:``.  Raises :class:`InvalidRequest` (``bad_source``, ``bad_name``, ``bad_sha256``),
@@ -95,7 +95,9 @@ async def pull(
             return here
         if isinstance(parsed, FileSource) and parsed.path.is_dir():
             about = msgspec.structs.replace(about, name=name or _of_type(about.name))
-            return await trio.to_thread.run_sync(_convert, store, parsed.path, about, named)
+            return await trio.to_thread.run_sync(
+                _convert, store, parsed.path, about, named, progress
+            )
         if isinstance(parsed, FileSource):
             return await trio.to_thread.run_sync(_add, store, parsed.path, about, False, named)
         if named:
@@ -197,17 +199,34 @@ def _of_type(name: str) -> str:
     return name if name.endswith("f16") else f"{name[: MAX_NAME - 4]}-f16"
 
 
-def _convert(store: ModelStore, folder: Path, about: About, named: bool) -> StoredModel:
-    """Make a GGUF file of a folder of safetensors, on the store's disk, and take it."""
+def _convert(
+    store: ModelStore, folder: Path, about: About, named: bool, progress: Progress | None
+) -> StoredModel:
+    """Make a GGUF file of a folder of safetensors, on the store's disk, and take it.
+
+    In a thread of trio; ends soon after its task was cancelled.
+    """
     from pyagent_node.inference.formats.convert import convert  # noqa: PLC0415 - seldom, and slow
 
     if named and not about.sha256:
         _check_free(store, about.name, source=about.source)
     place = store.layout.downloads()
-    with mapped(place, "writing"), tempfile.TemporaryDirectory(dir=place) as made:
+    roomy = False
+
+    def report(done: int, total: int) -> None:
+        nonlocal roomy
+        trio.from_thread.check_cancelled()
+        if not roomy:
+            store.layout.check_room(total)
+            roomy = True
+        if progress is not None:
+            trio.from_thread.run_sync(progress, done, total)
+
+    # The store removes what is called so and was left by a crash.
+    with mapped(place, "writing"), tempfile.TemporaryDirectory(prefix="copy.", dir=place) as made:
         path = Path(made, "model.gguf")
         try:
-            convert(folder, path, to="gguf")
+            convert(folder, path, to="gguf", report=report)
         except Unsupported as error:
             if error.code == "no_vocabulary":
                 error.remedy = (

@@ -12,11 +12,19 @@ from types import ModuleType
 import msgspec
 import numpy as np
 import pytest
+import trio
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 
-from pyagent_node.base.errors import Conflict, CorruptData, InvalidRequest, NotFound, Unsupported
+from pyagent_node.base.errors import (
+    Conflict,
+    CorruptData,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.formats import convert as converting
 from pyagent_node.inference.formats import safetensors_out
@@ -284,6 +292,41 @@ async def test_a_folder_that_is_pulled_becomes_a_gguf_file(tmp_path: Path) -> No
     assert (await pull(store, f"file:{tmp_path / 'st'}")).digest == found.digest
     assert (await pull(store, f"file:{tmp_path / 'st'}", name="mine")).name == "mine"
     assert not [path for path in store.layout.downloads().iterdir() if path.suffix != ".lock"]
+
+
+async def test_pulling_a_folder_checks_room_says_how_far_it_is_and_ends_when_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(tiny_model(tmp_path / "m.gguf", tokens=True), tmp_path / "st", to="safetensors")
+    store, source = ModelStore(tmp_path / "store"), f"file:{tmp_path / 'st'}"
+    downloads = store.layout.downloads()
+    told: list[tuple[int, int | None]] = []
+    places: list[str] = []
+
+    def progress(done: int, total: int | None) -> None:
+        told.append((done, total))
+        places.extend(path.name for path in downloads.iterdir() if path.is_dir())
+        scope.cancel()
+
+    with trio.CancelScope() as scope:
+        await pull(store, source, progress=progress)
+    assert scope.cancelled_caught
+    assert len(told) == 1  # at the next tensor it saw that nobody waits any more
+    assert places[0].startswith("copy.")  # so a later start of the store finds it
+    assert not [path for path in downloads.iterdir() if path.suffix != ".lock"]
+    total = told[0][1]
+    asked: list[int] = []
+
+    def no_room(nbytes: int) -> None:
+        asked.append(nbytes)
+        raise Unavailable("The disk is full.", code="disk_full")
+
+    monkeypatch.setattr(store.layout, "check_room", no_room)
+    with pytest.raises(Unavailable):
+        await pull(store, source)
+    assert asked == [total]
+    assert not [path for path in downloads.iterdir() if path.suffix != ".lock"]
+    assert not store.list()
 
 
 async def test_a_folder_without_what_a_model_takes_says_what_to_do(tmp_path: Path) -> None:
