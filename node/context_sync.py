@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -21,9 +21,15 @@ from pyagent_node.node.context_client import ContextClient
 from pyagent_node.node.context_messages import Summary
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
-from pyagent_node.sharding.context.catalog import MAX_CATALOG, Catalog
+from pyagent_node.sharding.context.catalog import MAX_CATALOG, MAX_DOCUMENTS, Catalog
 from pyagent_node.sharding.context.port import ContextStore
-from pyagent_node.sharding.context.records import ChunkId, decode_record
+from pyagent_node.sharding.context.records import (
+    ChunkId,
+    DocumentRecord,
+    Version,
+    decode_record,
+    record_digest,
+)
 
 log = logging.getLogger("pyagent_node.context")
 
@@ -37,6 +43,39 @@ MAX_CAPACITY: Final = 1 << 50
 """Bytes: nobody is believed to have room for more."""
 MAX_ROUNDS: Final = 10_000
 """Replies with records that one look at a peer may take."""
+
+
+class _Taken(NamedTuple):
+    """How many records were news, and which were refused why."""
+
+    news: int
+    refused: list[bytes]
+    problem: LimitExceeded | None
+
+
+class _Room:
+    """What a context has in records: bytes and documents."""
+
+    def __init__(self, used: int, documents: int) -> None:
+        self._used, self._documents = used, documents
+
+    def take(self, size: int, instead: int | None, removed: bool) -> None:
+        """Count a record, ``instead`` of one of that size; :class:`LimitExceeded` if too much."""
+        used = self._used + size - (instead or 0)
+        if used > MAX_CATALOG and not removed:
+            raise LimitExceeded(
+                f"A context has at most {MAX_CATALOG} bytes of records.",
+                code="context_full",
+                remedy="Remove documents, or take another context.",
+                limit=MAX_CATALOG,
+                used=self._used,
+            )
+        if instead is None and self._documents >= MAX_DOCUMENTS:
+            raise LimitExceeded(
+                f"A context has at most {MAX_DOCUMENTS} documents.", code="context_full"
+            )
+        self._used = used
+        self._documents += instead is None
 
 
 class RecordSync:
@@ -130,46 +169,55 @@ class RecordSync:
 
     async def _fetch(self, peer: PeerId, context: ContextId) -> None:
         theirs = await self._client.slots(peer, context)
+        refused: list[bytes] = []
+        problem: LimitExceeded | None = None
         for _ in range(MAX_ROUNDS):
             catalog = self._store.catalog(context)
             slots = [at for at, digest in enumerate(catalog.slots()) if digest != theirs[at]]
             known = [digest for slot in slots for digest in catalog.slot(slot).values()]
-            records, more = await self._client.records(peer, context, slots, known)
-            news = await self.merge(records)
-            self.merged += news
-            if not more or not news:
-                return
+            records, more = await self._client.records(peer, context, slots, known + refused)
+            found = await self._take(records)
+            self.merged += found.news
+            refused += map(record_digest, found.refused)
+            problem = found.problem or problem
+            if not more or not (found.news or found.refused):
+                break
+        if problem is not None:
+            raise problem
 
     async def merge(self, records: Sequence[bytes]) -> int:
         """Take records in; those of contexts that the log does not know are left out.
 
-        Raises :class:`LimitExceeded` (``context_full``) where a context has no room for them.
+        Raises :class:`LimitExceeded` (``context_full``) where a context has no room for some of
+        them, when all others are in.
         """
-        known = {info.id for info in self._consensus.state.contexts.values()}
+        found = await self._take(records)
+        if found.problem is not None:
+            raise found.problem
+        return found.news
+
+    async def _take(self, records: Sequence[bytes]) -> _Taken:
+        newest = self._newest(records)
+        taken: list[bytes] = []
         before: list[tuple[Catalog, list[ChunkId]]] = []
-        wanted = []
-        sizes: dict[ContextId, int] = {}
-        for data in records:
-            record = decode_record(data)
-            if record.context not in known:
-                continue
-            wanted.append(data)
+        refused: list[bytes] = []
+        problem: LimitExceeded | None = None
+        rooms: dict[ContextId, _Room] = {}
+        for record, data in newest:
             catalog = self._store.catalog(record.context)
             held = catalog.get(record.source)
-            size = sizes.get(record.context, catalog.size) + len(data)
-            sizes[record.context] = size - (held.size if held is not None else 0)
-            if sizes[record.context] > MAX_CATALOG and not record.removed:
-                raise LimitExceeded(
-                    f"A context has at most {MAX_CATALOG} bytes of records.",
-                    code="context_full",
-                    remedy="Remove documents, or take another context.",
-                    limit=MAX_CATALOG,
-                    used=catalog.size,
-                )
+            room = rooms.setdefault(record.context, _Room(catalog.size, len(catalog)))
+            try:
+                room.take(len(data), held.size if held is not None else None, record.removed)
+            except LimitExceeded as error:
+                refused.append(data)
+                problem = error
+                continue
+            taken.append(data)
             if held is not None:
                 rows = enumerate(held.record.chunks)
                 before.append((catalog, [held.record.id_of(at) for at, row in rows if row.windows]))
-        news = await self._store.merge(wanted) if wanted else 0
+        news = await self._store.merge(taken) if taken else 0
         now = trio.current_time()
         for catalog, chunks in before:
             for chunk in chunks:
@@ -177,7 +225,24 @@ class RecordSync:
                     self.superseded.setdefault(chunk, now)
         if news:
             self.on_news()
-        return news
+        return _Taken(news, refused, problem)
+
+    def _newest(self, records: Sequence[bytes]) -> list[tuple[DocumentRecord, bytes]]:
+        """Return the newest record of each source that is news here, removals first."""
+        known = {info.id for info in self._consensus.state.contexts.values()}
+        newest: dict[tuple[ContextId, str], tuple[Version, bytes, DocumentRecord, bytes]] = {}
+        for data in records:
+            record = decode_record(data)
+            if record.context not in known:
+                continue
+            key, rank = (record.context, record.source), (record.version, record_digest(data))
+            held, best = self._store.catalog(record.context).get(record.source), newest.get(key)
+            if (held is None or (held.record.version, held.digest) < rank) and (
+                best is None or best[:2] < rank
+            ):
+                newest[key] = (*rank, record, data)
+        found = [(record, data) for _, _, record, data in newest.values()]
+        return sorted(found, key=lambda each: not each[0].removed)
 
     # ---- telling -----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError
 from pyagent_node.base.types import ContextId, ContextPolicy
 from pyagent_node.consensus.port import MemberRecord
 from pyagent_node.consensus.state import State
-from pyagent_node.node import context_server, context_sync
+from pyagent_node.node import context_messages, context_server, context_sync
 from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.node.context_messages import (
     MAX_IDS,
@@ -429,3 +429,43 @@ async def test_sketches_that_do_not_fit_the_record_are_not_taken(autojump_clock)
         store.share(SHELF.id).put({body.id: msgspec.structs.replace(narrow, groups=1)})
         assert await keeper._get(SHELF, ALL_GROUPS) == 0
         assert store.share(SHELF.id).get(body.id) == good
+
+
+async def test_what_has_no_room_keeps_nothing_else_out(autojump_clock, monkeypatch):
+    def text(source: str, words: str, version: int = 1) -> bytes:
+        return encode_record(toy_document(SHELF.id, source, words, Version(version, C))[0])
+
+    old, larger = text("a.txt", "Some text."), text("b.txt", "One text.\n\nTwo texts." * 400)
+    gone = encode_record(removal(SHELF.id, "a.txt", Version(2, C)))
+    small = text("c.txt", "Some text.")
+    monkeypatch.setattr(context_sync, "MAX_CATALOG", len(old) + len(small))
+    async with pair() as it:
+        sync, catalog = it.services[0].sync, it.stores[0].catalog(SHELF.id)
+        assert await sync.merge([old]) == 1
+        with pytest.raises(LimitExceeded) as caught:
+            await sync.merge([larger, text("a.txt", "Other text", 2), gone, small])
+        assert caught.value.code == "context_full"
+        held = {known.record.source: known.record.removed for known in catalog.everything()}
+        assert held == {"a.txt": True, "c.txt": False}
+        # Versions of one document take the room of one.
+        again = [text("a.txt", "Some text.", 3 + at) for at in range(3)]
+        assert await sync.merge([*again, again[0], old]) == 1
+        known = catalog.get("a.txt")
+        assert known is not None
+        assert known.record.version.counter == 5
+
+
+async def test_what_has_no_room_is_no_reason_to_stop_asking(autojump_clock, monkeypatch):
+    async with pair() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(6):
+            words = "Some text." * (900 if number % 2 else 1)
+            record, _ = toy_document(SHELF.id, f"{number}.txt", words, Version(1, C))
+            await it.stores[1].merge([encode_record(record)])
+        monkeypatch.setattr(context_messages.first_parts, "__defaults__", (1,))
+        monkeypatch.setattr(context_sync, "MAX_CATALOG", 700)
+        await it.services[0].sync.look(B)
+        sizes = [known.size for known in it.stores[1].catalog(SHELF.id).everything()]
+        assert sum(sizes[::2]) <= 700 < min(sizes[1::2])
+        kept = [known.record.source for known in it.stores[0].catalog(SHELF.id).everything()]
+        assert kept == ["0.txt", "2.txt", "4.txt"]
