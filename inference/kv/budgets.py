@@ -25,6 +25,8 @@ SLACK: Final = 64
 MIN_CELLS: Final = 256
 """The smallest budget that can be asked for."""
 MAX_CELLS: Final = 1 << 24
+MAX_COUNT: Final = 1 << 53
+"""The greatest number of cells or bytes that is believed of another node."""
 OFF: Final = "off"
 AUTO: Final = "auto"
 
@@ -48,6 +50,11 @@ class Evicted(msgspec.Struct, frozen=True, array_like=True, gc=False):
     held: int = 0
     cells: int = 0
     bytes: int = 0
+
+
+def numbers_of(evicted: Evicted | None) -> tuple[int, ...]:
+    """Return what another node says of cells that were given up, to be checked."""
+    return () if evicted is None else (evicted.held, evicted.cells, evicted.bytes)
 
 
 def read_budget(text: str) -> Pruning | None:

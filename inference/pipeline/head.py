@@ -37,7 +37,7 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.kv.budgets import Evicted, Pruning
+from pyagent_node.inference.kv.budgets import MAX_COUNT, Evicted, Pruning, numbers_of
 from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.activations import unsupported
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
@@ -322,6 +322,8 @@ class HeadCore:
                 self.trail = result.trail
             if landed is None:
                 return ()
+            if not all(0 <= number <= MAX_COUNT for number in numbers_of(result.evicted)):
+                raise bad_result(sender, "it counts cells that cannot be")
             for sampled in landed.sampled:
                 self._check(sampled, sender)
         except PyAgentError as error:

@@ -21,6 +21,7 @@ MAX_FUTILE: Final = 50
 _PASSING: Final = frozenset(
     {
         "head_not_ready",
+        "kv_pruned",
         "peer_lost",
         "peer_unreachable",
         "pieces_refused",

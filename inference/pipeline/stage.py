@@ -457,11 +457,11 @@ class StageCore:
 
     def abandoned(self, batch: Batch, error: PyAgentError) -> list[Outgoing]:
         """Give up the sessions of ``batch``: the runner refused it but goes on living."""
-        out: list[Outgoing] = []
-        for session, _ in batch.work:
-            if not session.closed:
-                out += self._give_up(session, error)
-        return out
+        return [one for session, _ in batch.work for one in self.lost(session, error)]
+
+    def lost(self, session: ServedSession, error: PyAgentError) -> list[Outgoing]:
+        """Give up a session whose cells are not what they should be."""
+        return [] if session.closed else self._give_up(session, error)
 
     # ---- views -----------------------------------------------------------------------------
 

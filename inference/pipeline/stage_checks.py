@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
-from pyagent_node.inference.kv.budgets import check
+from pyagent_node.inference.kv.budgets import MAX_COUNT, check, numbers_of
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.origins import CUTS, check_origins
 from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
@@ -82,7 +82,14 @@ def check_step(
     (``step_too_long``, ``bad_parameter``, ``bad_tree``), :class:`LimitExceeded`
     (``too_many_steps``) and :class:`Unsupported` (``unsupported_activations``).
     """
+    _check_numbers(message)
     position = message.position
+    if position <= session.floor:
+        raise CorruptData(
+            f"Step {message.step} goes back to position {position}; cells up to {session.floor} may"
+            " be gone.",
+            code="out_of_order",
+        )
     plain = message.parent is None and message.step == session.next_step
     if not (plain and position == session.sure == session.next_position) and not _in_order(
         message, session
@@ -129,6 +136,21 @@ def check_step(
             queued=queue.steps,
         )
     return QueuedStep(message, tokens, activations, size)
+
+
+def _check_numbers(message: Step) -> None:
+    """Check that no number is negative or will not go on in a frame."""
+    numbers = (
+        message.step,
+        message.position,
+        message.n,
+        message.spent,
+        message.drafts,
+        message.parent or 0,
+        message.settled,
+    )
+    if not all(0 <= number <= MAX_COUNT for number in (*numbers, *numbers_of(message.evicted))):
+        raise CorruptData("A step has a number that cannot be.", code="malformed_step")
 
 
 def _check_end(message: Step, end: int, session: ServedSession) -> None:

@@ -12,6 +12,9 @@ from pyagent_node.inference.pipeline.stage_types import StageSpec
 NOT_JOINED: Final = "pieces_refused"
 """The code of an error after which a session computes all of its prompt."""
 
+PRUNED: Final = "kv_pruned"
+"""The code of an error of a session whose cells are gone: all of it is computed again."""
+
 
 def stage_error(
     spec: StageSpec,
@@ -54,3 +57,8 @@ def runner_protocol(what: str) -> RunnerFailed:
 def not_joined(error: PyAgentError) -> Unavailable:
     """Return the error for cells of a piece that the runner refused: the head goes on without."""
     return Unavailable(f"Cells of a piece were refused: {error}", code=NOT_JOINED)
+
+
+def not_pruned(error: PyAgentError) -> Unavailable:
+    """Return the error for a session whose cells a runner was giving up when that failed."""
+    return Unavailable(f"Giving up cells of a session failed: {error}", code=PRUNED)

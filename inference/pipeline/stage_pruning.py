@@ -6,7 +6,8 @@ and when so many cells are held that it is worth it, the shell is told between t
 the runner where the session attended, and carries out what follows from that.
 
 A step may go back behind guesses, but never behind the last ``WINDOW`` cells, which are all kept:
-while more guesses than that are unsettled the session waits its turn.
+while more guesses than that are unsettled the session is not pruned, and once it was, no step may
+go back further (``ServedSession.floor``).
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ class StagePruning:
     def computed(self, session: ServedSession, step: Step) -> None:
         """Note a step of a session."""
         pruning, end = session.pruning, session.end
-        if pruning is None or end <= session.prompt_tokens or session in self._due:
+        if pruning is None or end <= session.prompt_tokens:
             return
         # ranks before the last keep guesses that turn out wrong: a later step may go back to here
-        back = step.position + step.known if step.parent is None else step.settled
-        if end - back < WINDOW and due(pruning, end - session.evicted, end):
+        session.back = step.position + step.known if step.parent is None else step.settled
+        if session in self._due or not _settled(session):
+            return
+        if due(pruning, end - session.evicted, end):
             self._due.append(session)
 
     @property
@@ -68,18 +71,24 @@ class StagePruning:
         return bool(self._due)
 
     def next_turn(self) -> PruneTurn | None:
-        """Take the session whose turn it is; the caller asks where it attended."""
+        """Take the session whose turn it is; the caller asks where it attended.
+
+        One that has taken up too many guesses while it waited is due again at a later step.
+        """
         while self._due:
             session = self._due.popleft()
             pruning, seq = session.pruning, session.seq
-            if not session.closed and pruning is not None and seq is not None:
+            if session.closed or not _settled(session):
+                continue
+            if pruning is not None and seq is not None:
                 return PruneTurn(session, seq, pruning)
         return None
 
     def plan(self, turn: PruneTurn, found: CellAttention) -> tuple[SequenceOp, ...]:
         """Return what to have the runner do, which is sure to be done; empty for nothing."""
         session, held = turn.session, len(found.positions)
-        if session.closed or not held:
+        floor = session.end - WINDOW
+        if session.closed or not held or any(q.message.position <= floor for q in session.queue):
             return ()
         most = budget(turn.pruning, session.end)
         positions = kept(found.positions, found.mass.sum(0), found.seen, most=most)
@@ -87,6 +96,7 @@ class StagePruning:
         session.evicted += gone
         if not gone:
             return ()
+        session.floor = max(session.floor, floor)
         self.cells += gone
         self.turns += 1
         again = WatchSequence(turn.seq, WATCH_EVERY, WATCH_ROWS)
@@ -95,6 +105,10 @@ class StagePruning:
     def refused(self, turn: PruneTurn) -> None:
         """Note that the runner does not do it: the session keeps its cells from now on."""
         turn.session.pruning = None
+
+    def failed(self) -> None:
+        """Note that the runner failed half-way: sessions that open from now on keep their cells."""
+        self._able = False
 
     def evicted(self, session: ServedSession, before: Evicted | None) -> Evicted | None:
         """Return what ranks up to this one have given up, ``before`` that of the others."""
@@ -106,3 +120,8 @@ class StagePruning:
             before.cells + session.evicted,
             before.bytes + session.evicted * self.cell_bytes,
         )
+
+
+def _settled(session: ServedSession) -> bool:
+    """Whether no later step may go back behind the cells that are always kept."""
+    return session.end - session.back < WINDOW

@@ -73,11 +73,13 @@ class ServedSession:
     that can be taken over, by where they begin, and their tokens; ``keeps`` says that the head is
     to be told when its blocks are kept.  ``pruning`` says how many cells it may hold, ``None`` for
     all of them; ``evicted`` cells were given up, and ``watched`` says that its attention is
-    measured.  ``classes`` are the exactness classes of the ranks up to this one, and ``trail`` are
+    measured.  Later steps may go back to ``back``, and must not to ``floor`` or before, where cells
+    are gone.  ``classes`` are the exactness classes of the ranks up to this one, and ``trail`` are
     those ranks, until the last one has told the head of them.
     """
 
     __slots__ = (
+        "back",
         "blocks",
         "cancelled",
         "classes",
@@ -88,6 +90,7 @@ class ServedSession:
         "epoch",
         "evicted",
         "first_sample",
+        "floor",
         "gaps",
         "generated",
         "head",
@@ -148,6 +151,8 @@ class ServedSession:
         self.keeps = False
         self.pruning: Pruning | None = None
         self.evicted = 0
+        self.back = 0
+        self.floor = -1
         self.watched = False
 
     def came(self, step: Step, *, keeps: bool) -> None:

@@ -26,7 +26,7 @@ from pyagent_node.inference.pipeline.links import PipeLinks
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_blocks import Parting
-from pyagent_node.inference.pipeline.stage_errors import not_joined
+from pyagent_node.inference.pipeline.stage_errors import PRUNED, not_joined, not_pruned
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import (
@@ -314,7 +314,7 @@ class StageService:
                     continue
                 began = trio.current_time()
                 if batch is not None and batch.ops:
-                    await runner.apply(batch.ops)
+                    batch = await self._apply(core, runner, batch)
                 if batch is not None and batch.cells and not core.stopped:
                     batch = await self._fill(core, runner, batch)
                 if batch is not None and batch.inputs and not core.stopped:
@@ -336,14 +336,37 @@ class StageService:
             return
         try:
             found = await runner.attention(turn.seq)
-            # what becomes of the session meanwhile is done to its slot behind this
-            if ops := core.pruning.plan(turn, found):
-                await runner.apply(ops)
         except RunnerFailed:
             raise
         except PyAgentError as error:
             logger.warning("rank %d: a session was not pruned: %s", core.spec.rank, error)
             core.pruning.refused(turn)
+            return
+        # what becomes of the session meanwhile is done to its slot behind this
+        ops = core.pruning.plan(turn, found)
+        if not ops:
+            return
+        try:
+            await runner.apply(ops)
+        except RunnerFailed:
+            raise
+        except PyAgentError as error:  # nobody knows which of its cells are there
+            logger.warning("rank %d: pruning failed, no more of it: %s", core.spec.rank, error)
+            core.pruning.failed()
+            self._send(core.lost(turn.session, not_pruned(error)))
+
+    async def _apply(self, core: StageCore, runner: StageRunner, batch: Batch) -> Batch | None:
+        """Carry out the operations of a batch; returns what is left of the batch after that."""
+        try:
+            await runner.apply(batch.ops)
+        except Conflict as error:
+            if error.code != PRUNED:
+                raise
+            # operations on the slots of others come first and were carried out
+            logger.warning("rank %d: a step goes back too far: %s", core.spec.rank, error)
+            self._send(core.abandoned(batch, error))
+            return None
+        return batch
 
     async def _fill(self, core: StageCore, runner: StageRunner, batch: Batch) -> Batch:
         """Put cells of pieces into their slots; returns what is left of the batch after that."""

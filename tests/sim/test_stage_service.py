@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import Conflict, CorruptData
+from pyagent_node.base.errors import Conflict, CorruptData, LimitExceeded, PyAgentError
 from pyagent_node.base.types import SessionId, Slice
-from pyagent_node.inference.backend import OpenSequence, SequenceOp, StepInput, StepOutput
+from pyagent_node.inference.backend import (
+    CellAttention,
+    OpenSequence,
+    PruneSequence,
+    SequenceOp,
+    StepInput,
+    StepOutput,
+    TrimSequence,
+    WatchSequence,
+)
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, pack_tail
 from pyagent_node.inference.pipeline.stage_service import WIPE_SECONDS, StageService
 from pyagent_node.inference.pipeline.stage_types import StageSpec
@@ -137,6 +148,67 @@ async def test_one_that_sends_what_cannot_be_computed_harms_nobody_in_its_batch(
         assert runner.widths[-2:] == [[1], [1]]
         (view,) = one.service.views()
         assert view.tokens == 5
+
+
+class _Pruning(ToyRunner):
+    """Says that it prunes; ``fault`` is raised instead of what it is for."""
+
+    def __init__(self, fault: type[SequenceOp], error: PyAgentError) -> None:
+        super().__init__(PART)
+        self.info = msgspec.structs.replace(self.info, prunes=True)
+        self._fault = fault
+        self._error = error
+
+    async def attention(self, seq: int) -> CellAttention:
+        """Return that all cells are alike."""
+        n = len(self._slots[seq].history)
+        one = np.ones(n, np.float32)
+        return CellAttention(
+            np.arange(n, dtype=np.int32), one[None], one, np.ones(n, np.int32), one[:1], 1
+        )
+
+    async def apply(self, ops: Sequence[SequenceOp]) -> None:
+        """Do what comes before the fault."""
+        for op in ops:
+            if isinstance(op, self._fault):
+                raise self._error
+            if not isinstance(op, PruneSequence | WatchSequence):
+                await super().apply([op])
+
+
+async def _answer(one: Serving, names: Sequence[SessionId], runner: ToyRunner) -> list[str]:
+    """Begin pruned sessions of 512 tokens, take a step more, and go back; returns who is left."""
+    await one.serve(msgspec.structs.replace(spec(1), n_ctx=1024), runner)
+    for name in names:
+        opening = OpenSession(name, MODEL, 1, 0, peer(1), 600, 512, SamplingParams())
+        opening = msgspec.structs.replace(opening, pruning=Pruning(256))
+        one.service.receive(peer(1), opening, b"")
+    for step, (position, n) in enumerate([(0, 256), (256, 256), (512, 1), (513, 1), (513, 1)]):
+        for name in names:
+            tail = pack_tail(np.full(n, 5, np.int32), np.ones((n, N_EMBD), np.float32))
+            one.service.receive(peer(1), Step(name, MODEL, 1, 0, step, position, n, True), tail)
+        await trio.sleep(0.1)
+    return sorted(each.session for each in one.service.sessions())
+
+
+async def test_a_prune_that_fails_half_way_gives_the_session_up(autojump_clock: MockClock) -> None:
+    async with serving() as one:
+        names = [SessionId(str(i) * 32) for i in range(2)]
+        runner = _Pruning(PruneSequence, LimitExceeded("no memory", code="no_memory"))
+        assert await _answer(one, names, runner) == []
+        assert one.serves == [(1, 0)]
+        assert runner.open_slots == 0
+
+
+async def test_a_step_that_the_runner_cannot_go_back_for_ends_no_stage(
+    autojump_clock: MockClock,
+) -> None:
+    async with serving() as one:
+        names = [SessionId(str(i) * 32) for i in range(2)]
+        runner = _Pruning(TrimSequence, Conflict("gone", code="kv_pruned"))
+        assert await _answer(one, names, runner) == []
+        assert one.serves == [(1, 0)]
+        assert runner.open_slots == 0
 
 
 class _Sluggish(ToyRunner):

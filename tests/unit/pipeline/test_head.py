@@ -9,6 +9,7 @@ from pyagent_node.base.errors import CorruptData, ErrorInfo, PyAgentError, Runne
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.generation import Finished, Generated, GenerationEvent
+from pyagent_node.inference.kv.budgets import Evicted
 from pyagent_node.inference.pipeline.frames import (
     CloseSession,
     OpenSession,
@@ -359,3 +360,16 @@ def test_the_first_error_counts() -> None:
     core.fail(PyAgentError("second"))
     with pytest.raises(Unavailable, match="first"):
         core.take(11.0)
+
+
+@pytest.mark.parametrize("evicted", [Evicted(-1), Evicted(0, 2**53 + 1), Evicted(0, 0, 2**64 - 1)])
+def test_counts_of_cells_that_cannot_be_end_the_session(evicted: Evicted) -> None:
+    core = start(3)
+    send_prompt(core)
+    message = Result(
+        SessionId("s"), Digest("a" * 64), 4, 2, 0, 0.25, (Sampled(65),), evicted=evicted
+    )
+    assert core.on_result(TAIL, message, 11.0) == ()
+    with pytest.raises(CorruptData) as caught:
+        events(core)
+    assert caught.value.code == "bad_result"

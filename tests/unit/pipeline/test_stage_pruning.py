@@ -22,13 +22,14 @@ from pyagent_node.inference.pipeline.frames import (
     Result,
     StageError,
     Step,
+    pack_tail,
 )
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 
-from .stage_driver import EPOCH, HEAD, MODEL, Driver, spec
+from .stage_driver import EPOCH, HEAD, MODEL, Driver, errors, spec
 
 PRUNING = Pruning(256)
 PROMPT = 512
@@ -243,6 +244,86 @@ def test_guesses_that_are_not_settled_wait_for_their_turn() -> None:
     child = msgspec.structs.replace(child, settled=session.end - WINDOW + 1)
     stage.core.pruning.computed(session, child)
     assert stage.core.pruning.has_turn
+
+
+def pruned(stage: Driver) -> tuple[int, ...]:
+    """Give up cells of session "s" and return where later steps must not go back to."""
+    prompted(stage)
+    for _ in range(WINDOW + 2):
+        stage.step("s")
+        ran(stage)
+    turn = stage.core.pruning.next_turn()
+    assert turn is not None
+    ops = stage.core.pruning.plan(turn, attention(np.arange(turn.session.end)))
+    assert ops
+    return tuple(range(turn.session.end - WINDOW - 1, turn.session.end - WINDOW + 1))
+
+
+def test_a_session_that_took_up_guesses_while_it_waited_is_due_again_later() -> None:
+    stage = driver(1)
+    prompted(stage)
+    stage.step("s")
+    ran(stage)
+    session = stage.core._sessions[SessionId("s")]
+    assert stage.core.pruning.has_turn
+    settled = session.end
+    session.end += WINDOW  # guesses of guesses, none of which is settled
+    child = Step(SessionId("s"), MODEL, EPOCH, 1, 9, settled, 10, sample=True, drafts=9)
+    child = msgspec.structs.replace(child, parent=8, settled=settled)
+    stage.core.pruning.computed(session, child)
+    assert stage.core.pruning.next_turn() is None
+    stage.core.pruning.computed(session, msgspec.structs.replace(child, settled=settled + 1))
+    assert stage.core.pruning.next_turn() is not None
+
+
+def test_no_step_goes_back_to_where_cells_are_gone() -> None:
+    for at in (0, 1):
+        stage = driver(1)
+        floor = pruned(stage)
+        assert errors(stage.step("s", position=floor[at])) == [(HEAD, "s", "out_of_order")]
+    stage = driver(1)
+    assert stage.step("s", position=pruned(stage)[1] + 1) == []
+
+
+def test_a_step_that_waits_and_goes_back_far_keeps_its_session_whole() -> None:
+    stage = driver(1)
+    prompted(stage)
+    for _ in range(WINDOW + 2):
+        stage.step("s")
+        ran(stage)
+    turn = stage.core.pruning.next_turn()
+    assert turn is not None
+    floor = turn.session.end - WINDOW
+    assert stage.step("s", position=floor) == []
+    assert stage.core.pruning.plan(turn, attention(np.arange(turn.session.end))) == ()
+    assert stage.core.pruning.cells == turn.session.evicted == 0
+
+
+@pytest.mark.parametrize("number", [-1, 2**53 + 1, 2**64 - 1])
+@pytest.mark.parametrize(
+    "field", ["step", "spent", "drafts", "parent", "settled", "held", "cells", "bytes"]
+)
+def test_a_step_with_a_number_that_cannot_be_is_refused(field: str, number: int) -> None:
+    stage = driver(1)
+    prompted(stage)
+    message = Step(SessionId("s"), MODEL, EPOCH, 1, 2, PROMPT, 1, sample=True)
+    if field in Evicted.__struct_fields__:
+        what: dict[str, object] = {"evicted": Evicted(**{field: number})}
+    else:
+        what = {field: number}
+    message = msgspec.structs.replace(message, **what)
+    tail = pack_tail(np.zeros(1, np.int32), np.ones((1, 2), np.float32))
+    out = stage.core.receive(stage.sender, message, tail, 0.0)
+    assert errors(out) == [(HEAD, "s", "malformed_step")]
+
+
+def test_a_runner_that_failed_prunes_no_session_that_opens_later() -> None:
+    stage = driver()
+    stage.core.pruning.failed()
+    prompted(stage)
+    stage.step("s")
+    ran(stage)
+    assert not stage.core.pruning.has_turn
 
 
 def test_steps_carry_nothing_more_where_nobody_prunes() -> None:
