@@ -14,6 +14,7 @@ llama.cpp's own export, before either is used at all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 
 from pyagent_node.inference.llama.kv_state import CellLayout, Cells, RowKind
 from pyagent_node.native import HeldTensor
+
+logger = logging.getLogger("pyagent_node.llama")
 
 PREFIX: Final = "cache_"
 """How the names of the cache's tensors begin: ``cache_k_l<layer>`` and ``cache_v_l<layer>``."""
@@ -89,7 +92,11 @@ class CacheView:
         They are read as zeros afterwards, as they were before they were first used.
         """
         for plane, first, size in self._spans(seq, start):
-            plane.tensor.release(first, size)
+            try:
+                plane.tensor.release(first, size)
+            except OSError as error:  # as of memory that is locked
+                logger.debug("the memory of cells was not given back: %s", error)
+                return
 
     def resident(self, seq: int) -> int | None:
         """Return how many bytes of what is set aside for a sequence are in memory."""

@@ -131,9 +131,10 @@ class CellStore:
             cells = cache.pick(log.seq, kept, positions)
         else:
             state = self._state(log).cells
-            cells = state.pick(np.flatnonzero(np.isin(state.positions, positions)))
+            picked = np.flatnonzero(np.isin(state.positions, positions))
+            cells = state.pick(picked[np.argsort(state.positions[picked])])
+        data = build_state(layout, [cells], seq=log.seq, n_streams=context.n_seq, rows=False)
         try:
-            data = build_state(layout, [cells], seq=log.seq, n_streams=context.n_seq, rows=False)
             context.write_state(log.seq, data)
             cache.write(log.seq, 0, cells)
         except BaseException:

@@ -35,12 +35,13 @@ from pyagent_node.inference.backend import (
     TrimSequence,
     WatchSequence,
 )
-from pyagent_node.inference.llama import selftest
+from pyagent_node.inference.llama import cells, selftest
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.context import LlamaContext
-from pyagent_node.inference.llama.kv_state import Cells, parse_state
+from pyagent_node.inference.llama.kv_state import Cells, SequenceState, parse_state
 from pyagent_node.inference.models.slicing import write_slice
 from pyagent_node.inference.runner import RunnerSpec, open_slice_runner
+from pyagent_node.inference.stepping.sequences import SequenceLog
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -247,6 +248,43 @@ def test_where_llama_cpp_refuses_the_sequence_is_empty(
     assert backend.kv_usage(0).cells == 0
     assert len(backend.attention(0).positions) == 0
     backend.decode([step(0, 0, 9)])
+
+
+def test_where_there_is_no_memory_for_it_the_sequence_stays_whole(
+    backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed(backend)
+    before = state(backend, 0)
+
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "build_state", fails)
+        with pytest.raises(MemoryError):
+            backend.apply(PruneSequence(0, KEEP))
+    assert same(state(backend, 0), before)
+    backend.apply(PruneSequence(0, KEEP))
+    assert same(state(backend, 0), before.pick(KEPT))
+
+
+def test_cells_in_another_order_are_put_into_that_of_their_positions(
+    backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed(backend)
+    before = state(backend, 0)
+    read = cells.CellStore._state
+
+    def mixed(store: cells.CellStore, log: SequenceLog) -> SequenceState:
+        found = read(store, log)
+        order = np.random.default_rng(1).permutation(N).astype(np.intp)
+        return found._replace(cells=found.cells.pick(order))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells.CellStore, "in_order", lambda *_: False)
+        patch.setattr(cells.CellStore, "_state", mixed)
+        backend.apply(PruneSequence(0, KEEP))
+    assert same(state(backend, 0), before.pick(KEPT))
 
 
 def test_measuring_goes_on_behind_a_prune(backend: LlamaBackend) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.errors import Conflict, InvalidRequest, Unsupported
 from pyagent_node.inference.backend import KvRange
+from pyagent_node.inference.llama.cache_view import CacheView, _Plane
 from pyagent_node.inference.stepping.attention import AttentionBook, RowMass
 from pyagent_node.inference.stepping.pruning import check_watch, kept_cells, kept_positions
 from pyagent_node.inference.stepping.sequences import SequenceLog
@@ -203,3 +204,21 @@ def test_columns_go_with_their_cells(data: st.DataObject) -> None:
         assert found.seen.tolist() == [seen[p] for p in sorted(seen)]
         assert np.allclose(found.mass[0], [mass[p] for p in sorted(mass)], atol=1e-5)
         assert np.array_equal(found.mass[0], found.peak)
+
+
+class _Locked:
+    """Memory that cannot be given back."""
+
+    asked = 0
+
+    def release(self, offset: int, size: int) -> int | None:
+        """Say why not."""
+        self.asked += 1
+        raise OSError(22, "Invalid argument")
+
+
+def test_memory_that_is_locked_is_kept() -> None:
+    tensor = _Locked()
+    planes = [_Plane(tensor, 8)]  # type: ignore[arg-type]
+    CacheView(planes, planes, 16).release(0, 4)
+    assert tensor.asked == 1
