@@ -82,7 +82,6 @@ def check_step(
     (``step_too_long``, ``bad_parameter``, ``bad_tree``), :class:`LimitExceeded`
     (``too_many_steps``) and :class:`Unsupported` (``unsupported_activations``).
     """
-    _check_numbers(message)
     position = message.position
     if position <= session.floor:
         raise CorruptData(
@@ -106,6 +105,7 @@ def check_step(
             code="bad_parameter",
             parameter="drafts",
         )
+    _check_numbers(message)
     _check_end(message, position + message.n if not message.parents else position, session)
     tokens, activations = unpack_tail(tail, message.n, spec.n_embd, spec.activations)
     if message.parents:
@@ -145,11 +145,10 @@ def _check_numbers(message: Step) -> None:
         message.position,
         message.n,
         message.spent,
-        message.drafts,
-        message.parent or 0,
         message.settled,
+        *numbers_of(message.evicted),
     )
-    if not all(0 <= number <= MAX_COUNT for number in (*numbers, *numbers_of(message.evicted))):
+    if not all(0 <= number <= MAX_COUNT for number in numbers):
         raise CorruptData("A step has a number that cannot be.", code="malformed_step")
 
 

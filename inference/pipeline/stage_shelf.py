@@ -200,9 +200,12 @@ class ShelfWork:
         for seq, rest in partings:
             try:
                 kv = await self._runner.export_kv(seq, rest.start, rest.start + len(rest.links))
+            except RunnerFailed as error:
+                logger.warning("the rests of sessions were not handed over: %s", error)
+                return
             except PyAgentError as error:
                 logger.warning("the rest of a session was not handed over: %s", error)
-                return
+                continue
             self._shelf.hand_over(rest, kv)
 
     # ---- join ------------------------------------------------------------------------------

@@ -11,10 +11,17 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pyagent_node.base.errors import Conflict, CorruptData, LimitExceeded, PyAgentError
+from pyagent_node.base.errors import (
+    Conflict,
+    CorruptData,
+    LimitExceeded,
+    PyAgentError,
+    RunnerFailed,
+)
 from pyagent_node.base.types import SessionId, Slice
 from pyagent_node.inference.backend import (
     CellAttention,
+    KvRange,
     OpenSequence,
     PruneSequence,
     SequenceOp,
@@ -24,8 +31,12 @@ from pyagent_node.inference.backend import (
     WatchSequence,
 )
 from pyagent_node.inference.kv.budgets import Pruning
+from pyagent_node.inference.kv.port import NullShelf, Rest
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, pack_tail
+from pyagent_node.inference.pipeline.stage import StageCore
+from pyagent_node.inference.pipeline.stage_blocks import Parting
 from pyagent_node.inference.pipeline.stage_service import WIPE_SECONDS, StageService
+from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import StageSpec
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.simulations.backend import N_EMBD, N_VOCAB, ToyRunner
@@ -319,3 +330,38 @@ async def test_epochs_may_follow_each_other_faster_than_a_decode(
         assert answers == {number: expected(one) for number, one in enumerate(asks)}
         assert world.placement.epoch == 26
         await drained(world)
+
+
+class _Half(ToyRunner):
+    """Gives away the cells of odd slots only, and dies when it is asked for the last."""
+
+    async def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
+        """Say so."""
+        if seq == 5:
+            raise RunnerFailed("gone", reason="SIGKILL")
+        if not seq % 2:
+            raise Conflict("pruned", code="kv_pruned")
+        return KvRange("toy", start, stop, ())
+
+
+class _Given(NullShelf):
+    """Notes which rests it is given."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+
+    def hand_over(self, rest: Rest, kv: KvRange) -> None:
+        """Note one."""
+        self.starts.append(rest.start)
+
+
+async def test_a_rest_that_cannot_be_had_keeps_no_other_back() -> None:
+    shelf, stage = _Given(), spec(1)
+    work = ShelfWork(StageCore(stage), _Half(PART), shelf, lambda _: None, lambda: None)
+    await work.hand_over(
+        [
+            Parting(seq, Rest(SessionId("s"), MODEL, 1, "toy", b"", (b"",), seq, 0, 5))
+            for seq in (0, 1, 2, 3, 5, 7)
+        ]
+    )
+    assert shelf.starts == [1, 3]
