@@ -16,7 +16,7 @@ from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError, erro
 from pyagent_node.base.limits import MAX_SESSIONS_PER_PEER, STEP_SECONDS
 from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import PREFILL_CHUNK
-from pyagent_node.inference.backend_names import MAX_CLASSES
+from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.generation import (
     ChatMessage,
     GenerationEvent,
@@ -98,9 +98,9 @@ class PipelineEngine:
         self.refused: Counter[str] = Counter()
         """Messages for sessions of this node that are not by one of their ranks."""
         self._prefill: dict[Digest, float] = {}
+        """What a token of a prompt takes all ranks of a model together, in seconds."""
         self._served: dict[Digest, tuple[tuple[str, ...], tuple[Origin, ...]]] = {}
         """The exactness classes, and the ranks, of the last answer of each model."""
-        """What a token of a prompt takes all ranks of a model together, in seconds."""
         self._offers = Offers()
         self._sessions: dict[SessionId, Session] = {}
         self._wires: dict[SessionId, Session] = {}
@@ -291,9 +291,11 @@ class PipelineEngine:
         if session is None or self._strange(session, sender):
             return
         core = session.core
+        tail = core.attempt.tail if core.attempt is not None else None
         steps = core.on_result(sender, message, trio.current_time())
-        if message.classes:
-            self._served[message.model] = message.classes[:MAX_CLASSES], core.trail
+        if message.classes and sender == tail:
+            classes = tuple(each[:MAX_CLASS] for each in message.classes[:MAX_CLASSES])
+            self._served[core.plan.model] = classes, core.trail
         if core.fed is not None:
             self._learn(core.plan.model, *core.fed)
             core.fed = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -14,6 +15,7 @@ from pyagent_node.base.errors import ErrorInfo
 from pyagent_node.base.mesh import FrameStream
 from pyagent_node.base.types import Digest, PeerId, Placement, SessionId
 from pyagent_node.base.wire import Frame
+from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.generation import Generated, GenerationRequest
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
@@ -234,3 +236,24 @@ async def test_frames_for_models_that_are_not_here_are_answered(
         )
         codes = [m.error.code for m in mallory.got if isinstance(m, StageError)]
         assert codes == ["stage_not_ready"] * 2
+
+
+async def test_only_the_last_rank_says_who_answered_and_only_of_its_model(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_pipeline_world(4, latency=0.01) as world:
+        placement = world.place((3, 7), (1, 2, 3))
+        engine = world.pipelines[0].engine
+        ask = GenerationRequest(NAME, tokens=(1, 2, 3), max_tokens=20)
+        async with engine.generate(ask) as events:
+            await anext(events)
+            (wire,) = engine._wires
+            for sender in (1, 2, 3):
+                for each in "bcd":
+                    message = Result(wire, Digest(each * 64), placement.epoch, 2, 0, 0.0)
+                    long = ("x" * 10_000,) * 1000
+                    engine.on_result(peer(sender), msgspec.structs.replace(message, classes=long))
+        assert set(engine._served) <= {MODEL}
+        for classes, _ in engine._served.values():
+            assert len(classes) <= MAX_CLASSES
+            assert all(len(name) <= MAX_CLASS for name in classes)
