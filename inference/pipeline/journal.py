@@ -14,6 +14,7 @@ import msgspec
 
 from pyagent_node.base.types import Digest, SessionId
 from pyagent_node.inference.generation import NO_SPECULATION
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 
 Outcome = Literal["finished", "failed", "left"]
@@ -34,6 +35,7 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     unread (in what shape the answer is shown, say).  ``speculation``, ``draft_length``,
     ``draft_depth`` and ``draft_tree`` are the request's; a head that has no such drafter goes on
     without.  ``root`` is what the names of its KV blocks begin with, empty where none are used.
+    ``pruning`` says how many cells ranks may hold, ``None`` for all.
     """
 
     session: SessionId
@@ -51,6 +53,7 @@ class SessionJournal(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_depth: int | None = None
     draft_tree: bool | None = None
     root: bytes = b""
+    pruning: Pruning | None = None
 
 
 class JournalSink(Protocol):

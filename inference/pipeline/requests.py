@@ -153,6 +153,7 @@ def new_journal(
         draft_depth=request.draft_depth,
         draft_tree=request.draft_tree,
         root=plan.root,
+        pruning=plan.pruning,
     )
 
 
@@ -182,6 +183,7 @@ def plan_journal(
         ignore_eos=journal.ignore_eos,
         sampling=journal.sampling,
         root=journal.root,
+        pruning=journal.pruning,
     )
 
 
@@ -195,6 +197,8 @@ def _journal_fault(journal: SessionJournal, vocabulary: Vocabulary) -> str | Non
         return f"it holds {len(journal.tokens)} tokens of at most {journal.budget}"
     if len(journal.root) not in (0, LINK_BYTES):
         return "its cache root is none"
+    if journal.pruning is not None and journal.root:
+        return "it is pruned and keeps blocks"
     if len(journal.stop) > MAX_STOP_STRINGS or len(journal.label) > MAX_LABEL_LENGTH:
         return "it has too many stop strings, or too long a label"
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in journal.stop):
@@ -206,6 +210,8 @@ def _journal_fault(journal: SessionJournal, vocabulary: Vocabulary) -> str | Non
             return f"token {sampled.token} is unknown, or ends the answer"
     try:
         journal.sampling.check(n_vocab)
+        if journal.pruning is not None:
+            check(journal.pruning)
     except PyAgentError as error:
         return error.message.rstrip(".")
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 from trio.testing import MockClock
@@ -18,11 +19,19 @@ from pyagent_node.base.errors import (
     PyAgentError,
 )
 from pyagent_node.base.types import Digest, SessionId
-from pyagent_node.inference.generation import Finished, Generated, GenerationEvent
+from pyagent_node.inference.generation import (
+    Finished,
+    Generated,
+    GenerationEvent,
+    GenerationRequest,
+)
+from pyagent_node.inference.kv.budgets import Pruning
+from pyagent_node.inference.pipeline.head import Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
+from pyagent_node.inference.pipeline.requests import new_journal, plan_journal
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.simulations.backend import END_TOKEN
-from pyagent_node.simulations.pipeline import MODEL, PipelineWorld, open_pipeline_world
+from pyagent_node.simulations.pipeline import MODEL, PipelineWorld, open_pipeline_world, peer
 
 from .failover import Journals, drained, expected, prompt, request, stream, timeless, tokens_of
 
@@ -220,6 +229,8 @@ GOOD = SessionJournal(
         {"stop": ("x",) * 17},
         {"label": "x" * 20_000},
         {"sampling": SamplingParams(top_p=7.0)},
+        {"pruning": Pruning(1)},
+        {"pruning": Pruning(256), "root": bytes(32)},
     ],
 )
 async def test_a_broken_journal_is_refused(change: dict[str, object]) -> None:
@@ -232,6 +243,20 @@ async def test_a_broken_journal_is_refused(change: dict[str, object]) -> None:
         assert not journals.ended
         assert not journals.open
         assert world.pipelines[2].engine.sessions() == []
+
+
+def test_how_many_cells_may_be_held_outlives_a_head() -> None:
+    vocabulary = Vocabulary((b"x",) * 130, frozenset())
+    for pruning in (None, Pruning(), Pruning(300)):
+        journal = msgspec.structs.replace(GOOD, pruning=pruning)
+        plan = plan_journal(journal, vocabulary, 0, head=peer(1))
+        assert plan.pruning == pruning
+        ask = GenerationRequest("toy", tokens=(1, 2, 3), pruning=pruning)
+        again = new_journal(plan, np.array([1, 2, 3], np.int32), ask, created=1.0)
+        assert again.pruning == pruning
+    assert b"pruning" not in msgspec.msgpack.encode(GOOD)  # as old versions wrote it
+    data = msgspec.msgpack.encode(msgspec.structs.replace(GOOD, pruning=Pruning(300)))
+    assert msgspec.msgpack.decode(data, type=SessionJournal).pruning == Pruning(300)
 
 
 @pytest.mark.parametrize("after", [-1, 11, 2**60])
