@@ -43,7 +43,8 @@ def with_backends(
 
     ``wanted`` is a name for every node, or ``NODE=NAME,...`` for some of them; nodes are then
     named by name or peer id.  Those of the ``swarm`` that get no rank may be named, too: they may
-    be standbys.  What was said ``before`` of a node that is away now stays.
+    be standbys.  What was said ``before`` of a node that is away now stays; what was said of one
+    that has lost that backend is forgotten, for a planner may have said it.
 
     Raises :class:`InvalidRequest` (``bad_backend``, ``unknown_node``, ``ambiguous_node``) and
     :class:`Unsupported` (``backend_missing``, ``unsupported_architecture``).
@@ -55,15 +56,17 @@ def with_backends(
     chosen: dict[PeerId, str] = {}
     for part in wanted.split(","):
         who, _, name = part.partition("=")
-        away = [peer for peer, name_of in before if (peer, name_of) == (who.strip(), name.strip())]
-        if away and not any(node.peer_id in away for node in swarm or nodes):
-            chosen[away[0]] = name.strip()
+        said = [peer for peer, name_of in before if (peer, name_of) == (who.strip(), name.strip())]
+        if said and not any(node.peer_id in said for node in swarm or nodes):
+            chosen[said[0]] = name.strip()
             continue
         node = find_node(who.strip(), list(swarm or nodes))
         if node.peer_id in chosen:
             raise InvalidRequest(f"{node.name} is named twice.", code="bad_backend")
         _check_architecture(check_choice(name.strip()), architecture)
         if not has(node, name.strip()):
+            if said:
+                continue
             raise _missing(name.strip(), [node])
         if name.strip() != AUTO_BACKEND:
             chosen[node.peer_id] = name.strip()

@@ -32,6 +32,7 @@ from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
 from pyagent_node.node.api.placement_schema import PlannedRank, PlanView
 from pyagent_node.node.api.schema import LoadRequest
+from pyagent_node.node.backend_choice import with_activations
 from pyagent_node.node.guessing import describe
 from pyagent_node.node.plan_views import planned_nodes
 from pyagent_node.node.planning import PROMPT_TOKENS, Swarm
@@ -90,7 +91,11 @@ def with_reserves(
     n_ctx: int,
     n_seq: int,
 ) -> tuple[Rank, ...]:
-    """Return planned ranks with as many standbys and spares as are wanted and fit."""
+    """Return planned ranks with as many standbys and spares as are wanted and fit.
+
+    Nodes that cannot pass activations on as the ranks will are none.
+    """
+    nodes, _ = with_activations(swarm.nodes, request.activations)
     standbys, spares = request.standbys, request.spares
     pending: dict[PeerId, int] = {}
     for rank in ranks:
@@ -114,8 +119,8 @@ def with_reserves(
         )
         for rank in ranks
     )
-    good = frozenset(node.peer_id for node in swarm.nodes)
-    return choose_reserves(shape, kept, swarm.nodes, options, good=good)
+    good = frozenset(node.peer_id for node in nodes)
+    return choose_reserves(shape, kept, nodes, options, good=good)
 
 
 def first_ranks(draft: Draft) -> tuple[Rank, ...]:

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pyagent_node.base.errors import Unavailable
-from pyagent_node.base.types import PeerId, Placement, Rank
+from pyagent_node.base.types import EXACT_ACTIVATIONS, PeerId, Placement, Rank
 from pyagent_node.consensus.commands import (
     DropPrepared,
     SetDrafting,
@@ -272,7 +272,7 @@ def _successor(
         well = outlook.health.get(peer) == "alive" and peer in outlook.good
         report = outlook.reserves.get((peer, rank.rank))
         broken = report is not None and report.state == "failed"
-        return well and not broken and peer != rank.peer_id
+        return well and not broken and peer != rank.peer_id and _speaks(placement, outlook, peer)
 
     def ready(peer: PeerId) -> bool:
         report = outlook.reserves.get((peer, rank.rank))
@@ -306,6 +306,13 @@ def _successor(
     return None
 
 
+def _speaks(placement: Placement, outlook: Outlook, peer: PeerId) -> bool:
+    """Whether a node knows how activations cross in a placement, as far as that is known."""
+    node = (outlook.facts or {}).get(peer)
+    exact = placement.crossing == EXACT_ACTIVATIONS
+    return exact or node is None or placement.crossing in node.activations
+
+
 def _need(placement: Placement, rank: Rank, outlook: Outlook) -> int | None:
     if outlook.shape is None:
         return None
@@ -336,7 +343,8 @@ def _reserve(
     def kept(peer: PeerId) -> bool:
         lost = outlook.dead_for.get(peer, 0.0) >= RESERVE_LOST_SECONDS
         dead = outlook.health.get(peer) == "dead"
-        return peer not in outlook.expelled | outlook.draining and not (dead and lost)
+        away = peer in outlook.expelled | outlook.draining or (dead and lost)
+        return not away and _speaks(placement, outlook, peer)
 
     reserves = {p for rank in placement.ranks for p in (*rank.standbys, *rank.spares)}
     options = ReserveOptions(
@@ -350,7 +358,9 @@ def _reserve(
     able = [
         node
         for peer, node in sorted(facts.items())
-        if peer in outlook.good and outlook.health.get(peer) == "alive"
+        if peer in outlook.good
+        and outlook.health.get(peer) == "alive"
+        and _speaks(placement, outlook, peer)
     ]
     ranks = choose_reserves(
         shape, placement.ranks, able, options, good=frozenset(filter(kept, reserves))

@@ -103,6 +103,17 @@ def test_a_node_without_a_rank_may_be_named_and_one_that_is_away_keeps_its_choic
         with_backends([OLD], said, "llama")
 
 
+def test_a_backend_that_a_planner_chose_and_that_is_gone_is_forgotten() -> None:
+    before = ((MAC.peer_id, "mlx"), (PC.peer_id, "torch"))
+    said = ",".join(f"{peer}={name}" for peer, name in before)
+    bare = node("mac", LLAMA)
+    able, chosen = with_backends([OLD, PC, bare], said, "llama", before=before)
+    assert able == [OLD, PC, bare]
+    assert chosen == ((PC.peer_id, "torch"),)
+    with pytest.raises(Unsupported):  # a person says so now
+        with_backends([OLD, PC, bare], "mac=mlx", "llama", before=before)
+
+
 def test_nobody_has_it_or_nothing_can_compute_it() -> None:
     with pytest.raises(Unsupported) as caught:
         with_backends([OLD], "mlx", "llama")

@@ -13,9 +13,12 @@ from pyagent_node.consensus.checks import check_command
 from pyagent_node.consensus.commands import SetDrafting, SetPlacement, SetStandbys
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.reserves import ReserveOptions, choose_reserves
+from pyagent_node.node.api.schema import LoadRequest
 from pyagent_node.node.detector import Health
+from pyagent_node.node.drafts import with_reserves
 from pyagent_node.node.keeping import HostState
 from pyagent_node.node.placement_messages import RankReport, ReserveReport
+from pyagent_node.node.planning import Swarm
 from pyagent_node.node.replacement import (
     CUT_OFF_SECONDS,
     CUT_SECONDS,
@@ -392,3 +395,39 @@ def test_healing_always_ends_and_never_names_the_dead(seed: int) -> None:
         )
     else:
         raise AssertionError("it never comes to rest")
+
+
+def test_only_nodes_that_know_how_activations_cross_take_over() -> None:
+    known = {
+        peer: msgspec.structs.replace(node, activations=("f32", "f16") if peer in "ABCF" else ())
+        for peer, node in facts(*PEERS).items()
+    }
+    placed = msgspec.structs.replace(placement(A, B, C, spares={1: "D"}), activations="f16")
+    assert moved(placed, outlook(placed, "B", facts=known)) == [A, F, C]
+    plain = msgspec.structs.replace(placed, activations="")
+    assert moved(plain, outlook(plain, "B", facts=known)) == [A, D, C]
+    command = heal(placed, outlook(placed, standbys=1, spares=1, facts=known)).command
+    assert isinstance(command, SetStandbys)
+    assert set().union(*command.standbys, *command.spares) <= {A, B, C, F}
+    assert F in set().union(*command.standbys)
+
+
+def test_reserves_of_a_plan_know_how_activations_cross() -> None:
+    nodes = [
+        msgspec.structs.replace(node, activations=("f32", "f16") if peer in "ABCF" else ())
+        for peer, node in facts(*PEERS).items()
+    ]
+    for ask, able in (("f16", {A, B, C, F}), (None, set(PEERS))):
+        ranks = with_reserves(
+            SHAPE,
+            placement(A, B, C).ranks,
+            Swarm(nodes, {}),
+            LoadRequest(model="toy", standbys=2, spares=2, activations=ask),
+            {},
+            before=placement(A, B, C, standbys={0: "D"}),
+            n_ctx=8,
+            n_seq=1,
+        )
+        found = {peer for rank in ranks for peer in (*rank.standbys, *rank.spares)}
+        assert found <= able
+        assert (D in found) is (ask is None)
