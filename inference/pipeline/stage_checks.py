@@ -139,15 +139,8 @@ def check_step(
 
 
 def _check_numbers(message: Step) -> None:
-    """Check that no number is negative or will not go on in a frame."""
-    numbers = (
-        message.step,
-        message.position,
-        message.n,
-        message.spent,
-        message.settled,
-        *numbers_of(message.evicted),
-    )
+    """Check that no number without other bounds is negative, or so large that a sum overflows."""
+    numbers = (message.step, message.spent, message.settled, *numbers_of(message.evicted))
     if not all(0 <= number <= MAX_COUNT for number in numbers):
         raise CorruptData("A step has a number that cannot be.", code="malformed_step")
 
