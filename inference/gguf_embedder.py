@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import quote, unquote
@@ -86,7 +86,8 @@ class GgufIdentity(msgspec.Struct, frozen=True):
 class GgufEmbedder:
     """Implements ``Embedder``; ``threads`` as in the node's settings (0: one a core).
 
-    The first call of :meth:`embed` loads the file.  Raises :class:`Unavailable`
+    The first call of :meth:`embed` loads the file.  ``on_start`` is called in the thread of a call
+    that starts a process.  Raises :class:`Unavailable`
     (``encoder_failed``) where its process ends, and what ``llama.embedder`` raises.
     """
 
@@ -97,14 +98,15 @@ class GgufEmbedder:
         *,
         dimensions: int,
         threads: int = 0,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
         self._name = identity.checked()
         self._dimensions = dimensions
         self.centre: NDArray[np.float32] | None = None
         count = threads or psutil.cpu_count(logical=False) or 1
-        self._encoder = _Child(path, "embed", count)
-        self._counter = _Child(path, "count", 1)
+        self._encoder = _Child(path, "embed", count, on_start)
+        self._counter = _Child(path, "count", 1, on_start)
 
     @property
     def identity(self) -> str:
@@ -142,6 +144,21 @@ class GgufEmbedder:
         self._encoder.close()
         self._counter.close()
 
+    def rest(self) -> None:
+        """End those processes that answer nobody now; the next call starts them again."""
+        self._encoder.rest()
+        self._counter.rest()
+
+    def shut(self) -> None:
+        """End the processes for good, in the middle of a request too, which fails."""
+        self._encoder.shut()
+        self._counter.shut()
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process of this encoder is there."""
+        return self._encoder.runs or self._counter.runs
+
     def _embed(self, texts: list[str]) -> Vectors:
         check_texts(texts)
         vectors = np.zeros((len(texts), self._dimensions), np.float32)
@@ -161,7 +178,15 @@ class GgufEmbedder:
 class _Child:
     """A process that answers one request at a time, started when it is first needed."""
 
-    def __init__(self, path: Path, kind: Literal["embed", "count"], threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kind: Literal["embed", "count"],
+        threads: int,
+        on_start: Callable[[], None],
+    ) -> None:
+        self._on_start = on_start
+        self._shut = False
         self._command = [sys.executable, *COMMAND, str(path), kind, str(threads)]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -193,12 +218,34 @@ class _Child:
             raise error_from_info(answer.error)
         return answer
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
     def close(self) -> None:
         with self._lock:
             self._end()
 
+    def rest(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
+
+    def shut(self) -> None:
+        self._shut = True
+        process = self._process
+        if process is not None:
+            process.kill()  # whoever waits for its answer holds the lock
+        if self._lock.acquire(timeout=END_SECONDS):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
+
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
+        if self._process is None and not self._shut:
             try:
                 self._process = subprocess.Popen(
                     self._command,
@@ -212,6 +259,10 @@ class _Child:
                     f"The process of the encoder could not be started: {error}.",
                     code="encoder_failed",
                 ) from error
+            self._on_start()
+        if self._shut or self._process is None:  # perhaps while it was started
+            self._end()
+            raise Unavailable("The encoder was closed.", code="encoder_failed")
         return self._process
 
     def _end(self) -> int | None:

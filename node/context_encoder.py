@@ -8,6 +8,7 @@ fetches it from its peers when a context that uses it is added to or asked there
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -89,7 +90,9 @@ class Encoders:
         self._chosen, self._question, self._text = chosen, question, text
         self._opening: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
         self._open: dict[str, Embedder] = {}
-        self._alive: list[GgufEmbedder] = []
+        self._made: list[GgufEmbedder] = []
+        """Those of GGUF models, the one that was used last first; :attr:`_order` guards it."""
+        self._order = threading.Lock()
 
     async def choose(self) -> str:
         """See :class:`EncoderSource`.
@@ -146,13 +149,15 @@ class Encoders:
                 found = await (self._minilm(told) if wanted is None else self._gguf(wanted, told))
                 self._open[identity] = found
             if isinstance(found, GgufEmbedder):
-                await self._keep_alive(found)
+                await trio.to_thread.run_sync(self._used, found)
             return found
 
     async def close(self) -> None:
-        """End the processes of encoders."""
-        for each in self._alive:
-            await trio.to_thread.run_sync(each.close)
+        """End the processes of encoders for good; requests that they are at fail."""
+        with self._order:
+            made, self._made = self._made, []
+        for each in made:
+            await trio.to_thread.run_sync(each.shut)
 
     async def _minilm(self, told: Downloaded) -> Embedder:
         files = await minilm_files(self._store, progress=told)
@@ -163,11 +168,21 @@ class Encoders:
     async def _gguf(self, wanted: GgufIdentity, told: Downloaded) -> Embedder:
         path = await self._file(wanted, told)
         shape = model_shape(await trio.to_thread.run_sync(read_header, path))
-        opened = GgufEmbedder(path, wanted, dimensions=shape.n_embd, threads=self._threads)
+        opened = GgufEmbedder(
+            path,
+            wanted,
+            dimensions=shape.n_embd,
+            threads=self._threads,
+            on_start=lambda: self._used(opened),
+        )
+        with self._order:
+            self._made.append(opened)
         try:
             opened.centre = await trio.to_thread.run_sync(centre_of, opened, self._store.root)
         except BaseException:
-            opened.close()
+            with self._order:
+                self._made = [each for each in self._made if each is not opened]
+            opened.shut()
             raise
         return opened
 
@@ -193,11 +208,16 @@ class Encoders:
                 remedy="Connect to a node that has it, or pull it here: pyagent-node model pull.",
             ) from error
 
-    async def _keep_alive(self, used: GgufEmbedder) -> None:
-        """End the processes of encoders that were not used lately."""
-        self._alive = [used, *(each for each in self._alive if each is not used)]
-        while len(self._alive) > ALIVE:
-            await trio.to_thread.run_sync(self._alive.pop().close)
+    def _used(self, used: GgufEmbedder) -> None:
+        """End the processes of encoders that were not used lately.  In a worker thread.
+
+        One that is at a request goes on: it is looked at when another one is used or starts.
+        """
+        with self._order:
+            self._made = [used, *(each for each in self._made if each is not used)]
+            over = [each for each in self._made if each is used or each.runs][ALIVE:]
+        for each in over:
+            each.rest()
 
 
 @asynccontextmanager

@@ -1,11 +1,13 @@
 """GGUF models as encoders of contexts: vectors, processes, identities, peers, settings."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import trio
 
 from pyagent_node.base.errors import (
     ConfigError,
@@ -23,6 +25,7 @@ from pyagent_node.inference.llama.embedder import BATCH_TEXTS, GgufEncoder, batc
 from pyagent_node.inference.models.downloads import Progress
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import About, StoredModel
+from pyagent_node.node import context_encoder
 from pyagent_node.node.api.context_schema import CreateContextRequest, QueryRequest
 from pyagent_node.node.api.following import nobody
 from pyagent_node.node.context_encoder import Encoders
@@ -215,3 +218,48 @@ async def test_the_centre_is_kept_and_shifts_the_axes(tmp_path: Path, tiny: Path
     assert np.allclose(centres[0], centres[2], atol=1e-3)
     assert np.array_equal(centres[0], centres[1])
     assert len(calibration_texts()) >= 100
+
+
+async def test_an_encoder_that_starts_again_is_counted_and_ended(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context_encoder, "ALIVE", 1)
+    store = ModelStore(tmp_path / "models")
+    model = _held(store, tiny)
+    encoders = Encoders(store, threads=1)
+    one, two = [
+        await encoders.open(str(GgufIdentity(model.digest, model.manifest, words)), nobody)
+        for words in ("a ", "b ")
+    ]
+    assert isinstance(one, GgufEmbedder)
+    assert isinstance(two, GgufEmbedder)
+    assert (one.runs, two.runs) == (False, True)
+    await trio.to_thread.run_sync(one.embed, ["the cat"])  # a long document goes on
+    assert (one.runs, two.runs) == (True, False)
+    await encoders.close()
+    assert psutil.Process().children() == []
+    with pytest.raises(Unavailable):
+        await trio.to_thread.run_sync(two.embed, ["the cat"])
+    assert psutil.Process().children() == []
+
+
+def test_shutting_down_waits_for_no_request(embedder: GgufEmbedder) -> None:
+    embedder.embed(["the cat"])
+    (child,) = psutil.Process().children()
+    child.suspend()  # it would answer some time
+    failed: list[PyAgentError] = []
+
+    def ask() -> None:
+        try:
+            embedder.embed(["the cat"])
+        except PyAgentError as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not embedder._encoder._lock.locked():
+        threading.Event().wait(0.001)
+    embedder.shut()
+    asking.join(5)
+    assert [error.code for error in failed] == ["encoder_failed"]
+    assert psutil.Process().children() == []
