@@ -117,8 +117,10 @@ class SketchKeeper:
                     if catalog.lacking(share, self.own_groups(), bare_only=False):
                         return False
                     continue
-                groups, marks = self._sync.sketched.get((peer, info.id), (0, b""))
-                if marks != digest or not groups >> group & 1:
+                said = self._sync.sketched.get((peer, info.id))
+                if said is None or said.epoch < self._reach.epoch:
+                    return False  # it may have been asked to give them up since
+                if said.marks != digest or not said.groups >> group & 1:
                     return False
         return True
 

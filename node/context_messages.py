@@ -56,13 +56,14 @@ class ContextSummary(msgspec.Struct, frozen=True, array_like=True):
     """``digest`` covers all records of a context: equal ones hold the same records.
 
     ``groups`` are those of spread sketches that the node holds in full, of the chunks that
-    ``marks`` is the digest of.
+    ``marks`` is the digest of, as the owner that it is at ``epoch``.
     """
 
     context: bytes
     digest: bytes
     groups: int = 0
     marks: bytes = b""
+    epoch: int = 0
 
 
 class Summary(msgspec.Struct, frozen=True, tag="summary"):

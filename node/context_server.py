@@ -203,7 +203,8 @@ class ContextServer:
         self._check_member(peer)
         known = sorted(self._consensus.state.contexts.values(), key=lambda info: info.id)
         contexts = tuple(
-            ContextSummary(each.id, self.digest(each.id), *self._sketched(each)) for each in known
+            ContextSummary(each.id, self.digest(each.id), *self._sketched(each), self._reach.epoch)
+            for each in known
         )
         return Summary(contexts, self._store.limit_bytes), b""
 

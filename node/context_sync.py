@@ -18,7 +18,7 @@ from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_client import ContextClient
-from pyagent_node.node.context_messages import Summary
+from pyagent_node.node.context_messages import ContextSummary, Summary
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
 from pyagent_node.sharding.context.catalog import MAX_CATALOG, MAX_DOCUMENTS, Catalog
@@ -96,8 +96,8 @@ class RecordSync:
         """Bytes that each peer offers for bodies, as it says."""
         self.superseded: dict[ChunkId, float] = {}
         """When a chunk's document was replaced or removed, as far as this node saw it."""
-        self.sketched: dict[tuple[PeerId, ContextId], tuple[int, bytes]] = {}
-        """Groups of spread sketches that each peer has in full, and of which chunks, as it says."""
+        self.sketched: dict[tuple[PeerId, ContextId], ContextSummary] = {}
+        """What each peer said last of a context: the groups of spread sketches it has in full."""
         self.merged = 0
         """Records that came from peers and were news."""
         self.on_news: Callable[[], None] = lambda: None
@@ -152,7 +152,7 @@ class RecordSync:
             summary = await self._client.summary(peer)
             self.capacities[peer] = min(max(summary.capacity, 0), MAX_CAPACITY)
             for each in summary.contexts:
-                self.sketched[peer, ContextId(each.context)] = (each.groups, each.marks)
+                self.sketched[peer, ContextId(each.context)] = each
             for context in self._differing(summary):
                 await self._fetch(peer, context)
         except PyAgentError as error:

@@ -469,3 +469,27 @@ async def test_what_has_no_room_is_no_reason_to_stop_asking(autojump_clock, monk
         assert sum(sizes[::2]) <= 700 < min(sizes[1::2])
         kept = [known.record.source for known in it.stores[0].catalog(SHELF.id).everything()]
         assert kept == ["0.txt", "2.txt", "4.txt"]
+
+
+async def test_what_a_peer_said_of_its_sketches_before_the_owners_changed_counts_no_more(
+    autojump_clock,
+):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    spread = msgspec.structs.replace(SHELF, spread=True)
+    async with pair() as it:
+        it.log.become(state(contexts={"shelf": spread}))
+        await it.stores[0].merge([encode_record(record)])
+        await it.stores[0].put_bodies(bodies)
+        first = it.services[0]
+        await first.keeper.once()
+        await it.services[1].sync.look(A)
+        await it.services[1].keeper.once()
+        await trio.testing.wait_all_tasks_blocked()
+        await first.sync.look(B)
+        assert first.sync.sketched[B, SHELF.id].epoch == 3
+        assert first.keeper.settled(spread)
+        it.log.become(state(contexts={"shelf": spread}, bucket_epoch=4))
+        assert not first.keeper.settled(spread)
+        await trio.testing.wait_all_tasks_blocked()
+        await first.sync.look(B)
+        assert first.keeper.settled(spread)
