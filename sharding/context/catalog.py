@@ -56,6 +56,10 @@ class Known(NamedTuple):
     size: int
 
 
+LISTS: Final = 8
+"""Lists of what is lacking that are kept: a question needs three."""
+
+
 class Table(NamedTuple):
     """The sketches of all windows of some documents, and whose they are.
 
@@ -88,7 +92,8 @@ class Catalog:
         self._chunks: dict[ChunkId, tuple[str, int]] = {}
         self._marks = [0] * SLOTS
         self._ready: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)
-        self._lacking: tuple[tuple[int, int, int, bool], list[ChunkId]] = ((-1, 0, 0, True), [])
+        self._lacking: dict[tuple[int, bool], list[ChunkId]] = {}
+        self._lacking_at = (-1, -1)
         self._windows = 0
         self._size = 0
         self._bare = 0
@@ -223,20 +228,23 @@ class Catalog:
         """Return the chunks that have windows in ``groups`` of which no sketch may be here.
 
         Such are neither in ``share`` nor, with ``bare_only``, in a record that is not bare.  The
-        list of the last call is kept, and serves until something changes.
+        lists of the last few calls are kept, and serve until something changes.
         """
         if bare_only and not self._bare:
             return []
-        key = (self._generation, share.generation, groups, bare_only)
-        if self._lacking[0] != key:
-            found = [
+        now, key = (self._generation, share.generation), (groups, bare_only)
+        full = len(self._lacking) >= LISTS and key not in self._lacking
+        if self._lacking_at != now or full:
+            self._lacking, self._lacking_at = {}, now
+        found = self._lacking.get(key)
+        if found is None:
+            found = self._lacking[key] = [
                 chunk
                 for chunk, (source, _) in self._chunks.items()
                 if not share.covers(chunk, groups)
                 and not (bare_only and not self._known[source].record.whole)
             ]
-            self._lacking = (key, found)
-        return self._lacking[1]
+        return found
 
     def ready(self, share: Share, tolerance: int = 0) -> int:
         """Return the groups of which all sketches are here, but for those of a few chunks."""

@@ -174,6 +174,14 @@ def test_what_is_lacking_is_known() -> None:
     assert some.covered(share, half) == some.marks()
     assert catalog(whole=True).lacking(Share(), ALL_GROUPS) == []
     assert len(catalog(whole=True).lacking(Share(), half, bare_only=False)) == len(BODIES)
+    # A question needs several lists in turn: each is made once until something changes.
+    lists = [(half, True), (ALL_GROUPS, True), (ALL_GROUPS, False)]
+    made = [some.lacking(share, groups, bare_only=only) for groups, only in lists]
+    for (groups, only), before in zip(lists, made, strict=True):
+        assert some.lacking(share, groups, bare_only=only) is before
+    for groups in range(100):
+        assert some.lacking(share, groups) == []
+    assert len(some._lacking) <= 8
     share.drop([BODIES[0].id])
     assert some.lacking(share, half) == [BODIES[0].id]
     assert BODIES[0].id in unsure_of(some, some.covered(share, half), lambda _: True)
