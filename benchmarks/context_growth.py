@@ -114,8 +114,8 @@ def rows_in(path: Path) -> list[GrowthRow]:
 
 
 def joined(rows: Sequence[GrowthRow]) -> tuple[GrowthRow, ...]:
-    """Return rows by size; of several of one size (and kind) the last counts."""
-    by_size = {(row.tokens, row.nodes > 0): row for row in rows}
+    """Return rows by size; of several of one size and number of nodes the last counts."""
+    by_size = {(row.tokens, row.nodes): row for row in rows}
     return tuple(by_size[key] for key in sorted(by_size))
 
 
@@ -162,12 +162,13 @@ def plot(rows: Sequence[GrowthRow]) -> str:
             remedy="Leave --tokens out, or name stored runs with --with.",
         )
     across = [row.tokens for row in swarm]
+    daemons = " or ".join(str(count) for count in sorted({row.nodes for row in swarm}))
     return drawing(
         [
             Panel(
                 "tokens added a second",
                 across,
-                [Line("4 daemons", [row.tokens_per_second or 0.0 for row in swarm])],
+                [Line(f"{daemons} daemons", [row.tokens_per_second or 0.0 for row in swarm])],
             ),
             Panel(
                 "milliseconds a question",

@@ -47,6 +47,8 @@ def test_rows_of_runs_and_of_their_files(tmp_path: Path) -> None:
         rows_in(odd)
     later = row_of(figures(1000, recall=0.8))
     assert joined([other, one, later]) == (later, other)
+    more = msgspec.structs.replace(later, nodes=6)
+    assert joined([more, later]) == (later, more)
 
 
 def test_the_index_alone_and_the_drawing() -> None:
@@ -56,6 +58,9 @@ def test_the_index_alone_and_the_drawing() -> None:
     assert alone.recall_at_8 is None
     drawn = plot([row_of(figures(1000)), row_of(figures(10_000)), alone])
     assert drawn.startswith("<svg")
+    assert ">4 daemons<" in drawn
+    six = msgspec.structs.replace(row_of(figures(10_000)), nodes=6)
+    assert ">4 or 6 daemons<" in plot([row_of(figures(1000)), six])
     assert drawn.count('class="title"') == 4
     with pytest.raises(CorruptData):
         plot([alone])
