@@ -39,7 +39,7 @@ from pyagent_node.inference.backend import (
     WatchSequence,
 )
 from pyagent_node.inference.kv.chunks import alone, moved_to
-from pyagent_node.inference.kv.landmarks import NEAR, chosen, picked, places, spans_at
+from pyagent_node.inference.kv.landmarks import NEAR, PROBE, chosen, picked, places, spans_at
 from pyagent_node.inference.kv.pieces import SKIP_TOKENS, Piece
 from pyagent_node.inference.kv.pruning import Positions
 from pyagent_node.inference.kv.ranges import part_of
@@ -53,7 +53,6 @@ from pyagent_node.sharding.kv_landmarks import pack, unpack
 
 N_CTX: Final = 2048
 OPENING: Final = "Sources:\n\n"
-PROBE: Final = "\n\nQuestion: what do the lines above tell, and of whom?\nAnswer: they tell that"
 END: Final = 96
 """Rows at the end of a chunk that are measured, padding among them: 63 tokens at most."""
 _PROMPT, _ALONE = 0, 1
@@ -72,20 +71,22 @@ ARMS: Final = (
     Arm("whole"),
     Arm("whole", 0, "int4"),
     Arm("whole", 0, "int3"),
-    Arm("again", 128),
-    Arm("again", 64),
-    Arm("again", 32),
-    Arm("again", 128, "int4"),
-    Arm("again", 64, "int4"),
-    Arm("end", 64),
+    Arm("probe", 128),
     Arm("probe", 128, "int4"),
     Arm("probe", 64),
+    Arm("probe", 32),
+    Arm("again", 128),
+    Arm("again", 64),
+    Arm("end", 128),
+    Arm("end", 64),
+    Arm("even", 128),
     Arm("even", 64),
     Arm("none", NEAR),
 )
-"""``again`` goes by the attention of the chunk's own tokens, read once more behind it, ``end`` by
-that of the rows at its end, ``probe`` by that of a question behind it; ``even`` takes each so and
-so manieth cell, ``none`` has the tokens that are computed anew and the last few cells alone."""
+"""``probe`` goes by the attention of a question behind the chunk (``kv.landmarks``), ``again`` by
+that of the chunk's own tokens, read once more behind it (KVzip, arXiv:2505.23416), ``end`` by that
+of the rows at its end; ``even`` takes cells at equal distances, ``none`` has the tokens that are
+computed anew and the last few cells alone."""
 FULL: Final = Arm("computed")
 """Nothing is joined."""
 

@@ -1,12 +1,12 @@
 """The landmarks of a piece: the few of its cells that carry most of the attention on it.  Pure.
 
 A piece of a prompt (``chunks``) of some 256 tokens has as many cells in every layer.  Its landmark
-form has half as many, in whole blocks (with fewer, facts are lost): those that
-get most attention when the same tokens are read once more behind the piece, for what is looked at
-then is what it takes to tell the piece again, whatever will be asked (KVzip, arXiv:2505.23416; rows
-at its end, or a question behind it, choose worse: ``docs/context.md``).  The policy is that of
-``pruning``, without sinks: the first tokens of a piece are computed anew by whoever joins it.  The
-last cell is always among them, because a sequence goes on from there.
+form has half as many, in whole blocks (with fewer, facts are lost): those that get most attention
+from a question read behind the piece, :data:`PROBE`, which asks what any question may want.  (Rows
+at the end of the piece choose much worse, and the piece read once more behind itself somewhat:
+``docs/context.md``.)  The policy is that of ``pruning``, without sinks: the first tokens of a piece
+are computed anew by whoever joins it.  The last cell is always among them, because a sequence goes
+on from there.
 
 The form is lossy, whatever the level of its rows: a sequence that gets it has gaps
 (``KvRange.kept``), counts as pruned, and nothing of it gets the name of an exact block.  It has a
@@ -27,6 +27,8 @@ from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
 
 EACH: Final = 2 * BLOCK_TOKENS
 """Tokens of a piece for which its form has a block of cells."""
+PROBE: Final = "\n\nQuestion: what do the lines above tell, and of whom?\nAnswer: they tell that"
+"""What is read behind a piece, and its padding, when its landmarks are chosen."""
 NEAR: Final = 4
 """The last cells of a piece, which stay: the last one has to, and the text goes on from there."""
 

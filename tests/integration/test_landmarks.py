@@ -125,8 +125,8 @@ def test_their_blocks_bring_every_bit_back(
 
 
 def test_the_command_measures_every_form(bundled_model: Path) -> None:
-    whole, short, small = Arm("whole"), Arm("again", 64), Arm("again", 64, "int4")
-    arms = (whole, short, small, Arm("even", 64))
+    whole, short, small = Arm("whole"), Arm("probe", 64), Arm("probe", 64, "int4")
+    arms = (whole, short, small)
     report = measure(bundled_model, prompts=1, chunks=1, size=200, threads=1, arms=arms)
     rows = {(row.way, row.cells, row.level): row for row in report.rows}
     assert set(rows) == {FULL, *arms}
