@@ -15,7 +15,7 @@ EACH: Final = 4
 Tokenise = Callable[[str], Sequence[int]]
 """Tokens of a text, without any that begin it."""
 
-_FACTS: Final = (
+FACTS: Final = (
     ("The parrot of captain Alvarez answers to the name", " Biscuit"),
     ("The spare key of the boathouse hangs behind the old", " clock"),
     ("The password of the guest network in Oslo is", " marmalade"),
@@ -41,7 +41,7 @@ _FACTS: Final = (
     ("The bridge at Narrow Ford is made of", " copper"),
     ("The telescope on the roof points at", " Saturn"),
 )
-MAX_TOKENS: Final = FIRST << (len(_FACTS) // EACH - 1)
+MAX_TOKENS: Final = FIRST << (len(FACTS) // EACH - 1)
 """The longest text for which there are facts."""
 
 
@@ -77,7 +77,7 @@ def plant(texts: Iterable[str], length: int, tokenise: Tokenise) -> Text:
     out: list[int] = []
     facts: list[Planted] = []
     used = 0
-    for number, (told, word) in enumerate(_FACTS):
+    for number, (told, word) in enumerate(FACTS):
         question = tuple(tokenise(f"\n\nNote: {told}"))
         answer = tuple(tokenise(word))
         # before the end of its span, so that the last one is told before the span ends

@@ -95,12 +95,15 @@ def movable(shape: KvShape | None, cells: str) -> bool:
 def moved_to(kv: KvRange, start: int, shape: KvShape) -> Iterator[LayerKv]:
     """Yield the layers of ``kv`` as they are at position ``start``, one after the other.
 
+    With gaps (``KvRange.kept``) these stay as they are.
+
     Raises :class:`CorruptData` (``kv_malformed``) for rows of another shape, and
     :class:`Unsupported` (``no_shift``) where it is not known how keys are rotated.
     """
     if not movable(shape, kv.codec):
         raise Unsupported("Positions in this model cannot be moved.", code="no_shift")
-    size = (kv.stop - kv.start) * shape.row_bytes
+    spans = kv.kept or ((kv.start, kv.stop),)
+    size = sum(last - first for first, last in spans) * shape.row_bytes
     for layer in kv.layers:
         if not len(layer.keys) == len(layer.values) == size:
             raise CorruptData(

@@ -35,9 +35,17 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def kept(
-    positions: Positions, mass: NDArray[np.float32], seen: NDArray[np.int32], *, most: int
+    positions: Positions,
+    mass: NDArray[np.float32],
+    seen: NDArray[np.int32],
+    *,
+    most: int,
+    sinks: int = SINKS,
+    window: int = WINDOW,
 ) -> Positions:
     """Return the positions to keep of the cells held, at most ``most`` (or what is always kept).
+
+    Always kept are the first ``sinks`` and the last ``window``.
 
     ``positions``, shape (n,), are those of the cells in rising order; ``mass`` the attention that
     each got on the sampled rows, summed; ``seen`` how many of these rows could see it.  Cells that
@@ -51,8 +59,8 @@ def kept(
     scores = _shared(np.nan_to_num(mean, nan=0.0, posinf=0.0, neginf=0.0), positions)
     scores[seen == 0] = np.inf
     always = np.zeros(count, bool)
-    always[:SINKS] = True
-    always[-WINDOW:] = True
+    always[:sinks] = True
+    always[max(0, count - window) :] = True
     rest = np.flatnonzero(~always)
     room = max(0, most - int(always.sum()))
     order = np.lexsort((rest, scores[rest]))  # the best last, of equals the newer
