@@ -81,10 +81,11 @@ class Prober:
         partial: list[list[ChunkId]] = []
         axes = await self._server.axes(info.encoder, len(vector))
         here = self._reach.here
-        if not catalog.spread:
+        elsewhere = set(catalog.lacking(share, ALL_GROUPS))
+        if not elsewhere:  # all sketches are here, those of bare records too
             merged.add((await self._server.likely(info, vector, ALL_GROUPS))[2])
             return Picked(picked(merged.best(), (), catalog, live)[0], count, asked, 0, set())
-        own, elsewhere = self._server.ready(catalog, share), set(catalog.lacking(share, ALL_GROUPS))
+        own = self._server.ready(catalog, share)
         unsure |= dict.fromkeys(
             chunk for chunk in catalog.lacking(share, own) if self._is_live(chunk, live, info)
         )

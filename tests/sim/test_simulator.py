@@ -20,7 +20,7 @@ from pyagent_node.simulations.pool import play_all
 
 NODES, SECONDS = 7, 30.0
 WORKERS = 2
-FIXED = dict.fromkeys(MIXES, (1,)) | {"standard": tuple(range(8))}
+FIXED = dict.fromkeys(MIXES, (1,)) | {"standard": tuple(range(8)), "contexts": (1, 110)}
 """Always these, of each mix."""
 FRESH = dict.fromkeys(MIXES, 1) | {"standard": 6}
 """So many more, new in each run."""
