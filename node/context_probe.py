@@ -114,8 +114,9 @@ class Prober:
 
         with trio.move_on_after(PROBE_SECONDS):
             while groups := probe.step():
-                merged.add((await self._server.likely(info, vector, groups))[2])
-                probe.served(groups & own)
+                still, _, some = await self._server.likely(info, vector, groups)
+                merged.add(some)
+                probe.served(still & own)
                 while wave := probe.wave():
                     async with trio.open_nursery() as nursery:
                         for peer, wanted in wave.items():
