@@ -158,12 +158,7 @@ class Librarian:
         return next(m.number for m in self._swarm.machines if m.peer_id == service.peer_id)
 
     async def ask_last(self) -> None:
-        """Ask a mended swarm for every document at every node: all must find the same.
-
-        Where bodies were lost with nodes that left for good, sketches that should be made of them
-        never are, so some nodes keep whole records that others have bare: then the first hits must
-        be the same, and lesser ones may differ.
-        """
+        """Ask a mended swarm for every document at every node: all must find the same."""
         if self.info is None:
             return
         for source in sorted(self.shelf):
@@ -180,20 +175,8 @@ class Librarian:
                     self._swarm.violation(
                         "contexts", f"node {machine.number} does not find {source} any more"
                     )
-            alike = 1 if self._between_forms() else HITS
-            if len({tuple(each[:alike]) for each in answers.values()}) > 1:
+            if len({tuple(each) for each in answers.values()}) > 1:
                 self._swarm.violation("contexts", f"nodes answer differently about {source}")
-
-    def _between_forms(self) -> bool:
-        """Whether some records have their sketches and some are bare, for good."""
-        catalogs = [
-            m.parts.contexts.catalog(self.info.id)
-            for m in self._swarm.up()
-            if m.parts and self.info
-        ]
-        records = [record for each in catalogs for record in each.documents() if record.windows]
-        departed = any(machine.gone for machine in self._swarm.machines)
-        return departed and len({bool(record.whole) for record in records}) > 1
 
     def _says(self, source: str, hit: tuple[str, str, float]) -> bool:
         """Whether a hit is of the document, in an edition that there was."""
