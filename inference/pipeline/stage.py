@@ -14,7 +14,7 @@ Rules.
 * A session that ends here for whatever reason but its head's own wish is reported to its head.
 * What arrives for a session after its end is dropped, even if its opening is yet to come.
 
-What is computed when is ``stage_queue``'s; what becomes of KV blocks is ``stage_blocks``'s.
+What is computed when is ``stage_queue``'s; a session is ``stage_session``'s; what becomes of KV blocks is ``stage_blocks``'s.
 """
 
 from __future__ import annotations
@@ -61,11 +61,8 @@ from pyagent_node.inference.pipeline.stage_errors import (
 )
 from pyagent_node.inference.pipeline.stage_joins import StageJoins
 from pyagent_node.inference.pipeline.stage_pruning import StagePruning
-from pyagent_node.inference.pipeline.stage_queue import (
-    Batch,
-    ServedSession,
-    StageQueue,
-)
+from pyagent_node.inference.pipeline.stage_queue import Batch, StageQueue
+from pyagent_node.inference.pipeline.stage_session import ServedSession
 from pyagent_node.inference.pipeline.stage_types import (
     Outgoing,
     StageLimits,

@@ -29,7 +29,7 @@ from pyagent_node.inference.pipeline.frames import (
 )
 from pyagent_node.inference.pipeline.origins import Source
 from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
-from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession
+from pyagent_node.inference.pipeline.stage_session import QueuedStep, ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
 from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, block_chain, rest_links

@@ -8,7 +8,8 @@ from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.kv.budgets import MAX_COUNT, check, numbers_of
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.origins import CUTS, check_origins
-from pyagent_node.inference.pipeline.stage_queue import QueuedStep, ServedSession, StageQueue
+from pyagent_node.inference.pipeline.stage_queue import StageQueue
+from pyagent_node.inference.pipeline.stage_session import QueuedStep, ServedSession
 from pyagent_node.inference.pipeline.stage_types import StageLimits, StageSpec
 from pyagent_node.inference.trees import check_tree, depths
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES

@@ -27,7 +27,7 @@ from pyagent_node.inference.pipeline.frames import (
     unpack_tokens,
 )
 from pyagent_node.inference.pipeline.origins import block_root
-from pyagent_node.inference.pipeline.stage_queue import ServedSession
+from pyagent_node.inference.pipeline.stage_session import ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageSpec
 from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES, block_chain

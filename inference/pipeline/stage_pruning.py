@@ -25,7 +25,8 @@ from pyagent_node.inference.backend import (
 from pyagent_node.inference.kv.budgets import WINDOW, Evicted, Pruning, budget, due
 from pyagent_node.inference.kv.pruning import kept, ranges
 from pyagent_node.inference.pipeline.frames import Step
-from pyagent_node.inference.pipeline.stage_queue import WATCH_EVERY, WATCH_ROWS, ServedSession
+from pyagent_node.inference.pipeline.stage_queue import WATCH_EVERY, WATCH_ROWS
+from pyagent_node.inference.pipeline.stage_session import ServedSession
 
 
 class PruneTurn(msgspec.Struct, frozen=True, gc=False):

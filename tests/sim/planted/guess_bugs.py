@@ -18,7 +18,8 @@ from pyagent_node.inference.pipeline.driver import Session
 from pyagent_node.inference.pipeline.flights import Landed
 from pyagent_node.inference.pipeline.frames import Result, Step
 from pyagent_node.inference.pipeline.speculation import Speculation
-from pyagent_node.inference.pipeline.stage_queue import Batch, ServedSession, StageQueue
+from pyagent_node.inference.pipeline.stage_queue import Batch, StageQueue
+from pyagent_node.inference.pipeline.stage_session import ServedSession
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.simulations import backend
 from pyagent_node.simulations.fault_kinds import Crash

@@ -17,7 +17,8 @@ from pyagent_node.inference.pipeline.attempt import Attempt
 from pyagent_node.inference.pipeline.frames import PipeMessage, Result, Tail
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.stage import StageCore
-from pyagent_node.inference.pipeline.stage_queue import ServedSession, StageQueue
+from pyagent_node.inference.pipeline.stage_queue import StageQueue
+from pyagent_node.inference.pipeline.stage_session import ServedSession
 from pyagent_node.inference.pipeline.stage_types import Outgoing, StageLimits
 from pyagent_node.node import journals, session_recovery
 from pyagent_node.node.journal_book import JournalBook, Writer
