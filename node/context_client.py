@@ -49,12 +49,14 @@ from pyagent_node.node.context_messages import (
 )
 from pyagent_node.node.rpc import RpcClient
 from pyagent_node.sharding.context.probing import Likely
-from pyagent_node.sharding.context.records import (
-    ChunkBody,
-    ChunkId,
+from pyagent_node.sharding.context.record_codec import (
     decode_body,
     decode_record,
     encode_body,
+)
+from pyagent_node.sharding.context.records import (
+    ChunkBody,
+    ChunkId,
 )
 from pyagent_node.sharding.context.search import Scored
 from pyagent_node.sharding.context.shares import Part

@@ -21,11 +21,13 @@ from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.defaults import default_model
 from pyagent_node.sharding.context.index import Way, words_weight
 from pyagent_node.sharding.context.port import Answer, ContextStore
+from pyagent_node.sharding.context.record_codec import (
+    encode_record,
+)
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
     DocumentRecord,
-    encode_record,
 )
 from pyagent_node.sharding.context.search import candidates, found, question_terms, rank, score_all
 from pyagent_node.sharding.context.shares import Share

@@ -46,13 +46,15 @@ from pyagent_node.node.rpc import Rpc, open_rpc
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.index import Way
 from pyagent_node.sharding.context.port import Answer, ContextStore
+from pyagent_node.sharding.context.record_codec import (
+    bare,
+    encode_record,
+    record_digest,
+)
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
     DocumentRecord,
-    bare,
-    encode_record,
-    record_digest,
 )
 from pyagent_node.sharding.context.shares import Share
 

@@ -68,14 +68,16 @@ from pyagent_node.sharding.context.catalog import SLOTS, Catalog
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.port import ContextStore
 from pyagent_node.sharding.context.probing import MAX_UNSURE, Likely, likely
-from pyagent_node.sharding.context.records import (
-    ChunkBody,
-    ChunkId,
+from pyagent_node.sharding.context.record_codec import (
     check_body,
     decode_body,
     decode_record,
     encode_body,
     encode_record,
+)
+from pyagent_node.sharding.context.records import (
+    ChunkBody,
+    ChunkId,
 )
 from pyagent_node.sharding.context.search import Scored, score_all
 from pyagent_node.sharding.context.shares import (

@@ -1,30 +1,25 @@
 """What this node keeps of contexts, in one SQLite file: records, bodies of chunks, last use.
 
-The file is in WAL mode and every write is synced before it counts, so a crash leaves what was
-there before a call or after it.  All records are in memory too (as catalogs), and the ids of all
-bodies; bodies are read when they are asked for.  SQLite is used in worker threads only, by one
-writer and one reader at a time, and its errors are mapped here.
+Every write is synced before it counts (``context_database``).  All records are in memory too (as
+catalogs), and the ids of all bodies; bodies are read when they are asked for.  SQLite is used in
+worker threads only, by one writer and one reader at a time.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import trio
 
-from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError, Unavailable
-from pyagent_node.base.files import make_private_dir, map_os_error
+from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError
 from pyagent_node.base.types import ContextId
+from pyagent_node.node.context_database import Database, Held
 from pyagent_node.sharding.context.catalog import Catalog
-from pyagent_node.sharding.context.records import (
-    ChunkBody,
-    ChunkId,
-    DocumentRecord,
+from pyagent_node.sharding.context.record_codec import (
     bare,
     decode_body,
     decode_record,
@@ -32,49 +27,24 @@ from pyagent_node.sharding.context.records import (
     encode_record,
     record_digest,
 )
+from pyagent_node.sharding.context.records import (
+    ChunkBody,
+    ChunkId,
+    DocumentRecord,
+)
 from pyagent_node.sharding.context.shares import Part, Share, decode_part, encode_part
 
 log = logging.getLogger("pyagent_node.context")
 
 T = TypeVar("T")
 
-FILE: Final = "contexts.sqlite"
-FORMAT: Final = 1
 USE_SECONDS: Final = 60
 """Times of last use are written when they are so much later than what is written."""
-BUSY_SECONDS: Final = 10.0
-
-_TABLES: Final = """
-PRAGMA auto_vacuum = INCREMENTAL;
-CREATE TABLE records (
-    context BLOB NOT NULL, source TEXT NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (context, source)
-) WITHOUT ROWID;
-CREATE TABLE bodies (
-    id BLOB PRIMARY KEY NOT NULL, context BLOB NOT NULL, size INTEGER NOT NULL, data BLOB NOT NULL
-);
-CREATE TABLE uses (
-    context BLOB NOT NULL, source TEXT NOT NULL, at INTEGER NOT NULL,
-    PRIMARY KEY (context, source)
-) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
-_LATER_TABLES: Final = """
-CREATE TABLE IF NOT EXISTS parts (
-    id BLOB PRIMARY KEY NOT NULL, context BLOB NOT NULL, data BLOB NOT NULL
-);
-"""
-"""Made in files of earlier versions too, which do not look at them."""
-
-
-class _Held(NamedTuple):
-    context: ContextId
-    size: int
 
 
 class _Loaded(NamedTuple):
     records: list[tuple[DocumentRecord, bytes]]
-    bodies: dict[ChunkId, _Held]
+    bodies: dict[ChunkId, Held]
     uses: list[tuple[ContextId, str, int]]
     parts: list[tuple[ContextId, ChunkId, Part]]
 
@@ -82,7 +52,7 @@ class _Loaded(NamedTuple):
 class SqliteContextStore:
     """Implements ``sharding.context.port.ContextStore``; made by :func:`open_context_store`."""
 
-    def __init__(self, database: _Database, loaded: _Loaded, limit_bytes: int) -> None:
+    def __init__(self, database: Database, loaded: _Loaded, limit_bytes: int) -> None:
         self._database = database
         self._limit = limit_bytes
         self._catalogs: dict[ContextId, Catalog] = {}
@@ -179,7 +149,7 @@ class SqliteContextStore:
             await _in_thread(lambda: self._database.put_bodies(rows))
             self._used += size
             for chunk, context, data in rows:
-                self._held[chunk] = _Held(context, len(data))
+                self._held[chunk] = Held(context, len(data))
                 self._contexts[chunk] = context
 
     async def bodies(self, ids: Sequence[ChunkId]) -> list[ChunkBody]:
@@ -279,7 +249,7 @@ async def open_context_store(
     Raises :class:`CorruptData` (``context_store_corrupt``), naming the file, and errors of the
     disk.
     """
-    database = await _in_thread(lambda: _Database(folder))
+    database = await _in_thread(lambda: Database(folder))
     try:
         loaded = await _in_thread(lambda: _load(database))
         yield SqliteContextStore(database, loaded, limit_bytes)
@@ -288,7 +258,7 @@ async def open_context_store(
             await _in_thread(database.close)
 
 
-def _load(database: _Database) -> _Loaded:
+def _load(database: Database) -> _Loaded:
     records: list[tuple[DocumentRecord, bytes]] = []
     for context, source, data in database.records():
         try:
@@ -306,7 +276,7 @@ def _load(database: _Database) -> _Loaded:
     return _Loaded(records, dict(database.held()), list(database.uses()), parts)
 
 
-def _read(database: _Database, ids: Sequence[ChunkId]) -> tuple[list[ChunkBody], list[ChunkId]]:
+def _read(database: Database, ids: Sequence[ChunkId]) -> tuple[list[ChunkBody], list[ChunkId]]:
     found: list[ChunkBody] = []
     damaged: list[ChunkId] = []
     for chunk, data in database.bodies(ids):
@@ -318,165 +288,6 @@ def _read(database: _Database, ids: Sequence[ChunkId]) -> tuple[list[ChunkBody],
         except PyAgentError:
             damaged.append(chunk)
     return found, damaged
-
-
-class _Database:
-    """The file; every method blocks and maps its errors.  One thread writes at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        make_private_dir(folder)
-        self._path = folder / FILE
-        self._writer: sqlite3.Connection | None = None
-        with self._mapped("opening"):
-            self._writer = self._connect()
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._writer.executescript(_TABLES)
-            elif version != FORMAT:
-                raise CorruptData(
-                    f"{self._path} has format {version}; this program knows {FORMAT}.",
-                    code="context_store_version",
-                    remedy="Update this node, or move the file away: what other nodes hold of it is"
-                    " copied anew.",
-                )
-            self._writer.executescript(_LATER_TABLES)
-            self._writer.execute("PRAGMA journal_mode = WAL")
-            self._writer.execute("PRAGMA synchronous = FULL")
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def records(self) -> list[tuple[bytes, str, bytes]]:
-        rows = self._all("SELECT context, source, data FROM records")
-        return [(context, str(source), bytes(data)) for context, source, data in rows]
-
-    def held(self) -> list[tuple[ChunkId, _Held]]:
-        rows = self._all("SELECT id, context, size FROM bodies")
-        return [(ChunkId(chunk), _Held(ContextId(context), size)) for chunk, context, size in rows]
-
-    def uses(self) -> list[tuple[ContextId, str, int]]:
-        rows = self._all("SELECT context, source, at FROM uses")
-        return [(ContextId(context), source, at) for context, source, at in rows]
-
-    def bodies(self, ids: Sequence[ChunkId]) -> list[tuple[ChunkId, bytes]]:
-        found: list[tuple[ChunkId, bytes]] = []
-        with self._mapped("reading"), self._reading() as connection:
-            for chunk in ids:
-                row = connection.execute(
-                    "SELECT data FROM bodies WHERE id = ?", (chunk,)
-                ).fetchone()
-                if row is not None:
-                    found.append((chunk, row[0]))
-        return found
-
-    def put_records(self, rows: Sequence[tuple[bytes, str, bytes]]) -> None:
-        self._write("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", rows)
-
-    def put_bodies(self, rows: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        full = [(chunk, context, len(data), data) for chunk, context, data in rows]
-        self._write("INSERT OR REPLACE INTO bodies VALUES (?, ?, ?, ?)", full)
-
-    def parts(self) -> list[tuple[ContextId, ChunkId, bytes]]:
-        rows = self._all("SELECT context, id, data FROM parts")
-        return [(ContextId(context), ChunkId(chunk), data) for context, chunk, data in rows]
-
-    def put_parts(self, rows: Sequence[tuple[ChunkId, bytes, bytes]]) -> None:
-        self._write("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", rows)
-
-    def delete_parts(self, ids: Collection[ChunkId]) -> None:
-        self._write("DELETE FROM parts WHERE id = ?", [(chunk,) for chunk in ids])
-
-    def put_uses(self, rows: Sequence[tuple[bytes, str, int]]) -> None:
-        self._write("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", rows)
-
-    def delete_bodies(self, ids: Sequence[ChunkId]) -> None:
-        self._write("DELETE FROM bodies WHERE id = ?", [(chunk,) for chunk in ids])
-        self._shrink()
-
-    def delete_record(self, context: ContextId, source: str) -> None:
-        with self._transaction() as connection:
-            for table in ("records", "uses"):
-                connection.execute(
-                    f"DELETE FROM {table} WHERE context = ? AND source = ?",  # noqa: S608 - fixed names
-                    (context, source),
-                )
-
-    def delete_context(self, context: ContextId) -> None:
-        with self._transaction() as connection:
-            for table in ("records", "uses", "bodies", "parts"):
-                connection.execute(f"DELETE FROM {table} WHERE context = ?", (context,))  # noqa: S608
-        self._shrink()
-
-    def _shrink(self) -> None:
-        with self._mapped("writing"):
-            self._open().execute("PRAGMA incremental_vacuum").fetchall()
-
-    def _all(self, statement: str) -> list[tuple[Any, ...]]:
-        with self._mapped("reading"):
-            return self._open().execute(statement).fetchall()
-
-    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        with self._transaction() as connection:
-            connection.executemany(statement, rows)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._mapped("writing"):
-            connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection of its own, so that reading does not wait for a write."""
-        connection = self._connect()
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        # Autocommit: transactions begin where the code says so.
-        return sqlite3.connect(
-            self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-
-    def _open(self) -> sqlite3.Connection:
-        if self._writer is None:
-            raise Unavailable("The store of contexts is closed.", code="context_store_closed")
-        return self._writer
-
-    @contextmanager
-    def _mapped(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            name = getattr(error, "sqlite_errorname", "")
-            full = name == "SQLITE_FULL"
-            raise Unavailable(
-                f"{doing.capitalize()} {self._path} failed: {error}.",
-                code="disk_full" if full else "disk_failed",
-                remedy="Free some space, then try again."
-                if full
-                else "Check the disk and who owns the file.",
-            ) from None
-        except sqlite3.DatabaseError as error:
-            raise CorruptData(
-                f"{self._path} is damaged: {error}.",
-                code="context_store_corrupt",
-                remedy="Move the file away: what other nodes hold of it is copied anew, the rest is"
-                " to be added again.",
-            ) from None
-        except OSError as error:
-            raise map_os_error(error, self._path, doing) from error
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -23,12 +23,14 @@ from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
 from pyagent_node.sharding.context.catalog import MAX_CATALOG, MAX_DOCUMENTS, Catalog
 from pyagent_node.sharding.context.port import ContextStore
+from pyagent_node.sharding.context.record_codec import (
+    decode_record,
+    record_digest,
+)
 from pyagent_node.sharding.context.records import (
     ChunkId,
     DocumentRecord,
     Version,
-    decode_record,
-    record_digest,
 )
 
 log = logging.getLogger("pyagent_node.context")

@@ -23,12 +23,14 @@ from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.defaults import Axes, default_model
 from pyagent_node.sharding.context.documents import About, cut, document
 from pyagent_node.sharding.context.lexical import term_hash, terms
+from pyagent_node.sharding.context.record_codec import (
+    decode_record,
+)
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkId,
     DocumentRecord,
     Version,
-    decode_record,
 )
 from pyagent_node.sharding.context.shares import Part, Share
 from pyagent_node.simulations.kv import at_once

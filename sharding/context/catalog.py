@@ -23,13 +23,15 @@ from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.sharding.context.freshness import fresh
+from pyagent_node.sharding.context.record_codec import (
+    bare,
+    encode_record,
+    record_digest,
+)
 from pyagent_node.sharding.context.records import (
     ChunkId,
     DocumentRecord,
     Version,
-    bare,
-    encode_record,
-    record_digest,
 )
 from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS, Part, Share
 from pyagent_node.sharding.context.sketches import BITS, Sketches, SketchModel

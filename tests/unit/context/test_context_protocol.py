@@ -62,13 +62,15 @@ from pyagent_node.sharding.context.catalog import SLOTS
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.owners import owner_table
 from pyagent_node.sharding.context.probing import Likely
-from pyagent_node.sharding.context.records import (
-    ChunkId,
-    Version,
+from pyagent_node.sharding.context.record_codec import (
     bare,
     encode_body,
     encode_record,
     record_digest,
+)
+from pyagent_node.sharding.context.records import (
+    ChunkId,
+    Version,
 )
 from pyagent_node.sharding.context.shares import ALL_GROUPS, Part, part_of
 from pyagent_node.simulations.contexts import (

@@ -22,8 +22,9 @@ from pyagent_node.node import context_drafts as drafts
 from pyagent_node.node import context_encoder
 from pyagent_node.node import contexts as contexts_module
 from pyagent_node.node.api.context_schema import CreateContextRequest, QueryRequest
+from pyagent_node.node.context_database import FILE
 from pyagent_node.node.context_encoder import Encoders
-from pyagent_node.node.context_store import FILE, open_context_store
+from pyagent_node.node.context_store import open_context_store
 from pyagent_node.node.contexts import Contexts
 
 from .context_world import World, one_node

@@ -14,16 +14,18 @@ from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.freshness import fresh
+from pyagent_node.sharding.context.record_codec import (
+    decode_body,
+    decode_record,
+    encode_body,
+    encode_record,
+)
 from pyagent_node.sharding.context.records import (
     ChunkBody,
     ChunkRow,
     DocumentRecord,
     Version,
     content_check,
-    decode_body,
-    decode_record,
-    encode_body,
-    encode_record,
 )
 
 CONTEXT = ContextId(b"c" * 16)

@@ -22,13 +22,15 @@ from pyagent_node.sharding.context.probing import (
     steps,
     unsure_of,
 )
-from pyagent_node.sharding.context.records import (
-    ChunkId,
-    Version,
+from pyagent_node.sharding.context.record_codec import (
     bare,
     decode_record,
     encode_record,
     record_digest,
+)
+from pyagent_node.sharding.context.records import (
+    ChunkId,
+    Version,
 )
 from pyagent_node.sharding.context.search import candidates
 from pyagent_node.sharding.context.shares import (
