@@ -22,6 +22,8 @@ MAX_TEXT: Final = 1 << 25
 """The most characters of a file's text."""
 MAX_IDENTITY: Final = 256
 """The most characters of an encoder's identity."""
+MAX_CENTRE: Final = 2 * 4096
+"""The most bytes of an encoder's centre: a float16 for each number of the longest vectors."""
 MAX_SECONDS: Final = 10 * 366 * 86_400
 """The longest time in a policy: ten years."""
 MAX_TOKENS: Final = 1 << 48
@@ -35,6 +37,9 @@ class ContextInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``encoder`` is the identity of the encoder of all its vectors; ``created`` in Unix seconds.
     ``spread``: its sketches are not on every node, but lie spread over the nodes by bucket.
+    ``centre`` is the mean of the encoder's vectors of some fixed texts (float16, little-endian), as
+    the node that made the context measured it: machines round differently, and all are to make the
+    same sketches.  Empty for encoders that need none.
     """
 
     name: str
@@ -43,6 +48,7 @@ class ContextInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     encoder: str
     created: int
     spread: bool = False
+    centre: bytes = b""
 
 
 def check_context_name(name: str) -> str:

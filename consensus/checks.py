@@ -7,9 +7,11 @@ machine only ever meets commands that pass.
 from __future__ import annotations
 
 import re
+import struct
 
 from pyagent_node.base.contexts import (
     CONTEXT_ID_BYTES,
+    MAX_CENTRE,
     ContextInfo,
     check_context_name,
     check_policy,
@@ -132,6 +134,10 @@ def _context(record: ContextInfo) -> None:
     _text("encoder", record.encoder)
     _number("created", record.created, 0)
     check_policy(record.policy)
+    size = len(record.centre)
+    _ensure(size <= MAX_CENTRE and not size % 2, "centre", "its length")
+    numbers = struct.unpack(f"<{size // 2}e", record.centre)
+    _ensure(all(-1 <= number <= 1 for number in numbers), "centre", "a number in it")
 
 
 def _check_members(command: Command) -> None:

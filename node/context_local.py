@@ -62,13 +62,15 @@ class LocalContexts:
             raise no_context(name)
         return info
 
-    async def create(self, name: str, policy: ContextPolicy, *, encoder: str) -> ContextInfo:
+    async def create(
+        self, name: str, policy: ContextPolicy, *, encoder: str, centre: bytes = b""
+    ) -> ContextInfo:
         """See ``ContextMesh``."""
         check_policy(policy)
         if check_context_name(name) in self._contexts:
             raise Conflict(f"There is a context {name!r} already.", code="context_exists")
         context = ContextId(secrets.token_bytes(CONTEXT_ID_BYTES))
-        info = ContextInfo(name, context, policy, encoder, int(self._clock()))
+        info = ContextInfo(name, context, policy, encoder, int(self._clock()), centre=centre)
         self._contexts[name] = info
         return info
 
@@ -114,7 +116,9 @@ class LocalContexts:
         now = self._clock()
         table = await trio.to_thread.run_sync(
             lambda: catalog.table(
-                default_model(context.encoder, len(vector)).model, context.policy, now
+                default_model(context.encoder, len(vector), context.centre).model,
+                context.policy,
+                now,
             )
         )
         picked = await trio.to_thread.run_sync(candidates, table, vector)

@@ -204,12 +204,14 @@ class ContextService:
             )
         return found
 
-    async def create(self, name: str, policy: ContextPolicy, *, encoder: str) -> ContextInfo:
+    async def create(
+        self, name: str, policy: ContextPolicy, *, encoder: str, centre: bytes = b""
+    ) -> ContextInfo:
         """See ``ContextMesh``."""
         check_context_name(name)
         check_policy(policy)
         new = ContextId(self._random_bytes(CONTEXT_ID_BYTES))
-        info = ContextInfo(name, new, policy, encoder, int(self._clock()))
+        info = ContextInfo(name, new, policy, encoder, int(self._clock()), centre=centre)
         await self._consensus.propose(CreateContext(info))
         return info
 

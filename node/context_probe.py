@@ -79,7 +79,7 @@ class Prober:
         merged, asked, said = Merged(), set[PeerId](), dict[ChunkId, PeerId]()
         unsure: dict[ChunkId, None] = {}
         partial: list[list[ChunkId]] = []
-        axes = await self._server.axes(info.encoder, len(vector))
+        axes = await self._server.axes(info, len(vector))
         here = self._reach.here
         elsewhere = set(catalog.lacking(share, ALL_GROUPS))
         if not elsewhere:  # all sketches are here, those of bare records too

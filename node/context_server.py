@@ -106,8 +106,8 @@ SAMPLE: Final = 16
 BATCH: Final = 64
 """Bodies that are read at a time for a reply."""
 
-Models = Callable[[str, int], Axes]
-"""Returns the axes of an encoder (its identity, its dimensions)."""
+Models = Callable[[str, int, bytes], Axes]
+"""Returns the axes of an encoder (its identity, its dimensions, its centre in a context)."""
 
 
 class ContextServer:
@@ -345,7 +345,7 @@ class ContextServer:
             found: dict[ChunkId, Part] = {}
             for body in bodies:
                 try:
-                    axes = self.models(info.encoder, body.dimensions)
+                    axes = self.models(info.encoder, body.dimensions, info.centre)
                     found[body.id] = part_of(body, axes, groups)
                 except InvalidRequest as error:
                     log.warning("a chunk of %r has no sketches: %s", body.source, error)
@@ -370,9 +370,12 @@ class ContextServer:
                 break
         return Parts(looked), pack(flat)
 
-    async def axes(self, encoder: str, dimensions: int) -> Axes:
-        """Return the axes of an encoder; those without learned ones take a while to make."""
-        return await self._offload(lambda: self.models(encoder, dimensions))
+    async def axes(self, info: ContextInfo, dimensions: int) -> Axes:
+        """Return the axes of a context's encoder; random ones take a while to make.
+
+        Raises :class:`InvalidRequest` (``bad_vectors``) for another length than that of its centre.
+        """
+        return await self._offload(lambda: self.models(info.encoder, dimensions, info.centre))
 
     async def _check_length(self, info: ContextInfo, length: int) -> None:
         """Refuse a vector that is none of a context's encoder, before axes are made for it.
@@ -383,6 +386,8 @@ class ContextServer:
         known = self._lengths.get(info.id, frozenset())
         if info.encoder == minilm.IDENTITY:
             known = frozenset((minilm.DIMENSIONS,))
+        elif info.centre:
+            known = frozenset((len(info.centre) // 2,))
         elif not known:
             some = islice(self._store.catalog(info.id).chunk_ids(), MAX_IDS)
             bodies = await self._store.bodies([c for c in some if self._store.holds(c)][:SAMPLE])
@@ -404,7 +409,7 @@ class ContextServer:
         yet counts as here: the marks tell.
         """
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
-        axes, now = await self.axes(info.encoder, len(vector)), self._now()
+        axes, now = await self.axes(info, len(vector)), self._now()
         groups = self.ready(catalog, share)
         marks = catalog.covered(share, groups)
         table = await self._offload(lambda: catalog.table(axes.model, info.policy, now, share))

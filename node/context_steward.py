@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
 
 import trio
 
@@ -18,6 +17,7 @@ from pyagent_node.base.types import PeerId
 from pyagent_node.consensus.commands import SetBuckets, SpreadContext
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
+from pyagent_node.node.context_forms import Size, may_spread, plan_spread
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.steward import Sightings
 from pyagent_node.sharding.context.catalog import sketch_bytes
@@ -54,30 +54,6 @@ def plan_owners(
         chosen[peer] = weight
     new = owner_table(chosen, replication=copies)
     return new if new and new != table else None
-
-
-class Size(NamedTuple):
-    """How many bytes the sketches of a context have together, and whether they lie spread."""
-
-    name: str
-    bytes: int
-    spread: bool
-
-
-def plan_spread(sizes: Collection[Size], limit: int, *, owners: int, copies: int) -> Size | None:
-    """Return the context whose sketches should lie otherwise, ``None`` if all is well.
-
-    While a node would hold more than ``limit`` bytes the largest is spread; the smallest comes back
-    when three quarters of the limit are enough for it too, so that none goes to and fro.  Where
-    every node owns every bucket, nothing is gained by spreading.
-    """
-    held = sum(size.bytes for size in sizes if not size.spread)
-    if held > limit and owners > copies:
-        return max((size for size in sizes if not size.spread), key=lambda s: (s.bytes, s.name))
-    back = min((s for s in sizes if s.spread), key=lambda s: (s.bytes, s.name), default=None)
-    if back is not None and (held + back.bytes <= limit * 3 // 4 or owners <= copies):
-        return back
-    return None
 
 
 class BucketSteward:
@@ -150,7 +126,12 @@ class BucketSteward:
     async def _spread(self) -> None:
         state = self._consensus.state
         sizes = [
-            Size(info.name, sketch_bytes(self._store.catalog(info.id)), info.spread)
+            Size(
+                info.name,
+                sketch_bytes(self._store.catalog(info.id)),
+                info.spread,
+                not may_spread(info),
+            )
             for info in state.contexts.values()
         ]
         found = plan_spread(

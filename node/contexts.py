@@ -38,9 +38,11 @@ from pyagent_node.node.api.following import Report, nobody
 from pyagent_node.node.api.schema import Progress
 from pyagent_node.node.context_drafts import KEPT_FROM, Drafts
 from pyagent_node.node.context_encoder import EncoderSource
+from pyagent_node.node.context_forms import may_spread
 from pyagent_node.node.context_readers import check_size, read_document
+from pyagent_node.sharding.context import minilm
 from pyagent_node.sharding.context.catalog import Known, sketch_bytes
-from pyagent_node.sharding.context.defaults import axes_of
+from pyagent_node.sharding.context.defaults import axes_of, encode_centre
 from pyagent_node.sharding.context.documents import About, Cut, cut, document, removal
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.lexical import names_something
@@ -89,10 +91,18 @@ class Contexts:
     # Contexts ----------------------------------------------------------------------------------
 
     async def create(self, request: CreateContextRequest) -> ContextView:
-        """Make a context; raises :class:`Conflict` (``context_exists``)."""
+        """Make a context; raises :class:`Conflict` (``context_exists``).
+
+        An encoder whose axes were not learned is opened for it, which may take a while: its centre
+        becomes part of the context.  Raises what that does.
+        """
         encoder = await self._encoder.choose()
         self._encoder.check(encoder)
-        info = await self.mesh.create(request.name, request.policy, encoder=encoder)
+        centre = b""
+        if encoder != minilm.IDENTITY:  # whose axes were learned: it need not be here yet
+            opened = await self._encoder.open(encoder, nobody)
+            centre = encode_centre(opened.centre)
+        info = await self.mesh.create(request.name, request.policy, encoder=encoder, centre=centre)
         return self._view(info)
 
     async def drop(self, name: str) -> RemoveReply:
@@ -134,7 +144,7 @@ class Contexts:
             record_bytes=sum(known.size for known in catalog.everything()),
             bodies_here=sum(context == info.id for context in held.values()),
             spread=info.spread,
-            spread_why=_spread_why(info.spread, self.mesh.index_bytes),
+            spread_why=_spread_why(info, self.mesh.index_bytes),
             sketch_bytes=sketch_bytes(catalog),
             sketch_bytes_here=self.mesh.share(info.id).size
             + sum(len(record.sketches) for record in catalog.documents()),
@@ -193,7 +203,7 @@ class Contexts:
             encoder=encoder.identity,
         )
         record, bodies = await trio.to_thread.run_sync(
-            lambda: document(parts, vectors, about, axes_of(encoder))
+            lambda: document(parts, vectors, about, axes_of(encoder, info.centre))
         )
         if self.mesh.find(info.name).id != info.id:
             raise NotFound(
@@ -341,7 +351,8 @@ class Contexts:
         began = time.monotonic()
         vector = await trio.to_thread.run_sync(encoder.embed_question, request.question)
         seconds = time.monotonic() - began
-        vector = await trio.to_thread.run_sync(lambda: axes_of(encoder).model.aim(vector))
+        axes = await trio.to_thread.run_sync(lambda: axes_of(encoder, info.centre))
+        vector = await trio.to_thread.run_sync(axes.model.aim, vector)
         # Words that name something of code weigh more than what comparing states finds.
         again = request.way != "words" and not names_something(request.question)
         count = max(request.count, COMPARED) if again else request.count
@@ -357,8 +368,10 @@ class Contexts:
         return answer, seconds
 
 
-def _spread_why(spread: bool, limit: int) -> str:
-    if spread:
+def _spread_why(info: ContextInfo, limit: int) -> str:
+    if not may_spread(info):
+        return "it was made before contexts kept the centre of their encoder: make it anew"
+    if info.spread:
         return f"a node is to hold at most {limit} bytes of sketches (context_index_bytes)"
     return f"they fit into the {limit} bytes that a node is to hold, or every node owns all"
 

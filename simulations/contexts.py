@@ -145,9 +145,9 @@ def toy_axes() -> Axes:
     return default_model(ENCODER, DIMENSIONS)
 
 
-def toy_model(encoder: str, dimensions: int) -> Axes:
-    """Return the axes of any encoder: the toy's."""
-    return toy_axes()
+def toy_model(encoder: str, dimensions: int, centre: bytes = b"") -> Axes:
+    """Return the axes of any encoder: the toy's, around a centre if there is one."""
+    return default_model(ENCODER, DIMENSIONS, centre) if centre else toy_axes()
 
 
 @lru_cache(maxsize=4096)
@@ -163,9 +163,15 @@ def toy_vector(text: str) -> NDArray[np.float32]:
 
 
 def toy_document(
-    context: ContextId, source: str, text: str, version: Version, *, now: float = 0.0
+    context: ContextId,
+    source: str,
+    text: str,
+    version: Version,
+    *,
+    now: float = 0.0,
+    centre: bytes = b"",
 ) -> tuple[DocumentRecord, list[ChunkBody]]:
-    """Return the record and the bodies of a text."""
+    """Return the record and the bodies of a text; ``centre`` is that of the context."""
     data = text.encode()
     parts = cut(text, source, lambda piece: len(piece.split()))
     vectors = np.array([toy_vector(each) for each in parts.texts()], np.float32)
@@ -179,7 +185,9 @@ def toy_document(
         added=int(now),
         encoder=ENCODER,
     )
-    return document(parts, vectors.reshape(-1, DIMENSIONS), about, toy_axes())
+    return document(
+        parts, vectors.reshape(-1, DIMENSIONS), about, toy_model(ENCODER, DIMENSIONS, centre)
+    )
 
 
 def removal(

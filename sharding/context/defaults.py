@@ -14,8 +14,9 @@ from importlib.resources import files
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyagent_node.base.errors import CorruptData
+from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.native import blake3
 from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.sketches import (
@@ -50,13 +51,23 @@ class Axes(NamedTuple):
     buckets: Buckets
 
 
-@functools.lru_cache(maxsize=8)
-def default_model(identity: str, dimensions: int) -> Axes:
+@functools.lru_cache(maxsize=32)
+def default_model(identity: str, dimensions: int, centre: bytes = b"") -> Axes:
     """Return the axes of the encoder called ``identity``, whose vectors have ``dimensions``.
 
-    Raises :class:`InvalidRequest` (``bad_sketch_bits``) for a length that no vector has.
+    They stand around ``centre`` (:func:`encode_centre`), or where they were learned.  The same
+    object comes back each time: tables of sketches are kept by it.
+
+    Raises :class:`InvalidRequest` (``bad_sketch_bits``) for a length that no vector has, and
+    (``bad_vectors``) for another one than that of the centre.
     """
     check_size(BITS, dimensions)
+    axes = _axes(identity, dimensions)
+    return _around(axes, decode_centre(centre, dimensions)) if centre else axes
+
+
+@functools.lru_cache(maxsize=8)
+def _axes(identity: str, dimensions: int) -> Axes:
     for name in LEARNED:
         data = (files("pyagent_node.sharding.context") / name).read_bytes()
         whose, axes = decode_axes(data)
@@ -70,14 +81,37 @@ def default_model(identity: str, dimensions: int) -> Axes:
     )
 
 
-def axes_of(embedder: Embedder) -> Axes:
-    """Return the axes of an encoder: learned ones, or random ones around the centre it tells."""
-    axes = default_model(embedder.identity, embedder.dimensions)
-    centre = embedder.centre
-    if centre is None:
-        return axes
+def axes_of(embedder: Embedder, centre: bytes = b"") -> Axes:
+    """Return the axes of an encoder: learned ones, or random ones around a centre.
+
+    That is the given one (of the context), or else the one that the encoder tells.
+    """
+    if not centre and embedder.centre is not None:
+        return _around(default_model(embedder.identity, embedder.dimensions), embedder.centre)
+    return default_model(embedder.identity, embedder.dimensions, centre)
+
+
+def _around(axes: Axes, centre: NDArray[np.float32]) -> Axes:
     model, buckets = axes
     return Axes(SketchModel(centre, model.steps, model.scales), Buckets(centre, buckets.axes))
+
+
+def encode_centre(centre: NDArray[np.float32] | None) -> bytes:
+    """Return a centre as a context keeps it: float16; nothing for ``None``."""
+    return b"" if centre is None else centre.astype("<f2").tobytes()
+
+
+def decode_centre(data: bytes, dimensions: int) -> NDArray[np.float32]:
+    """Return the centre of some bytes.
+
+    Raises :class:`InvalidRequest` (``bad_vectors``) where it does not have ``dimensions``.
+    """
+    if len(data) != 2 * dimensions:
+        raise InvalidRequest(
+            f"Vectors of {dimensions} numbers do not fit a centre of {len(data)} bytes.",
+            code="bad_vectors",
+        )
+    return np.frombuffer(data, "<f2").astype(np.float32)
 
 
 def learn_axes(vectors: Vectors, bucket_bits: int = BUCKET_BITS) -> Axes:

@@ -47,8 +47,8 @@ class Embedder(Protocol):
     def centre(self) -> NDArray[np.float32] | None:
         """The mean of its vectors over texts of many kinds; ``None`` where axes were learned.
 
-        Nodes need not agree on it to the last digit: it shifts the signs of sketches, which then
-        lie as they are in the record of a document.
+        Machines may differ in the last digits, so the one that makes a context says in the log
+        what its centre is, and all others take that one.
         """
         ...
 

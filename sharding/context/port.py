@@ -174,7 +174,9 @@ class ContextMesh(Protocol):
         """Return a context; raises :class:`NotFound` (``context_not_found``)."""
         ...
 
-    async def create(self, name: str, policy: ContextPolicy, *, encoder: str) -> ContextInfo:
+    async def create(
+        self, name: str, policy: ContextPolicy, *, encoder: str, centre: bytes = b""
+    ) -> ContextInfo:
         """Commit a new context; raises :class:`Conflict` (``context_exists``)."""
         ...
 

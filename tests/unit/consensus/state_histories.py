@@ -394,6 +394,15 @@ HISTORIES: dict[str, list[Command]] = {
         DropContext("..", context().id),
         DropContext("shelf", ContextId(b"")),
     ],
+    "context_centres": [
+        CreateContext(context(centre=b"odd")),
+        CreateContext(context(centre=bytes(8194))),
+        CreateContext(context(centre=b"\x00\x7e")),
+        CreateContext(context(centre=b"\x00\x40")),
+        CreateContext(context(centre=b"\x00\x38")),
+        CreateContext(context(centre=b"\x00\x37")),
+        SpreadContext("shelf", context().id, True),
+    ],
     "malformed": [
         AdmitMember(A, "", "voter", b"\x01"),
         AdmitMember(PeerId(""), "x", "voter", b"\x01"),

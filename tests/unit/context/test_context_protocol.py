@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -16,11 +14,9 @@ from hypothesis import strategies as st
 
 from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError
-from pyagent_node.base.types import ContextId, ContextPolicy
+from pyagent_node.base.types import ContextPolicy
 from pyagent_node.consensus.port import MemberRecord
-from pyagent_node.consensus.state import State
 from pyagent_node.node import context_messages, context_server, context_sync
-from pyagent_node.node.context_mesh import ContextService
 from pyagent_node.node.context_messages import (
     MAX_IDS,
     MAX_LIST_BYTES,
@@ -75,22 +71,12 @@ from pyagent_node.sharding.context.records import (
 from pyagent_node.sharding.context.shares import ALL_GROUPS, Part, part_of
 from pyagent_node.simulations.contexts import (
     DIMENSIONS,
-    ENCODER,
-    MemoryContextStore,
-    open_simulated_contexts,
     removal,
     toy_axes,
     toy_document,
     toy_vector,
 )
-from pyagent_node.simulations.mesh import open_network
-from pyagent_node.simulations.pipeline import peer
-from tests.unit.kv.kv_kit import Log
-
-A, B, C = (peer(number) for number in range(3))
-SHELF = ContextInfo("shelf", ContextId(b"s" * 16), ContextPolicy(), ENCODER, 1)
-OTHER = ContextId(b"o" * 16)
-TABLE = owner_table({A: 1.0, B: 1.0})
+from tests.unit.context.context_pair import OTHER, SHELF, A, B, C, pair, state
 
 
 @given(st.lists(st.binary(max_size=50), max_size=20))
@@ -166,55 +152,6 @@ def test_replies_end_somewhere() -> None:
     assert first_parts([b"x" * 10] * 5, 25) == ([b"x" * 10] * 2, True)
     assert first_parts([b"x" * 100], 25) == ([b"x" * 100], False)
     assert first_parts([], 25) == ([], False)
-
-
-def state(**changes: object) -> State:
-    plain = State(index=1, contexts={"shelf": SHELF}, buckets=TABLE, bucket_epoch=3)
-    return msgspec.structs.replace(plain, **changes)
-
-
-class Pair:
-    """Two nodes that hold contexts, and a third one that only speaks the protocol."""
-
-    def __init__(self, log: Log, services: list[ContextService], stores: list[MemoryContextStore]):
-        self.log, self.services, self.stores = log, services, stores
-
-    async def refusal(self, message: msgspec.Struct, reply: type, tail: bytes = b"") -> str:
-        """Ask the first node as the third one; returns the code of its refusal."""
-        with pytest.raises(PyAgentError) as caught:
-            await self.services[2].rpc.call(A, message, reply, tail=tail)
-        return caught.value.code
-
-
-@asynccontextmanager
-async def pair(role: str = "voter") -> AsyncIterator[Pair]:
-    log = Log(state())
-    log.leads = False  # type: ignore[attr-defined]
-    async with open_network() as network, trio.open_nursery() as nursery:
-        services: list[ContextService] = []
-        stores = [MemoryContextStore() for _ in range(3)]
-        opened = trio.Event()
-
-        async def run(number: int) -> None:
-            mesh = network.node(peer(number), role=role if number == 2 else "voter")
-            async with open_simulated_contexts(
-                mesh,
-                log,  # type: ignore[arg-type]
-                stores[number],
-                rng=random.Random(number),
-            ) as service:
-                services.append(service)
-                if len(services) == 3:
-                    opened.set()
-                await trio.sleep_forever()
-
-        for number in range(3):
-            nursery.start_soon(run, number)
-        await opened.wait()
-        services.sort(key=lambda each: [A, B, C].index(each.peer_id))
-        await network.connect_all()
-        yield Pair(log, services, stores)
-        nursery.cancel_scope.cancel()
 
 
 async def test_only_members_are_answered_and_clients_change_nothing(autojump_clock):
@@ -395,9 +332,9 @@ async def test_vectors_of_another_length_make_no_work(autojump_clock):
         made = it.services[0].server.models
         asked: list[int] = []
 
-        def models(encoder: str, dimensions: int) -> Axes:
+        def models(encoder: str, dimensions: int, centre: bytes) -> Axes:
             asked.append(dimensions)
-            return made(encoder, dimensions)
+            return made(encoder, dimensions, centre)
 
         it.services[0].server.models = models
         for context, length in ((SHELF.id, 4096), (SHELF.id, 4095), (OTHER, 64)):

@@ -32,7 +32,7 @@ from pyagent_node.node.context_encoder import Encoders
 from pyagent_node.node.context_local import LocalContexts
 from pyagent_node.node.context_store import open_context_store
 from pyagent_node.node.contexts import Contexts
-from pyagent_node.sharding.context.defaults import axes_of, calibration_texts
+from pyagent_node.sharding.context.defaults import axes_of, calibration_texts, decode_centre
 from pyagent_node.sharding.context.minilm import IDENTITY
 
 from .tiny_bert import WIDTH, write_tiny_bert
@@ -174,6 +174,10 @@ async def test_a_context_keeps_the_encoder_it_was_made_with(tmp_path: Path, tiny
         contexts = Contexts(mesh, chosen, held=bodies.held)
         view = await contexts.create(CreateContextRequest("docs", ContextPolicy()))
         assert view.encoder == str(GgufIdentity(model.digest, model.manifest))
+        info = mesh.find("docs")
+        opened = await chosen.open(view.encoder, nobody)
+        assert opened.centre is not None
+        assert np.allclose(decode_centre(info.centre, opened.dimensions), opened.centre, atol=1e-3)
         for name, text in (("a", "the cat sat on a mat"), ("b", "a bell rings in the tower")):
             await contexts.add("docs", name, text.encode(), modified=0, report=nobody)
         for encoders in (chosen, other):

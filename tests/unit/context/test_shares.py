@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import CorruptData, InvalidRequest, PyAgentError
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
-from pyagent_node.node.context_steward import Size, plan_spread
+from pyagent_node.node.context_forms import Size, may_spread, plan_spread
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.probing import (
     Merged,
@@ -317,14 +319,14 @@ def test_the_candidates_do_not_depend_on_who_asks(a: int, b: int, c: int, word: 
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 1000), st.booleans()), max_size=6),
+    st.lists(st.tuples(st.integers(0, 1000), st.booleans(), st.booleans()), max_size=6),
     st.integers(0, 3000),
     st.integers(0, 5),
 )
 def test_what_is_spread_comes_to_rest_within_the_limit(
-    some: list[tuple[int, bool]], limit: int, owners: int
+    some: list[tuple[int, bool, bool]], limit: int, owners: int
 ) -> None:
-    sizes = {f"c{at}": Size(f"c{at}", size, spread) for at, (size, spread) in enumerate(some)}
+    sizes = {f"c{at}": Size(f"c{at}", *each) for at, each in enumerate(some)}
     for _ in range(2 * len(sizes) + 1):
         found = plan_spread(sizes.values(), limit, owners=owners, copies=2)
         if found is None:
@@ -333,6 +335,19 @@ def test_what_is_spread_comes_to_rest_within_the_limit(
     assert plan_spread(sizes.values(), limit, owners=owners, copies=2) is None
     held = sum(size.bytes for size in sizes.values() if not size.spread)
     if owners > 2:
-        assert held <= limit
+        assert held <= limit or all(each.fixed for each in sizes.values() if not each.spread)
     else:
         assert not any(size.spread for size in sizes.values())
+    assert not any(size.spread and size.fixed for size in sizes.values())
+
+
+def test_a_context_whose_centre_nobody_agreed_on_is_not_spread() -> None:
+    gguf = ContextInfo("shelf", CONTEXT, ContextPolicy(), f"gguf/{'0' * 64}/{'1' * 64}", 1)
+    assert not may_spread(gguf)
+    assert may_spread(msgspec.structs.replace(gguf, centre=bytes(8)))
+    assert may_spread(msgspec.structs.replace(gguf, encoder="minilm"))
+    sizes = [Size("old", 100, False, True), Size("new", 10, False)]
+    assert plan_spread(sizes, 0, owners=3, copies=2) == sizes[1]
+    assert plan_spread(sizes[:1], 0, owners=3, copies=2) is None
+    spread = Size("old", 100, True, True)  # by an earlier version: there and back again
+    assert plan_spread([spread], 0, owners=3, copies=2) == spread
