@@ -59,7 +59,8 @@ class BackendInfo(msgspec.Struct, frozen=True):
     ``exactness`` names the class of slices that compute the same bits: the promise of the same
     tokens for a seed holds among pipelines of the same classes (``docs/backends.md``).
     ``prunes`` says whether attention can be watched and cells given up (:class:`WatchSequence`,
-    :class:`PruneSequence`).
+    :class:`PruneSequence`).  ``n_ctx`` are the cells of a slot, and its positions unless it is
+    pruned: then these are ``n_ctx_train``, those that the model was trained for (0: no more).
     """
 
     backend: str
@@ -81,6 +82,7 @@ class BackendInfo(msgspec.Struct, frozen=True):
     prefill_cut: int = PREFILL_CHUNK
     exactness: str = ""
     prunes: bool = False
+    n_ctx_train: int = 0
 
     @property
     def batch_invariant(self) -> bool:

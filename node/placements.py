@@ -306,6 +306,7 @@ class PlacementController:
                 vocabulary=parts.vocabulary,
                 tokenizer=parts.tokenizer,
                 embeddings=parts.embeddings,
+                n_ctx_train=model.n_ctx_train,
                 drafter=self._consensus.state.models[drafter].name if drafter else None,
             )
         )

@@ -116,6 +116,7 @@ class LlamaBackend(SliceBackend):
             n_embd=self._model.n_embd,
             n_vocab=shape.n_vocab if part.head else 0,
             n_ctx=n_ctx,
+            n_ctx_train=shape.n_ctx_train,
             n_seq=n_seq,
             threads=threads,
             kv_bytes_per_token=need.kv // (n_cells * n_seq),

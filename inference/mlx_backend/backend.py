@@ -93,6 +93,7 @@ class MlxBackend(SliceBackend):
             n_embd=config.n_embd,
             n_vocab=config.n_vocab if part.head else 0,
             n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
             n_seq=n_seq,
             threads=threads,
             kv_bytes_per_token=_cell_bytes(config, part, _SIZES[kind]),

@@ -26,6 +26,7 @@ import numpy as np
 
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
+from pyagent_node.inference.kv.budgets import GUESSES
 from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route, came_true
 from pyagent_node.inference.pipeline.frames import (
@@ -393,8 +394,12 @@ class Attempt:
 
     @property
     def room(self) -> int:
-        """How many guesses in a row the answer has room for, none being in flight."""
-        return self._positions - self._total - 1
+        """How many guesses in a row there may be, none being in flight.
+
+        Ranks give up no cells of a session while many guesses are unsettled; they get to it soon.
+        """
+        left = self._positions - self._total - 1
+        return left if self.route.pruning is None else min(left, GUESSES)
 
     @property
     def at_last_token(self) -> bool:

@@ -227,7 +227,9 @@ class PipelineEngine:
         """
         started = trio.current_time()
         model = await self._offers.wait_for(journal.model, started + READY_SECONDS)
-        plan = plan_journal(journal, model.vocabulary, after, head=self._peer_id)
+        plan = plan_journal(
+            journal, model.vocabulary, after, head=self._peer_id, trained=model.n_ctx_train
+        )
         prompt = np.array(journal.prompt, dtype=np.int32)
         core = HeadCore(plan, prompt, model.vocabulary, started)
         core.recall(journal.tokens, after, started)

@@ -37,7 +37,7 @@ from pyagent_node.inference.generation import (
     TopLogprob,
     Usage,
 )
-from pyagent_node.inference.kv.budgets import MAX_COUNT, Evicted, Pruning, numbers_of
+from pyagent_node.inference.kv.budgets import Evicted, Pruning, believable, positions
 from pyagent_node.inference.kv.pieces import JoinPlan
 from pyagent_node.inference.pipeline.activations import unsupported
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
@@ -79,7 +79,8 @@ class HeadPlan(msgspec.Struct, frozen=True):
     ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
     ``fetch`` says when they may come from other nodes.
     ``join`` are the pieces of the prompt to be joined, ``join_root`` what their names begin with.
-    ``pruning`` says how many cells ranks may hold, ``None`` for all; such a session has no root.
+    ``pruning`` says how many cells ranks may hold, ``None`` for all; such a session has no root,
+    and may have as many positions as the model was ``trained`` for.
     """
 
     session: SessionId
@@ -94,6 +95,7 @@ class HeadPlan(msgspec.Struct, frozen=True):
     join: JoinPlan | None = None
     join_root: bytes = b""
     pruning: Pruning | None = None
+    trained: int = 0
 
 
 class HeadCore:
@@ -175,7 +177,8 @@ class HeadCore:
         self._placement, self.epoch = placement, placement.epoch
         if self.over or self._ended(now):
             return ()
-        self._limit = min(plan.budget, placement.n_ctx - n)
+        most = positions(plan.pruning, n, n_ctx=placement.n_ctx, trained=plan.trained)
+        self._limit = min(plan.budget, most - n)
         if len(self.answer) >= self._limit:
             self.fail(self._too_long())
             return ()
@@ -186,13 +189,7 @@ class HeadCore:
             self.failovers, self._reached = 1, n + len(self.answer)
         self.attempt = Attempt(
             Route(
-                session,
-                plan.head,
-                placement,
-                plan.sampling,
-                plan.root,
-                plan.fetch,
-                plan.pruning,
+                session, plan.head, placement, plan.sampling, plan.root, plan.fetch, plan.pruning
             ),
             self.prompt,
             self.answer,
@@ -322,7 +319,7 @@ class HeadCore:
                 self.trail = result.trail
             if landed is None:
                 return ()
-            if not all(0 <= number <= MAX_COUNT for number in numbers_of(result.evicted)):
+            if not believable(result.evicted):
                 raise bad_result(sender, "it counts cells that cannot be")
             for sampled in landed.sampled:
                 self._check(sampled, sender)

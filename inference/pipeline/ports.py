@@ -95,7 +95,8 @@ class HeadModel(msgspec.Struct, frozen=True):
     """Everything with which a node can be head for a placed model.
 
     ``embeddings`` may be ``None`` when one rank holds the whole model.  ``drafter`` is the name of
-    the model that the placement's drafter rank guesses with, if it has one.
+    the model that the placement's drafter rank guesses with, if it has one.  ``n_ctx_train`` are
+    the positions that the model was trained for, 0 where only those of the placement are known.
     """
 
     name: str
@@ -105,3 +106,4 @@ class HeadModel(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     embeddings: EmbeddingRows | None
     drafter: str | None = None
+    n_ctx_train: int = 0

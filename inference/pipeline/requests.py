@@ -18,7 +18,7 @@ from pyagent_node.inference.generation import (
     NO_SPECULATION,
     GenerationRequest,
 )
-from pyagent_node.inference.kv.budgets import check
+from pyagent_node.inference.kv.budgets import check, positions
 from pyagent_node.inference.kv.chunks import check_pieces, chunk_root
 from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
@@ -102,9 +102,10 @@ def plan_request(
 ) -> HeadPlan:
     """Return the plan of a request; raises :class:`InvalidRequest` (``prompt_too_long``)."""
     n, n_ctx = len(prompt), model.placement.n_ctx
-    if n >= n_ctx:
+    most = positions(request.pruning, n, n_ctx=n_ctx, trained=model.n_ctx_train)
+    if n >= most:
         raise InvalidRequest(
-            f"The prompt has {n} tokens; the context of {n_ctx} leaves room for {n_ctx - 1}.",
+            f"The prompt has {n} tokens; the context of {most} leaves room for {most - 1}.",
             code="prompt_too_long",
             remedy="Shorten it, or load the model with a longer context (--n-ctx).",
             prompt_tokens=n,
@@ -114,7 +115,7 @@ def plan_request(
         session=session,
         head=head,
         model=model.placement.model,
-        budget=min(request.max_tokens or n_ctx, n_ctx - n),
+        budget=min(request.max_tokens or n_ctx, most - n),
         stop=request.stop,
         ignore_eos=request.ignore_eos,
         sampling=request.sampling,
@@ -127,6 +128,7 @@ def plan_request(
         else chunk_root(model.placement.model, request.cache_salt),
         fetch=request.cache_fetch,
         pruning=request.pruning,
+        trained=model.n_ctx_train,
     )
 
 
@@ -158,9 +160,16 @@ def new_journal(
 
 
 def plan_journal(
-    journal: SessionJournal, vocabulary: Vocabulary, after: int, *, head: PeerId
+    journal: SessionJournal,
+    vocabulary: Vocabulary,
+    after: int,
+    *,
+    head: PeerId,
+    trained: int = 0,
 ) -> HeadPlan:
     """Return the plan of a session that goes on, from the token with index ``after``.
+
+    ``trained`` as in ``HeadPlan``.
 
     Raises :class:`CorruptData` (``bad_journal``) for a journal that no head wrote, and
     :class:`InvalidRequest` (``bad_parameter``) for an ``after`` outside of any answer to it.
@@ -184,6 +193,7 @@ def plan_journal(
         sampling=journal.sampling,
         root=journal.root,
         pruning=journal.pruning,
+        trained=trained,
     )
 
 

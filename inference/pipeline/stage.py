@@ -92,6 +92,7 @@ class StageCore:
         exactness: str = "",
         prunes: bool = False,
         cell_bytes: int = 0,
+        trained: int = 0,
     ) -> None:
         """Make a stage whose runner says these shapes and ``exactness`` of itself.
 
@@ -100,7 +101,9 @@ class StageCore:
         self.spec = spec
         self.blocks = StageBlocks(spec, cells, cut, kv_shape)
         self.joins = StageJoins(spec, cells, kv_shape)
-        self.pruning = StagePruning(able=prunes, cell_bytes=cell_bytes)
+        self.pruning = StagePruning(
+            able=prunes, cell_bytes=cell_bytes, n_ctx=spec.n_ctx, trained=trained
+        )
         self._limits = limits or StageLimits()
         self._exactness = exactness
         self._sessions: dict[SessionId, ServedSession] = {}
@@ -166,6 +169,7 @@ class StageCore:
                 )
             if message.session in self._sessions:
                 raise Conflict("The session is open already.", code="session_exists")
+            self.pruning.check_opening(message)
             check_opening(spec, message)
             held = sum(1 for s in self._sessions.values() if s.head == message.head)
             check_room(spec.rank, limits, held=held, sessions=len(self._sessions))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, MAX_DRAFTS, PREFILL_CHUNK
 from pyagent_node.inference.backend_names import MAX_CLASS, MAX_CLASSES
-from pyagent_node.inference.kv.budgets import MAX_COUNT, check, numbers_of
+from pyagent_node.inference.kv.budgets import MAX_COUNT, numbers_of
 from pyagent_node.inference.pipeline.frames import OpenSession, Step, Tail, unpack_tail
 from pyagent_node.inference.pipeline.origins import CUTS, check_origins
 from pyagent_node.inference.pipeline.stage_queue import StageQueue
@@ -17,13 +17,6 @@ from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES
 
 def check_opening(spec: StageSpec, message: OpenSession) -> None:
     """Check what a session asks for; raises :class:`InvalidRequest` (``bad_parameter``)."""
-    if not 1 <= message.prompt_tokens <= message.positions <= spec.n_ctx:
-        raise InvalidRequest(
-            f"A session of {message.prompt_tokens} prompt tokens and {message.positions} positions"
-            f" does not fit a context of {spec.n_ctx}.",
-            code="bad_parameter",
-            n_ctx=spec.n_ctx,
-        )
     if len(message.root) not in (0, LINK_BYTES) or message.cut not in CUTS:
         raise InvalidRequest(
             f"A session's cache root has {LINK_BYTES} bytes, or none, and its cut is a multiple"
@@ -31,12 +24,10 @@ def check_opening(spec: StageSpec, message: OpenSession) -> None:
             code="bad_parameter",
             parameter="root",
         )
-    if message.pruning is not None:
-        check(message.pruning)
-        if message.root:
-            raise InvalidRequest(
-                "A session that is pruned keeps no blocks.", code="bad_parameter", parameter="root"
-            )
+    if message.pruning is not None and message.root:
+        raise InvalidRequest(
+            "A session that is pruned keeps no blocks.", code="bad_parameter", parameter="root"
+        )
     classes = message.classes
     if len(classes) > MAX_CLASSES or any(not 0 < len(each) <= MAX_CLASS for each in classes):
         raise InvalidRequest(

@@ -211,7 +211,9 @@ class StageQueue:
                     if position == 0
                     else [TrimSequence(_slot(session), position)]
                 )
-            watched = session.pruning is not None and step.message.stop >= session.prompt_tokens
+            watched = session.pruning is not None and (
+                session.pruning.rolling or step.message.stop >= session.prompt_tokens
+            )
             if watched and not session.watched:
                 session.watched = True
                 trims.append(WatchSequence(_slot(session), WATCH_EVERY, WATCH_ROWS))

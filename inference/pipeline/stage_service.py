@@ -27,6 +27,7 @@ from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_blocks import Parting
 from pyagent_node.inference.pipeline.stage_errors import PRUNED, not_joined, not_pruned
+from pyagent_node.inference.pipeline.stage_pruning import PruneTurn
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import (
@@ -141,6 +142,7 @@ class StageService:
             exactness=info.exactness,
             prunes=info.prunes,
             cell_bytes=info.kv_bytes_per_token,
+            trained=info.n_ctx_train,
         )
         stage = _Stage(core, runner, self._shelf or NullShelf(), self._send)
         self._stages[key] = stage
@@ -330,10 +332,11 @@ class StageService:
             fail(RunnerFailed(str(error), code="runner_protocol", reason=error.code))
 
     async def _prune(self, core: StageCore, runner: StageRunner) -> None:
-        """Give up cells of the session whose turn that is, if there is one."""
-        turn = None if core.stopped else core.pruning.next_turn()
-        if turn is None:
-            return
+        """Give up cells of the sessions whose turn that is."""
+        while not core.stopped and (turn := core.pruning.next_turn()) is not None:
+            await self._prune_one(core, runner, turn)
+
+    async def _prune_one(self, core: StageCore, runner: StageRunner, turn: PruneTurn) -> None:
         try:
             found = await runner.attention(turn.seq)
         except RunnerFailed:

@@ -120,7 +120,9 @@ class SliceBackend(ABC):
                             parameter="sampling",
                         )
                     sampling.check(self._info.n_vocab)
-                self._logs[seq] = SequenceLog(seq, self._info.n_ctx, sampling)
+                self._logs[seq] = SequenceLog(
+                    seq, self._info.n_ctx, sampling, self._info.n_ctx_train
+                )
             case FreeSequence(seq):
                 self._log(seq)
                 self._free(seq)

@@ -24,10 +24,16 @@ class Bias(NamedTuple):
 
 
 class SequenceLog:
-    """The cells of one open sequence: ``count`` of at most ``n_ctx``."""
+    """The cells of one open sequence: ``count`` of at most ``n_ctx``.
 
-    def __init__(self, seq: int, n_ctx: int, sampling: SamplingParams | None) -> None:
+    Where cells were given up there may be ``trained`` positions, else no more than cells.
+    """
+
+    def __init__(
+        self, seq: int, n_ctx: int, sampling: SamplingParams | None, trained: int = 0
+    ) -> None:
         self.seq = seq
+        self._trained = max(n_ctx, trained)
         self.sampling = sampling
         bias = sampling.logit_bias if sampling is not None else {}
         self.bias = Bias(
@@ -75,11 +81,12 @@ class SequenceLog:
         return np.concatenate([self._gone_tokens, self.tokens])
 
     def check_room(self, position: int, n: int) -> None:
-        """Check that ``n`` cells at ``position`` fit.
+        """Check that ``n`` cells at ``position`` fit, and that there are such positions.
 
         Raises :class:`LimitExceeded` (``kv_full``) with facts ``n_ctx`` and ``needed``.
         """
-        needed = max(self.count, position) + n
+        beyond = self._pruned and position + n <= self._trained
+        needed = self.count + n if beyond else max(self.count, position) + n
         if needed > self.n_ctx:
             raise LimitExceeded(
                 f"Sequence {self.seq} would hold {needed} tokens; it was given room for"

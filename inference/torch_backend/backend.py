@@ -82,6 +82,7 @@ class TorchBackend(SliceBackend):
             n_embd=config.n_embd,
             n_vocab=config.n_vocab if part.head else 0,
             n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx_train,
             n_seq=n_seq,
             threads=threads,
             kv_bytes_per_token=cell_bytes(config, part) * place.cache_bytes,
