@@ -97,9 +97,10 @@ def sampling_options(command: F) -> F:
             ),
             click.option(
                 "--kv-budget",
-                metavar="off|auto|N",
+                metavar="off|auto|N|rolling|rolling:N",
                 help="Give up KV that little attention rests on, for as many cells a rank."
-                "  The answer is another one.",
+                "  The answer is another one.  rolling: while the prompt is read, too, which may"
+                " then be longer than the context of a session.",
             ),
             click.option("--system", metavar="TEXT", help="The system message."),
         )

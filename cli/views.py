@@ -114,7 +114,9 @@ def placement_view(placement: PlacementView) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim")
     columns = ("rank", "layers", "node", "state", "sessions", "queued", "memory", "tok/s")
     reserved = any(rank.standbys or rank.spares for rank in placement.ranks)
-    for column in (*columns, "standbys and spares") if reserved else columns:
+    pruned = any(rank.evicted_cells for rank in placement.ranks)
+    more = [*["KV given up"] * pruned, *["standbys and spares"] * reserved]
+    for column in (*columns, *more):
         left = column in ("layers", "node", "state", "standbys and spares")
         table.add_column(column, justify="left" if left else "right")
     for rank in placement.ranks:
@@ -132,6 +134,7 @@ def placement_view(placement: PlacementView) -> RenderableType:
             _count(rank.queued),
             size(rank.memory_bytes) if rank.memory_bytes is not None else "-",
             f"{speed:.1f}" if speed is not None else "-",
+            *([_given_up(rank)] if pruned else []),
             *([_reserves(rank)] if reserved else []),
         )
     parts: list[RenderableType] = [title, table]
@@ -147,6 +150,13 @@ def placement_view(placement: PlacementView) -> RenderableType:
         parts.append(Text(f"activations cross in {placement.activations}", "dim"))
     guessing = _placed_guessing(placement)
     return Group(*parts, guessing) if guessing else Group(*parts)
+
+
+def _given_up(rank: RankView) -> str:
+    """Return what sessions of a rank gave up of their KV."""
+    if rank.evicted_cells is None or rank.evicted_bytes is None:
+        return "-"
+    return f"{rank.evicted_cells} cells, {size(rank.evicted_bytes)}"
 
 
 def _placed_guessing(placement: PlacementView) -> Text:

@@ -42,6 +42,8 @@ def rank_view(rank: Rank, name: str, found: RankReport | None) -> RankView:
         queued=load.queued if load is not None else None,
         memory_bytes=found.memory_bytes if found is not None else None,
         tokens_per_second=found.tokens_per_second if load is not None and found else None,
+        evicted_cells=load.evicted if load is not None else None,
+        evicted_bytes=load.evicted_bytes if load is not None else None,
     )
 
 

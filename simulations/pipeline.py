@@ -36,6 +36,7 @@ from pyagent_node.simulations.backend import (
     toy_vocabulary,
 )
 from pyagent_node.simulations.mesh import SimulatedMesh, SimulatedNetwork, open_network
+from pyagent_node.simulations.pruning import PruningToy
 from pyagent_node.simulations.shelf import ToyShelves
 
 MODEL = Digest("70" * 32)
@@ -74,6 +75,7 @@ class PipelineWorld:
         self._nursery = nursery
         self._scopes: list[trio.CancelScope] = []
         self._epoch = 0
+        self._trained = 0
 
     def place(
         self,
@@ -88,17 +90,19 @@ class PipelineWorld:
         classes: Sequence[str] = (),
         prefill_cuts: Sequence[int] = (),
         activations: str = "",
+        trained: int = 0,
     ) -> Placement:
         """Serve the toy, cut at ``boundaries``, and offer it on every node; replaces the last.
 
         With ``keep`` the runners go over to the new placement, rank by rank, and their old stages
         are left to end by that.  ``classes`` are the exactness classes that the runners name,
-        ``activations`` as in ``Placement``.
+        ``activations`` as in ``Placement``.  With ``trained`` positions the runners prune.
         """
         kept = self.runners if keep else []
         if not keep:
             self.unplace()
         self._epoch += 1
+        self._trained = trained
         cuts = (0, *boundaries, n_layers)
         last = len(cuts) - 2
         ranks = tuple(
@@ -107,7 +111,16 @@ class PipelineWorld:
         placement = Placement(MODEL, self._epoch, ranks, n_ctx, n_seq, activations=activations)
         self.placement = placement
         self.runners = kept or [
-            ToyRunner(
+            PruningToy(
+                r.slice,
+                whole=last == 0,
+                n_ctx=n_ctx,
+                n_seq=n_seq,
+                seconds=seconds,
+                n_ctx_train=trained,
+            )
+            if trained
+            else ToyRunner(
                 r.slice,
                 whole=last == 0,
                 n_ctx=n_ctx,
@@ -140,7 +153,15 @@ class PipelineWorld:
         """Make every node a head for ``placement``."""
         for pipeline in self.pipelines:
             pipeline.engine.offer(
-                HeadModel(NAME, 1, placement, toy_vocabulary(), ToyTokenizer(), ToyEmbeddings())
+                HeadModel(
+                    NAME,
+                    1,
+                    placement,
+                    toy_vocabulary(),
+                    ToyTokenizer(),
+                    ToyEmbeddings(),
+                    n_ctx_train=self._trained,
+                )
             )
 
     def start_rank(self, placement: Placement, rank: int) -> None:

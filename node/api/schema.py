@@ -72,6 +72,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``state`` is ``"unknown"`` while nothing was heard from the node; ``detail`` explains any state
     but ``"ready"``.  ``standbys`` keep its slice loaded, ``spares`` keep it on disk.
+    ``evicted_cells`` of KV, of ``evicted_bytes``, were given up by sessions with a ``kv_budget``
+    since it serves this epoch.
     """
 
     rank: int
@@ -85,6 +87,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     queued: int | None = None
     memory_bytes: int | None = None
     tokens_per_second: float | None = None
+    evicted_cells: int | None = None
+    evicted_bytes: int | None = None
     standbys: tuple[ReserveView, ...] = ()
     spares: tuple[ReserveView, ...] = ()
 

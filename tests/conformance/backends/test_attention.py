@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyagent_node.base.errors import Conflict, InvalidRequest
+from pyagent_node.base.errors import Conflict, InvalidRequest, LimitExceeded
 from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import (
     CellAttention,
@@ -25,7 +25,18 @@ from pyagent_node.inference.backend import (
 from pyagent_node.inference.formats.convert import convert
 
 from . import kit
-from .kit import GREEDY, Loaded, begin, generate, loaded, log_softmax, prompt, step, tokens_of
+from .kit import (
+    GREEDY,
+    N_CTX,
+    Loaded,
+    begin,
+    generate,
+    loaded,
+    log_softmax,
+    prompt,
+    step,
+    tokens_of,
+)
 
 WHOLE = Slice(0, 4, True)
 PROMPT = prompt(70)
@@ -156,6 +167,53 @@ def test_pruned_sequences_go_on_as_in_llama_cpp(backend: Loaded, reference: Load
         ]
     ours, theirs = scores
     assert float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).max()) < 1e-3
+
+
+def _beyond(backend: Loaded) -> list[int]:
+    """Go on to the last position of the model, in a slot of half as many cells."""
+    found = [begin(backend, 0, PROMPT)]
+    trained = backend.info.n_ctx_train
+    for at in range(len(PROMPT), trained):
+        cells = backend.kv_usage(0).cells
+        if cells == N_CTX:
+            backend.apply(PruneSequence(0, ((0, 4), (at - 40, at))))
+        found.append(step(backend, 0, at, tokens_of(3 + at)).sampled[0].token)
+        assert backend.kv_usage(0).cells <= N_CTX
+    return found
+
+
+def test_a_pruned_sequence_may_have_more_positions_than_cells(
+    backend: Loaded, reference: Loaded
+) -> None:
+    assert backend.info.n_ctx_train > N_CTX
+    assert len(_beyond(backend)) == len(_beyond(reference)) == backend.info.n_ctx_train - 69
+    with pytest.raises(LimitExceeded) as caught:
+        step(backend, 0, backend.info.n_ctx_train, tokens_of(9))
+    assert caught.value.code == "kv_full"
+    # the next sequence in its place is as if nothing had been
+    assert generate(backend, 1, 70, begin(backend, 1, PROMPT), 9) == generate(
+        reference, 1, 70, begin(reference, 1, PROMPT), 9
+    )
+    begin(backend, 2, PROMPT)
+    for at in range(len(PROMPT), N_CTX):
+        step(backend, 2, at, tokens_of(9))
+    with pytest.raises(LimitExceeded):
+        step(backend, 2, N_CTX, tokens_of(9))
+
+
+def test_what_is_computed_beyond_the_slot_is_what_a_longer_slot_computes(tiny: Path) -> None:
+    """The same cells at the same positions, in a slot that never fills up and in one that does."""
+    scores = []
+    for n_ctx in (N_CTX, 256):
+        with loaded("llama.cpp", tiny, WHOLE, n_ctx=n_ctx, n_seq=1) as backend:
+            begin(backend, 0, PROMPT)
+            backend.apply(PruneSequence(0, ((0, 4), (30, len(PROMPT)))))
+            for at in range(len(PROMPT), 200):
+                step(backend, 0, at, tokens_of(3 + at))
+                if backend.kv_usage(0).cells == 100:
+                    backend.apply(PruneSequence(0, ((0, 4), (at - 40, at + 1))))
+            scores.append(log_softmax(backend.score(prompt(12, seed=5), 0)))
+    assert np.array_equal(*scores)
 
 
 def test_cells_with_gaps_are_those_that_pruning_leaves(backend: Loaded) -> None:

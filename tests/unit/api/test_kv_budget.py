@@ -19,6 +19,8 @@ async def ask(api, **changes):
         ("auto", Pruning()),
         ("512", Pruning(512)),
         (512, Pruning(512)),
+        ("rolling", Pruning(rolling=True)),
+        ("rolling:512", Pruning(512, rolling=True)),
     ],
 )
 async def test_the_field_reaches_the_engine(api, value, told):
@@ -26,7 +28,24 @@ async def test_the_field_reaches_the_engine(api, value, told):
     assert [request.pruning for request in api.engine.requests] == [told]
 
 
-@pytest.mark.parametrize("value", ["", "some", "12", 255, -1, 1.5, True, ["auto"], "9" * 100])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "some",
+        "12",
+        255,
+        -1,
+        1.5,
+        True,
+        ["auto"],
+        "9" * 100,
+        "rolling:",
+        "rolling:12",
+        "rolling:auto",
+        "512:rolling",
+    ],
+)
 async def test_bad_values_are_refused_by_name(api, value):
     reply = await ask(api, kv_budget=value)
     assert reply.status_code == 400

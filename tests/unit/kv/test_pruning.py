@@ -11,16 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyagent_node.base.errors import InvalidRequest
+from pyagent_node.inference.backend import MAX_DECODE_ROWS, PREFILL_CHUNK
 from pyagent_node.inference.kv.budgets import (
+    GUESSES,
     MAX_CELLS,
     MIN_CELLS,
     SINKS,
     SLACK,
+    SPARE,
     WINDOW,
     Pruning,
     budget,
     check,
     due,
+    positions,
     read_budget,
 )
 from pyagent_node.inference.kv.pruning import POOL, Positions, kept, ranges
@@ -89,6 +93,38 @@ def test_budgets_never_fall_and_grow_slower_than_the_context(
     assert budget(pruning, seen) <= budget(pruning, seen + more)
     assert budget(pruning, 4 * seen) <= 2 * budget(pruning, seen) + 32
     assert budget(pruning, seen) >= ALWAYS
+
+
+@given(
+    budgets,
+    st.booleans(),
+    st.integers(1, 1 << 14),
+    st.integers(1, 1 << 14),
+    st.integers(0, 1 << 17),
+)
+def test_positions_beyond_a_slot_are_those_whose_cells_fit(
+    pruning: Pruning, rolling: bool, prompt: int, n_ctx: int, trained: int
+) -> None:
+    pruning = Pruning(pruning.cells, rolling=rolling)
+    found = positions(pruning, prompt, n_ctx=n_ctx, trained=trained)
+    assert n_ctx <= found <= max(n_ctx, trained)
+    assert positions(None, prompt, n_ctx=n_ctx, trained=trained) == n_ctx
+    if found == n_ctx:
+        return
+    assert rolling or prompt + SPARE <= n_ctx
+    # what is held just before a pruning, and what may come until then
+    held = budget(pruning, found)
+    while not due(pruning, held, found):
+        held += 1
+    assert held + SPARE <= n_ctx + 1
+    if found < trained:
+        most = budget(pruning, found + 1)
+        assert most + max(SLACK, most // 4) + SPARE > n_ctx
+
+
+def test_what_may_come_before_a_pruning_is_counted() -> None:
+    assert SPARE >= PREFILL_CHUNK
+    assert GUESSES + MAX_DECODE_ROWS <= WINDOW
 
 
 @given(budgets, st.integers(0, 1 << 20))

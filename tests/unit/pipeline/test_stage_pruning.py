@@ -111,6 +111,73 @@ def test_nothing_is_given_up_before_the_first_token_of_the_answer() -> None:
     assert stage.core.pruning.has_turn
 
 
+def rolling(stage: Driver, cells: int = 256) -> list[tuple[list[str], int]]:
+    """Read a prompt of three pieces; return the operations and the cells kept behind each."""
+    opened(stage, pruning=Pruning(cells, rolling=True))
+    found: list[tuple[list[str], int]] = []
+    held = np.zeros(0, np.int32)
+    for at in range(0, PROMPT, 171):
+        end = min(PROMPT, at + 171)
+        stage.step("s", end - at, sample=end == PROMPT)
+        batch, _ = ran(stage)
+        held = np.concatenate([held, np.arange(at, end, dtype=np.int32)])
+        while (turn := stage.core.pruning.next_turn()) is not None:
+            ops = stage.core.pruning.plan(turn, attention(held))
+            assert isinstance(ops[0], PruneSequence)
+            held = np.concatenate([np.arange(*part, dtype=np.int32) for part in ops[0].keep])
+        found.append(([type(op).__name__ for op in batch.ops], len(held)))
+    return found
+
+
+def test_a_rolling_budget_holds_behind_every_piece_of_the_prompt() -> None:
+    stage = driver()
+    found = rolling(stage)
+    assert found == [(["OpenSequence", "WatchSequence"], 171), ([], 256), ([], 256)]
+    assert stage.core.pruning.cells == PROMPT - 256
+    for _ in range(64):  # an answer may be a few cells over
+        stage.step("s")
+        ran(stage)
+        assert not stage.core.pruning.has_turn
+    stage.step("s")
+    ran(stage)
+    assert stage.core.pruning.has_turn
+
+
+def test_a_prompt_within_its_rolling_budget_is_kept_whole() -> None:
+    stage = driver()
+    assert [cells for _, cells in rolling(stage, PROMPT)] == [171, 342, PROMPT]
+    assert stage.core.pruning.cells == 0
+
+
+@pytest.mark.parametrize(
+    ("pruning", "prompt", "positions", "trained", "code"),
+    [
+        (Pruning(256), 100, 8192, 8192, None),
+        (Pruning(256), 100, 8193, 8192, "bad_parameter"),
+        (Pruning(256), 4096, 4097, 8192, "bad_parameter"),
+        (Pruning(256, rolling=True), 8000, 8192, 8192, None),
+        (Pruning(256, rolling=True), 100, 4097, 0, "bad_parameter"),
+        (Pruning(4000, rolling=True), 100, 4097, 8192, "bad_parameter"),
+        (None, 100, 4097, 8192, "bad_parameter"),
+        (None, 100, 4096, 0, None),
+    ],
+)
+def test_positions_beyond_the_cells_of_a_slot(
+    pruning: Pruning | None, prompt: int, positions: int, trained: int, code: str | None
+) -> None:
+    for able in (True, False):
+        stage = Driver(spec(2))
+        stage.core = StageCore(stage.spec, prunes=able, cell_bytes=100, trained=trained)
+        message = OpenSession(
+            SessionId("s"), MODEL, EPOCH, 2, HEAD, positions, prompt, SamplingParams()
+        )
+        message = msgspec.structs.replace(message, pruning=pruning)
+        out = stage.core.receive(stage.sender, message, b"", 0.0)
+        told = [each.message.error.code for each in out if isinstance(each.message, StageError)]
+        expected = code or ("no_pruning" if positions > 4096 and not able else None)
+        assert told == ([expected] if expected else [])
+
+
 def test_what_is_given_up_is_counted_and_told() -> None:
     stage = driver()
     prompted(stage)
