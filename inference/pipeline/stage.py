@@ -14,7 +14,8 @@ Rules.
 * A session that ends here for whatever reason but its head's own wish is reported to its head.
 * What arrives for a session after its end is dropped, even if its opening is yet to come.
 
-What is computed when is ``stage_queue``'s; a session is ``stage_session``'s; what becomes of KV blocks is ``stage_blocks``'s.
+What is computed when is ``stage_queue``'s; a session is ``stage_session``'s; what becomes of KV
+blocks is ``stage_blocks``'s.
 """
 
 from __future__ import annotations
