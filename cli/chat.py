@@ -171,6 +171,8 @@ def chat_command(app: App, /, **given: object) -> None:
                 app.out.note("\n(Ctrl-D or /exit leaves)")
                 continue
             if line is None:
+                if sys.stdin.isatty():
+                    app.out.note("")  # the shell goes on in a line of its own
                 break
             try:
                 if line.startswith("/"):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d|w)?")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _SHOWN_LINES = 4
+_SHOWN_PLACES = 5
 
 
 class Seconds(click.ParamType[int]):
@@ -321,5 +322,7 @@ def _why(app: App, hit: HitView) -> None:
     if hit.owner is not None:
         said.append(f"from …{hit.owner[-8:]}")
     app.out.text(f"   {', '.join(said)}")
-    for place in hit.also:
+    for place in hit.also[:_SHOWN_PLACES]:
         app.out.text(f"   also in {place.source}:{place.first_line}-{place.last_line}")
+    if len(hit.also) > _SHOWN_PLACES:
+        app.out.text(f"   and in {len(hit.also) - _SHOWN_PLACES} more places")

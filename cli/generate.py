@@ -28,6 +28,8 @@ MAX_PROMPT = 16 * MIB
 def generate_command(app: App, /, prompt: str, raw: bool, stats: bool, **given: object) -> None:
     """Answer one prompt, streaming to stdout; `-` reads it from stdin."""
     if prompt == "-":
+        if sys.stdin.isatty():
+            app.out.note("Reading the prompt from here; Ctrl-D on a line of its own ends it.")
         prompt = sys.stdin.read(MAX_PROMPT + 1)
         if len(prompt) > MAX_PROMPT:
             raise InvalidRequest(f"The prompt is longer than {MAX_PROMPT} characters.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
@@ -94,6 +95,16 @@ class Verbs(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it; for a verb that is not there, with those that read alike."""
+        if args and args[0] not in self._modules and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self._modules, n=2)
+            also = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            ctx.fail(f"There is no verb {args[0][:64]!r}.{also}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs by section without importing any."""
         for title, verbs in SECTIONS:
@@ -104,8 +115,9 @@ class Verbs(click.Group):
 @click.command(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="First steps: `pyagent-node demo`, or `pyagent-node up` and then"
-    " `pyagent-node model load smollm2-135m` in another terminal.",
+    epilog="""\b
+First steps: `pyagent-node demo`, or `pyagent-node up` and, in another terminal,
+`pyagent-node model load smollm2-135m`, then `pyagent-node chat`.""",
 )
 @click.option("--home", metavar="DIR", help="The node's home (default: PYAGENT_HOME or your own).")
 @json_option

@@ -372,8 +372,8 @@ def _spread_why(info: ContextInfo, limit: int) -> str:
     if not may_spread(info):
         return "it was made before contexts kept the centre of their encoder: make it anew"
     if info.spread:
-        return f"a node is to hold at most {limit} bytes of sketches (context_index_bytes)"
-    return f"they fit into the {limit} bytes that a node is to hold, or every node owns all"
+        return f"a node is to hold at most {limit:,} bytes of sketches (context_index_bytes)"
+    return f"they fit into the {limit:,} bytes that a node is to hold, or every node owns all"
 
 
 def _ahead(info: ContextInfo) -> int:
@@ -448,5 +448,12 @@ def _hit(hit: Found) -> HitView:
         meaning_rank=hit.meaning_rank,
         words_rank=hit.words_rank,
         owner=hit.owner,
-        also=tuple(PlaceView(p.source, p.first_line, p.last_line) for p in hit.same),
+        also=_other_places(hit),
     )
+
+
+def _other_places(hit: Found) -> tuple[PlaceView, ...]:
+    """Where else the text stands, each place once: many chunks of one long line are one place."""
+    own = (hit.source, hit.first_line, hit.last_line)
+    places = dict.fromkeys((p.source, p.first_line, p.last_line) for p in hit.same)
+    return tuple(PlaceView(*place) for place in places if place != own)

@@ -84,7 +84,7 @@ async def _until_idle(
                 + "".join(f" {problem[0].upper()}{problem[1:]}." for problem in problems),
                 code="cannot_drain",
                 remedy="Add a node, free memory on another one, or unload a model; draining goes"
-                " on meanwhile. 'pyagent-node placement drain --undo' gives it up.",
+                f" on meanwhile. 'pyagent-node placement drain {name} --undo' gives it up.",
                 left=left,
             )
         await trio.sleep(POLL_SECONDS)

@@ -138,13 +138,8 @@ class LiveSessions:
         """Another node heads the session now: stop it."""
         self._engine.fail(session, error)
 
-    async def move(self, session: SessionId, give_away: GiveAway) -> int:
-        """Let another node head the session; its reader here goes on reading.
-
-        Returns how many tokens there were then.  Raises :class:`NotFound` (``session_not_here``),
-        :class:`Conflict` (``session_moving``) and what ``give_away`` raises; the session then goes
-        on here, unless it was claimed all the same.
-        """
+    def running(self, session: SessionId) -> LiveSession:
+        """Return a session in progress here.  Raises :class:`NotFound` (``session_not_here``)."""
         live = self._live.get(session)
         if live is None or live.done.is_set():
             raise NotFound(
@@ -152,6 +147,16 @@ class LiveSessions:
                 code="session_not_here",
                 remedy="See 'pyagent-node session list'.",
             )
+        return live
+
+    async def move(self, session: SessionId, give_away: GiveAway) -> int:
+        """Let another node head the session; its reader here goes on reading.
+
+        Returns how many tokens there were then.  Raises :class:`NotFound` (``session_not_here``),
+        :class:`Conflict` (``session_moving``) and what ``give_away`` raises; the session then goes
+        on here, unless it was claimed all the same.
+        """
+        live = self.running(session)
         if live.moving or live.successor is not None:
             raise Conflict("The session is being moved already.", code="session_moving")
         live.moving = True

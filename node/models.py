@@ -246,7 +246,11 @@ class NodeModels:
         await self._catch_up()
         record = self._registered(model)
         if record is None:
-            raise NotFound(f"The mesh knows no model {model[:80]!r}.", code="model_not_found")
+            raise NotFound(
+                f"The mesh knows no model {model[:80]!r}.",
+                code="model_not_found",
+                remedy="See 'pyagent-node status' for what is loaded.",
+            )
         placement = self._consensus.state.placements.get(record.digest)
         if placement is None:
             raise NotFound(

@@ -73,7 +73,7 @@ class Option(msgspec.Struct, frozen=True):
         except InvalidRequest as error:
             raise self._fault(raw, error.message) from None
         except ValueError:
-            raise self._fault(raw, f"allowed is {self.allowed}") from None
+            raise self._fault(raw, "that cannot be its value") from None
         return value
 
     def _fault(self, raw: object, why: str) -> InvalidRequest:

@@ -211,7 +211,7 @@ def load_profile(home: Home, mesh_id: Digest) -> MeshProfile:
         raise NotFound(
             f"This node is not in the mesh {mesh_id[:16]}.",
             code="mesh_not_found",
-            remedy="See the meshes it is in: pyagent-node mesh show.",
+            remedy="See the meshes it is in: 'pyagent-node mesh list'.",
         ) from None
     try:
         file = msgspec.json.decode(data, type=_ProfileFile)
@@ -295,7 +295,7 @@ def active_profile(home: Home, wanted: str = "") -> MeshProfile:
         raise NotFound(
             f"This node is in no mesh called {wanted[:80]!r}.",
             code="mesh_not_found",
-            remedy="See the meshes it is in: pyagent-node mesh show.",
+            remedy="See the meshes it is in: 'pyagent-node mesh list'.",
         )
     if len(matches) > 1:
         raise _ambiguous(f"{wanted[:80]!r} fits several meshes", matches)

@@ -117,6 +117,7 @@ class SessionAdmin:
         """
         peer = find_member(self._consensus, request.to)
         if peer == self._mesh.peer_id:
+            self._live.running(request.session)
             raise Conflict("This node heads the session already.", code="session_here")
 
         async def give_away(session: SessionId, seconds: float) -> Successor:

@@ -548,6 +548,6 @@ class HeadCore:
             f"The model was placed anew with a context of {n + self._limit} tokens,"
             f" which the prompt and {len(self.answer)} tokens of the answer fill.",
             code="context_full",
-            remedy="Load the model with a longer context (--n-ctx) and ask again.",
+            remedy="Load the model with a longer context (model load --context) and ask again.",
             n_ctx=n + self._limit,
         )

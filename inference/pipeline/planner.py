@@ -373,7 +373,7 @@ class _Search:
             f" of {self._options.n_ctx} tokens; usable are {shown_size(room)} ({each})"
             + ("." if room < need else ", but not cut that way."),
             code="not_enough_memory",
-            remedy="Add a node, free memory, or lower --n-ctx or --n-seq.",
+            remedy="Add a node, free memory, or give fewer --context tokens or --sessions.",
             needed_bytes=need,
             available_bytes=room,
             missing_bytes=max(0, need - room),

@@ -107,7 +107,7 @@ def plan_request(
         raise InvalidRequest(
             f"The prompt has {n} tokens; the context of {most} leaves room for {most - 1}.",
             code="prompt_too_long",
-            remedy="Shorten it, or load the model with a longer context (--n-ctx).",
+            remedy="Shorten it, or load the model with a longer context (model load --context).",
             prompt_tokens=n,
             n_ctx=n_ctx,
         )

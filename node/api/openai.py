@@ -129,7 +129,8 @@ def _session_id(text: str) -> SessionId:
         raise InvalidRequest(
             "A session's id has 32 hexadecimal digits in lower case.",
             code="bad_parameter",
-            remedy=f"Take it from the header {SESSION_HEADER} of the reply.",
+            remedy=f"Take it from the header {SESSION_HEADER} of the reply, or from"
+            " 'pyagent-node session list'.",
             parameter="session",
         )
     return SessionId(text)

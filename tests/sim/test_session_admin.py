@@ -72,6 +72,9 @@ async def test_moving_by_name(autojump_clock: MockClock, nursery: trio.Nursery) 
         with pytest.raises(Conflict) as same:
             await here.move(MoveRequest(session=S, to=world.nodes[3].peer_id))
         assert same.value.code == "session_here"
+        with pytest.raises(NotFound) as none_such:
+            await here.move(MoveRequest(session=SessionId("0" * 32), to=world.nodes[3].peer_id))
+        assert none_such.value.code == "session_not_here"
         with pytest.raises(NotFound) as nobody:
             await here.move(MoveRequest(session=S, to="nobody"))
         assert nobody.value.code == "member_not_found"

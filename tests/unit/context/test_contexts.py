@@ -97,6 +97,20 @@ async def test_texts_that_say_the_same_are_joined(tmp_path: Path) -> None:
         assert [(place.source, place.first_line) for place in hit.also] == [("a.txt", 5)]
 
 
+async def test_the_other_places_of_a_text_are_told_once(tmp_path: Path) -> None:
+    """All chunks of an endless line are on line 1: that is one place, and the hit's own."""
+    paragraph = "".join(f"word{i} " for i in range(230))
+    async with one_node(tmp_path) as world:
+        await world.create()
+        await world.add("a.txt", paragraph * 20)
+        await world.add("b.txt", paragraph * 20)
+        query = QueryRequest(question="word1 word2 word3", count=1)
+        (hit,) = (await world.contexts.query("docs", query)).hits
+        places = [(place.source, place.first_line) for place in hit.also]
+        assert len(places) == len(set(places))
+        assert (hit.source, hit.first_line) not in places
+
+
 @pytest.mark.parametrize("stop", range(0, 5))
 async def test_after_a_crash_only_the_missing_is_done(tmp_path: Path, stop: int) -> None:
     texts = {f"{i}.txt": f"sentence number {i} about subject {i}\n" for i in range(5)}
