@@ -89,7 +89,7 @@ class StagePruning:
                 f"A session of {message.positions} positions has to give up cells of KV where slots"
                 f" have {n_ctx}; this rank cannot.",
                 code="no_pruning",
-                remedy="Leave kv_budget out, or load the model with a longer context (--n-ctx).",
+                remedy="Leave kv_budget out, or load the model with a longer context (--context).",
                 n_ctx=n_ctx,
             )
 
