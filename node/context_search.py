@@ -61,7 +61,7 @@ class ContextSearch:
         self._client = client
         self._store = store
         self._reach = reach
-        self._prober = Prober(client, store, reach, server, now=clock)
+        self.prober = Prober(client, store, reach, server, now=clock)
         self._offload = offload
 
     async def search(
@@ -94,7 +94,7 @@ class ContextSearch:
         way: Way,
     ) -> Answer:
         catalog = self._store.catalog(context.id)
-        found_by = await self._prober.pick(context, vector)
+        found_by = await self.prober.pick(context, vector)
         picked = found_by.candidates
         for peer in found_by.newer:
             self.on_stale(peer)
