@@ -69,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_level: str
     context_disk_bytes: int
     context_bytes_per_second: int
+    context_keep_seconds: float
     context_encoder: str
     context_question_prefix: str
     context_text_prefix: str

@@ -89,6 +89,11 @@ class LocalContexts:
         return self._store.share(context)
 
     @property
+    def owners(self) -> int:
+        """See ``ContextMesh``."""
+        return 1
+
+    @property
     def index_bytes(self) -> int:
         """See ``ContextMesh``: there is nowhere else."""
         return 1 << 62

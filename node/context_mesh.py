@@ -229,6 +229,11 @@ class ContextService:
         return self.store.share(context)
 
     @property
+    def owners(self) -> int:
+        """See ``ContextMesh``."""
+        return len({peer for row in self._consensus.state.buckets for peer in row})
+
+    @property
     def index_bytes(self) -> int:
         """See ``ContextMesh``."""
         return self._consensus.state.settings["context_index_bytes"]

@@ -80,6 +80,8 @@ class Mover:
         self._collect_seconds = collect_seconds
         self._orphan_seconds = orphan_seconds
         self._orphans: dict[ChunkId, float] = {}
+        self._due = math.inf
+        """When the next body of a replaced document is to be given up."""
         self._pending = False
         """Whether something could not be moved yet: others are looking for it, or at it, too."""
         self._wake = trio.Event()
@@ -102,6 +104,7 @@ class Mover:
                     log.warning("chunks of contexts could not be moved: %s", error)
                     await trio.sleep(self._seconds)
                 pause = min(PENDING_SECONDS, self._seconds) if self._pending else self._seconds
+                pause = min(pause, max(0.0, self._due - trio.current_time()))
                 with trio.move_on_after(pause):
                     await self._wake.wait()
 
@@ -249,6 +252,15 @@ class Mover:
             or now - replaced.get(chunk, math.inf) >= self._collect_seconds
         ]
         self.collected += await self._forget(old, lambda: True)
+        waiting = (replaced[chunk] for chunk in orphans if chunk in replaced)
+        self._due = min(
+            (
+                since + self._collect_seconds
+                for since in waiting
+                if since + self._collect_seconds > now
+            ),
+            default=math.inf,
+        )
         for chunk in [c for c in replaced if c not in orphans]:
             if now - replaced[chunk] >= self._collect_seconds:
                 del replaced[chunk]

@@ -36,14 +36,12 @@ async def open_node_contexts(
     encoder: EncoderSource,
     *,
     limit_bytes: int,
-    bytes_per_second: int,
+    pace: Pace,
 ) -> AsyncIterator[NodeContexts]:
     """Run the contexts of a node, kept in ``folder``, while the block lasts.
 
-    At most ``limit_bytes`` of bodies are kept here, and at most ``bytes_per_second`` of them move
-    in the background.  Raises what opening the store does.
+    At most ``limit_bytes`` of bodies are kept here.  Raises what opening the store does.
     """
-    pace = Pace(bytes_per_second=bytes_per_second)
     async with (
         open_context_store(folder, limit_bytes=limit_bytes) as store,
         open_contexts(mesh, consensus, store, models=default_model, pace=pace) as together,

@@ -239,12 +239,22 @@ class RecordSync:
                 continue
             key, rank = (record.context, record.source), (record.version, record_digest(data))
             held, best = self._store.catalog(record.context).get(record.source), newest.get(key)
-            if (held is None or (held.record.version, held.digest) < rank) and (
+            if held is not None and rank < (held.record.version, held.digest):
+                self._lost(record)
+            elif (held is None or (held.record.version, held.digest) < rank) and (
                 best is None or best[:2] < rank
             ):
                 newest[key] = (*rank, record, data)
         found = [(record, data) for _, _, record, data in newest.values()]
         return sorted(found, key=lambda each: not each[0].removed)
+
+    def _lost(self, record: DocumentRecord) -> None:
+        """Note a version that came when a newer one was known: its bodies lie somewhere."""
+        catalog, now = self._store.catalog(record.context), trio.current_time()
+        for place, row in enumerate(record.chunks):
+            chunk = record.id_of(place)
+            if row.windows and catalog.locate(chunk) is None:
+                self.superseded.setdefault(chunk, now)
 
     # ---- telling -----------------------------------------------------------------------------
 

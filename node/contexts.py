@@ -143,6 +143,7 @@ class Contexts:
             tokens=sum(record.tokens for record in fresh),
             record_bytes=sum(known.size for known in catalog.everything()),
             bodies_here=sum(context == info.id for context in held.values()),
+            owners=self.mesh.owners,
             spread=info.spread,
             spread_why=_spread_why(info, self.mesh.index_bytes),
             sketch_bytes=sketch_bytes(catalog),

@@ -292,6 +292,14 @@ OPTIONS: tuple[Option, ...] = (
         high=MIB * MIB,
     ),
     Option(
+        "context_keep_seconds",
+        "number",
+        60.0,
+        "How long chunks of replaced or removed documents stay, for questions under way.",
+        low=1,
+        high=86_400,
+    ),
+    Option(
         "context_encoder",
         "text",
         "minilm",

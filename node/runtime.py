@@ -29,6 +29,7 @@ from pyagent_node.inference.pipeline.speculators import Speculators
 from pyagent_node.node.assets import LocalAssets
 from pyagent_node.node.config import Settings
 from pyagent_node.node.context_encoder import open_encoders
+from pyagent_node.node.context_mesh import Pace
 from pyagent_node.node.context_parts import NodeContexts, open_node_contexts
 from pyagent_node.node.draft_model import DraftModel, keep_drafting
 from pyagent_node.node.engines import open_consensus
@@ -153,7 +154,10 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             home.contexts_dir(profile.mesh_id),
             encoders,
             limit_bytes=settings.context_disk_bytes,
-            bytes_per_second=settings.context_bytes_per_second,
+            pace=Pace(
+                bytes_per_second=settings.context_bytes_per_second,
+                collect=settings.context_keep_seconds,
+            ),
         ) as contexts,
         open_pipeline(
             mesh,

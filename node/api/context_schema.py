@@ -21,7 +21,8 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``documents`` of which ``fresh`` may be answered from, in ``chunks`` of ``windows`` and
     ``tokens`` (those of fresh documents); ``record_bytes`` of all records lie on every node,
-    ``bodies_here`` are the chunks whose text lies on this one.  ``spread``: the sketches, of
+    ``bodies_here`` are the chunks whose text lies on this one; ``owners`` nodes own chunks of
+    contexts.  ``spread``: the sketches, of
     ``sketch_bytes`` together, lie spread over the nodes, ``sketch_bytes_here`` of them on this one;
     ``spread_why`` says why so, or why not.
     """
@@ -38,6 +39,7 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     record_bytes: int
     bodies_here: int
+    owners: int = 0
     spread: bool = False
     spread_why: str = ""
     sketch_bytes: int = 0

@@ -193,6 +193,11 @@ class ContextMesh(Protocol):
         ...
 
     @property
+    def owners(self) -> int:
+        """How many nodes own chunks, present or not."""
+        ...
+
+    @property
     def index_bytes(self) -> int:
         """The most bytes of sketches that lie on every node; larger contexts are spread."""
         ...

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from pyagent_node.benchmarks.swarm import (
     await_up,
     begin_join,
     finish_join,
-    local_swarm,
+    running,
     start_process,
     stop_all,
 )
@@ -50,6 +52,23 @@ FACTS = {
 """By document: what it says, and a question."""
 
 
+def fresh_node(root: Path, number: int, files: EncoderFiles) -> LocalNode:
+    """A node that has the encoder and gives chunks of replaced documents up after a second."""
+    node = LocalNode(f"node-{number}", Home(root / f"node-{number}"))
+    give_encoder(node, files)
+    node.home.config_path.parent.mkdir(parents=True, exist_ok=True)
+    node.home.config_path.write_text("context_keep_seconds = 1\n")
+    return node
+
+
+@contextmanager
+def swarm(count: int, files: EncoderFiles) -> Iterator[list[LocalNode]]:
+    with tempfile.TemporaryDirectory(prefix="pyagent-", ignore_cleanup_errors=True) as root:
+        nodes = [fresh_node(Path(root), number, files) for number in range(count)]
+        with running(nodes):
+            yield nodes
+
+
 def ask(client: Client, name: str) -> QueryReply:
     return client.contexts.query("shelf", QueryRequest(question=FACTS[name][1], count=3))
 
@@ -65,10 +84,11 @@ def add(client: Client, name: str) -> None:
 
 
 def restored(nodes: list[LocalNode], documents: int) -> bool:
-    """Whether the nodes hold two copies of every chunk together."""
+    """Whether these nodes own everything, nobody else does, and they hold two copies together."""
     views = [node.client.contexts.show("shelf").context for node in nodes]
     return (
-        all(view.documents == view.chunks == documents for view in views)
+        all(view.owners == len(nodes) for view in views)
+        and all(view.documents == view.chunks == documents for view in views)
         and sum(view.bodies_here for view in views) == 2 * documents
     )
 
@@ -96,6 +116,17 @@ def give_encoder(node: LocalNode, files: EncoderFiles) -> None:
         shutil.copyfile(path, place)
 
 
+def spread(clients: list[Client], wanted: bool) -> bool:
+    """Whether the sketches lie spread over these nodes, or all on each of them."""
+    views = [client.contexts.show("shelf").context for client in clients]
+    here = [view.sketch_bytes_here for view in views]
+    if wanted:  # two owners have each, with its place and its group besides
+        done = sum(here) * SKETCH_BYTES == 2 * (SKETCH_BYTES + 3) * views[0].sketch_bytes
+    else:
+        done = all(view.sketch_bytes_here >= view.sketch_bytes for view in views)
+    return done and all(view.spread == wanted for view in views)
+
+
 class Asker(threading.Thread):
     """Asks one node for what is there already, until it is told to stop."""
 
@@ -105,6 +136,15 @@ class Asker(threading.Thread):
         self.answers: list[tuple[str, QueryReply]] = []
         self.failures: list[Exception] = []
         self.over = threading.Event()
+
+    def __enter__(self) -> Asker:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+        self.client.close()
 
     def run(self) -> None:
         while not self.over.is_set():
@@ -116,14 +156,22 @@ class Asker(threading.Thread):
             self.over.wait(0.1)
 
 
+def ask_all(nodes: list[LocalNode], names: list[str]) -> dict[str, list[QueryReply]]:
+    """Ask every node for everything, the nodes at the same time."""
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        rows = pool.map(lambda node: [ask(node.client, name) for name in names], nodes)
+        return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
 def test_two_daemons_are_killed_and_one_comes(encoder_files: EncoderFiles) -> None:
+    """One is killed and one comes while documents are added, one while they are only asked for.
+
+    The first time every node has all sketches, the second time these lie spread.
+    """
     names = list(FACTS)
-    with local_swarm(4) as nodes, ExitStack() as stack:
-        for node in nodes:
-            give_encoder(node, encoder_files)
+    with swarm(4, encoder_files) as nodes, ExitStack() as stack:
         first, second, third, fourth = by_votes(nodes)
-        fifth = LocalNode("node-4", Home(first.home.root.parent / "node-4"))
-        give_encoder(fifth, encoder_files)
+        fifth = fresh_node(first.home.root.parent, 4, encoder_files)
         stack.callback(stop_all, [fifth])
         first.client.mesh.change_setting("context_patience", 2)
         first.client.contexts.create("shelf", ContextPolicy())
@@ -131,9 +179,7 @@ def test_two_daemons_are_killed_and_one_comes(encoder_files: EncoderFiles) -> No
             add(first.client, name)
         wait_restored(nodes, 4)
         before = {name: gist(ask(second.client, name)) for name in names[:4]}
-        asker = Asker(Client.from_home(first.home), names[:4])
-        asker.start()
-        try:
+        with Asker(Client.from_home(first.home), names[:4]) as asker:
             fourth.kill()
             for name in names[4:6]:
                 add(second.client, name)
@@ -141,33 +187,37 @@ def test_two_daemons_are_killed_and_one_comes(encoder_files: EncoderFiles) -> No
             finish_join(fifth, begin_join(first, fifth), time.monotonic() + 60)
             start_process(fifth)
             await_up(fifth, time.monotonic() + 60)
-            for name in names[6:8]:
+            for name in names[6:]:
                 add(third.client, name)
-            wait_restored([first, second, third, fifth], 8)
-            third.kill()
-            for name in names[8:]:
-                add(second.client, name)
-            wait_restored([first, second, fifth], len(names))
-        finally:
-            asker.over.set()
-            asker.join()
-            asker.client.close()
+            left = [first, second, third, fifth]
+            wait_restored(left, len(names))
         assert asker.failures == []
         assert len(asker.answers) > 10
         for name, reply in asker.answers:
             assert reply.hits[0].source == before[name][0][0]
-        for name in names:
-            replies = [ask(node.client, name) for node in (first, second, fifth)]
+        first.client.mesh.change_setting("context_index_bytes", 0)
+        clients = [node.client for node in left]
+        until(clients[0], lambda: spread(clients, True), "the sketches are spread")
+        full = {name: gist(replies[0]) for name, replies in ask_all([first], names).items()}
+        with Asker(Client.from_home(first.home), names) as asker:
+            third.kill()
+            left.remove(third)
+            clients = [node.client for node in left]
+            wait_restored(left, len(names))
+            until(clients[0], lambda: spread(clients, True), "the sketches are spread again")
+        assert asker.failures == []
+        assert len(asker.answers) > 3
+        for name, reply in asker.answers:
+            assert (gist(reply), reply.missing) == (full[name], 0)
+        for name, replies in ask_all(left, names).items():
             assert all(reply.missing == 0 for reply in replies)
-            assert all(gist(reply) == gist(replies[0]) for reply in replies)
+            assert all(gist(reply) == full[name] for reply in replies)
             if name in before:
-                assert gist(replies[0])[0][:2] == before[name][0][:2]
+                assert full[name][0][:2] == before[name][0][:2]
 
 
 def test_two_daemons_add_at_once_and_sketches_are_spread(encoder_files: EncoderFiles) -> None:
-    with local_swarm(3) as nodes:
-        for node in nodes:
-            give_encoder(node, encoder_files)
+    with swarm(3, encoder_files) as nodes:
         clients = [node.client for node in nodes]
         clients[0].contexts.create("shelf", ContextPolicy())
         names = list(FACTS)
@@ -197,23 +247,15 @@ def test_two_daemons_add_at_once_and_sketches_are_spread(encoder_files: EncoderF
         before = {name: gist(ask(clients[2], name)) for name in names}
         clients[0].mesh.change_setting("context_index_bytes", 0)
 
-        def spread(wanted: bool) -> bool:
-            views = [client.contexts.show("shelf").context for client in clients]
-            here = [view.sketch_bytes_here for view in views]
-            if wanted:  # two owners have each, with its place and its group besides
-                done = sum(here) * SKETCH_BYTES == 2 * (SKETCH_BYTES + 3) * views[0].sketch_bytes
-            else:
-                done = all(view.sketch_bytes_here >= view.sketch_bytes for view in views)
-            return done and all(view.spread == wanted for view in views)
-
-        until(clients[0], lambda: spread(True), "the sketches are spread", seconds=60)
-        for name in names:
-            for client in clients:
-                reply = ask(client, name)
+        until(clients[0], lambda: spread(clients, True), "the sketches are spread", seconds=60)
+        for name, replies in ask_all(nodes, names).items():
+            for reply in replies:
                 assert reply.missing == 0
                 assert reply.hits[0].text == before[name][0][1]
         clients[0].mesh.change_setting("context_index_bytes", None)
-        until(clients[0], lambda: spread(False), "every daemon has all sketches", seconds=60)
+        until(
+            clients[0], lambda: spread(clients, False), "every daemon has all sketches", seconds=60
+        )
         for name in names:
             reply = ask(clients[1], name)
             assert (reply.missing, reply.probed) == (0, 0)

@@ -211,6 +211,58 @@ def spread_out(it: World, spread: bool) -> bool:
     return it.restored()
 
 
+async def until_spread(it: World, spread: bool) -> None:
+    with trio.fail_after(120):
+        while not spread_out(it, spread):  # noqa: ASYNC110 - of many nodes
+            await trio.sleep(0.5)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+async def test_two_nodes_die_and_one_comes_and_every_answer_stays_as_it_was(autojump_clock, spread):
+    """Nothing is added meanwhile, so all hits of all answers are those of before, in both forms."""
+    async with world(5, patience=3) as it:
+        await it.swarm.propose(SetMeshSetting("context_index_bytes", 0 if spread else None))
+        for number in range(10):
+            await it.add(number, at=number % 5)
+        await it.calm()
+        await until_spread(it, spread)
+        before = [gist(await it.ask(number, 0)) for number in range(10)]
+        asked = 0
+        wrong: list[tuple[int, int]] = []
+        done = trio.Event()
+
+        async def keep_asking() -> None:
+            nonlocal asked
+            while not done.is_set():
+                number, at = asked % 10, asked % 3
+                answer = await it.ask(number, at)
+                asked += 1
+                if gist(answer) != before[number] or answer.missing:
+                    wrong.append((number, at))
+                await trio.sleep(0.2)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_asking)
+            await trio.sleep(2)
+            it.swarm.kill(it.swarm.machines[4])
+            newcomer = it.swarm.add()
+            await it.swarm.start(newcomer)
+            await it.swarm.admit(newcomer)
+            await trio.sleep(8)  # longer than the mesh's patience: its chunks are copied
+            it.swarm.kill(it.swarm.machines[3])
+            await it.calm()
+            await until_spread(it, spread)
+            done.set()
+        assert asked > 20
+        assert wrong == []
+        numbers = [machine.number for machine in it.swarm.up()]
+        assert len(numbers) == 4
+        assert newcomer.number in numbers
+        for number in range(10):
+            for at in numbers:
+                assert gist(await it.ask(number, at)) == before[number]
+
+
 async def test_sketches_are_spread_and_brought_back_while_nodes_die_and_come(autojump_clock):
     async with world(5) as it:
         for number in range(10):
@@ -230,15 +282,10 @@ async def test_sketches_are_spread_and_brought_back_while_nodes_die_and_come(aut
                     wrong.append(number)
                 await trio.sleep(0.2)
 
-        async def until_spread(spread: bool) -> None:
-            with trio.fail_after(120):
-                while not spread_out(it, spread):  # noqa: ASYNC110 - of many nodes
-                    await trio.sleep(0.5)
-
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_asking)
             await it.swarm.propose(SetMeshSetting("context_index_bytes", 0))
-            await until_spread(True)
+            await until_spread(it, True)
             full = it.node(0).catalog(it.info.id).windows
             here = sum(len(part) for part in it.node(0).store.share(it.info.id).copy().values())
             assert here < full  # of five nodes each has two fifths of the windows
@@ -253,14 +300,14 @@ async def test_sketches_are_spread_and_brought_back_while_nodes_die_and_come(aut
                 await it.add(number, at=number % 4)
             await trio.sleep(25)  # longer than the mesh's patience
             it.swarm.kill(it.swarm.machines[3])
-            await until_spread(True)
+            await until_spread(it, True)
             for number in range(16):
                 for machine in it.swarm.up():
                     answer = await it.ask(number, machine.number)
                     assert answer.hits[0].source == f"story{number}.txt"
                     assert answer.missing == 0
             await it.swarm.propose(SetMeshSetting("context_index_bytes", None))
-            await until_spread(False)
+            await until_spread(it, False)
             done.set()
         assert asked > 50
         assert wrong == []

@@ -71,6 +71,7 @@ from pyagent_node.sharding.context.records import (
 from pyagent_node.sharding.context.shares import ALL_GROUPS, Part, part_of
 from pyagent_node.simulations.contexts import (
     DIMENSIONS,
+    PACE,
     removal,
     toy_axes,
     toy_document,
@@ -246,6 +247,21 @@ async def test_a_peer_that_sends_another_chunk_is_not_believed(autojump_clock):
         with pytest.raises(CorruptData) as caught:
             await it.services[2].client.bodies(A, [body.id])
         assert caught.value.code == "bad_context_body"
+
+
+async def test_bodies_of_a_version_that_came_too_late_are_given_up_soon(autojump_clock):
+    """Of two that were added at once the one that lost may come when the other is known."""
+    won, kept = toy_document(SHELF.id, "a.txt", "The one that won.", Version(2, C))
+    lost, gone = toy_document(SHELF.id, "a.txt", "The one that lost.", Version(1, C))
+    async with pair() as it:
+        sync, store = it.services[0].sync, it.stores[0]
+        assert await sync.merge([encode_record(won)]) == 1
+        await store.put_bodies([*kept, *gone])
+        assert await sync.merge([encode_record(lost)]) == 0
+        assert store.holds(gone[0].id)
+        await trio.sleep(1.5 * PACE.collect)
+        assert not store.holds(gone[0].id)
+        assert store.holds(kept[0].id)
 
 
 async def test_a_full_node_says_so_and_another_one_stands_in(autojump_clock):
