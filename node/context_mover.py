@@ -132,6 +132,7 @@ class Mover:
 
     async def once(self, budget: ByteBudget) -> None:
         """Look at everything once."""
+        self._due = math.inf
         await self._drop_contexts()
         epoch = self._reach.epoch
         if not epoch:
@@ -252,15 +253,8 @@ class Mover:
             or now - replaced.get(chunk, math.inf) >= self._collect_seconds
         ]
         self.collected += await self._forget(old, lambda: True)
-        waiting = (replaced[chunk] for chunk in orphans if chunk in replaced)
-        self._due = min(
-            (
-                since + self._collect_seconds
-                for since in waiting
-                if since + self._collect_seconds > now
-            ),
-            default=math.inf,
-        )
+        due = (replaced[chunk] + self._collect_seconds for chunk in orphans if chunk in replaced)
+        self._due = min((at for at in due if at > now), default=math.inf)
         for chunk in [c for c in replaced if c not in orphans]:
             if now - replaced[chunk] >= self._collect_seconds:
                 del replaced[chunk]
