@@ -58,6 +58,8 @@ CHECKS = check-rust check-pyright check-mypy check-style check-imports
 lint: setup-dev
 	@$(MAKE) -j 2 $(together) $(CHECKS)
 
+# Tests run beside each other: threads of small matrices would wait for each other by spinning.
+test: export OPENBLAS_NUM_THREADS = 1
 test: setup-dev
 	@$(MAKE) -j 2 $(together) test-rust $(CHECKS)
 	$(call step,pytest: as many tests at once as there are cores)

@@ -58,7 +58,10 @@ class MemoryContextStore:
 
     def catalog(self, context: ContextId) -> Catalog:
         """See ``ContextStore``."""
-        return self._catalogs.setdefault(context, Catalog(context))
+        catalog = self._catalogs.get(context)
+        if catalog is None:
+            catalog = self._catalogs[context] = Catalog(context)
+        return catalog
 
     def known(self) -> Collection[ContextId]:
         """See ``ContextStore``."""

@@ -34,6 +34,10 @@ END_SECONDS: Final = 5.0
 COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "pyagent_node.simulations.worker")
 """How a worker is started."""
 
+ENVIRONMENT: Final = {"PYTHONHASHSEED": HASH_SEED, "OPENBLAS_NUM_THREADS": "1"}
+"""What a worker's environment has besides: one thread for small matrices, where more would wait for
+each other by spinning, and take the processors from the other workers."""
+
 
 def default_limit(job: Job) -> float:
     """Return after how many seconds of real time a run counts as hanging.
@@ -120,7 +124,7 @@ async def _play(job: Job, limit: float) -> Verdict:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONHASHSEED": HASH_SEED},
+        env={**os.environ, **ENVIRONMENT},
     )
     try:
         with trio.move_on_after(limit) as patience:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -59,6 +59,10 @@ class Bug:
             if planted:
                 enter(self.plant())
             return Run(seed, self.schedule(seed)).play()
+
+    def sound_run(self, seed: int) -> Hashable:
+        """Return all that the run of a seed without the bug depends on."""
+        return seed, self.schedule(seed), self.compact, self.asks, self.drafters
 
     def _guessing(self, rng: random.Random) -> workload.Guessing:
         return workload.Guessing(rng.choice(self.drafters), rng.choice((2, 4)), rng.choice((1, 3)))

@@ -7,7 +7,7 @@ when it starts (``PYTHONHASHSEED``); so they do not run where the tests do.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -35,10 +35,18 @@ def main(lines: Iterable[str]) -> None:
     from .registry import BUGS
 
     bugs = {bug.name: bug for bug in BUGS}
+    sound: dict[Hashable, bytes] = {}
     for line in lines:
         request = msgspec.json.decode(line, type=Request)
-        outcome = bugs[request.bug].play(request.seed, planted=request.planted)
-        sys.stdout.buffer.write(msgspec.json.encode(outcome.violations) + b"\n")
+        bug, seed = bugs[request.bug], request.seed
+        same = bug.sound_run(seed)
+        answer = None if request.planted else sound.get(same)
+        if answer is None:
+            outcome = bug.play(seed, planted=request.planted)
+            answer = msgspec.json.encode(outcome.violations)
+        if not request.planted:
+            sound[same] = answer
+        sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
 
 

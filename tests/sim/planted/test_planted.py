@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
+from pyagent_node.simulations.pool import ENVIRONMENT
 from pyagent_node.simulations.run import Found
 
 from .kit import Bug
@@ -24,7 +25,7 @@ Play = Callable[[Request], tuple[Found, ...]]
 @pytest.fixture(scope="module")
 def play() -> Iterator[Play]:
     """Play bugs in a process of their own; it is started once."""
-    env = {**os.environ, "PYTHONHASHSEED": "0"}
+    env = {**os.environ, **ENVIRONMENT}
     with subprocess.Popen(
         COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
     ) as process:
