@@ -65,8 +65,11 @@ test: setup-dev
 	$(call step,pytest: as many tests at once as there are cores)
 	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not alone and not daemons" \
 	  $(PYTEST_FLAGS) $(none_ok)
-	$(call step,pytest: tests with daemons and others that must be alone)
-	@$(BIN)/pytest -m "alone or daemons" $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: tests with daemons)
+	@$(BIN)/pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder \
+	  -m "daemons and not alone" $(PYTEST_FLAGS) $(none_ok)
+	$(call step,pytest: tests that must be alone)
+	@$(BIN)/pytest -m alone $(PYTEST_FLAGS) $(none_ok)
 
 check-style:
 	$(call step,ruff)

@@ -49,6 +49,23 @@ def pytest_configure() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers share the tests, begin with the slow modules, longest timeouts first.
+
+    Else one worker would end with a long one while the others have nothing left to do.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    length: dict[Path, tuple[bool, float]] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        slow = item.get_closest_marker("slow") is not None
+        long = (slow, float(mark.args[0]) if mark is not None else 0.0)
+        length[item.path] = max(length.get(item.path, long), long)
+    items.sort(key=lambda item: length[item.path], reverse=True)
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what is here for good: all modules and all tests."""
     gc.collect()
