@@ -149,7 +149,8 @@ class Usage(msgspec.Struct, frozen=True):
     ``stall_seconds`` is the longest pause between two tokens, as far as the reader was there.
     ``speculation`` is ``None`` for an answer without.  ``cached_tokens`` are those tokens of the
     prompt whose KV was there already and did not have to be computed; ``joined_tokens`` those
-    whose KV was taken over from pieces, so that the answer is not that of the whole prompt.
+    whose KV was taken over from pieces, so that the answer is not that of the whole prompt, and
+    ``joined_landmarks`` those of them of which some rank took over the landmarks only.
     ``evicted`` is what ranks gave up of its KV, ``None`` where nothing was to be.
     ``classes`` are the exactness classes of the backends that served it, in the order of their
     first tokens (``BackendInfo.exactness``).
@@ -165,6 +166,7 @@ class Usage(msgspec.Struct, frozen=True):
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
     joined_tokens: int = 0
+    joined_landmarks: int = 0
     evicted: Evicted | None = None
     classes: tuple[str, ...] = ()
 

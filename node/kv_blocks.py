@@ -22,6 +22,8 @@ from pyagent_node.native import blake3
 from pyagent_node.node.kv_messages import Bytes, Sealed, seal, unseal
 from pyagent_node.sharding.kv_codec import EXACT, MAX_ROW, KvShape, Level, decode_rows, encode
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
+from pyagent_node.sharding.kv_landmarks import check as check_landmarks
+from pyagent_node.sharding.kv_landmarks import is_landmarks
 
 _CODED: Final = b"\1"
 _PLAIN: Final = b"\0"
@@ -37,7 +39,9 @@ class RowSizes:
         self._known: dict[tuple[Digest, str, int], tuple[int, int]] = {}
 
     def learn(self, model: Digest, cells: str, layers: Iterable[LayerKv]) -> None:
-        """Take note of blocks that were computed here."""
+        """Take note of blocks that were computed here; those of landmarks have no one size."""
+        if is_landmarks(cells):
+            return
         for kv in layers:
             self._known[model, cells, kv.layer] = (len(kv.keys), len(kv.values))
 
@@ -92,7 +96,8 @@ def read_block(
     """Return the cells of a sealed block.
 
     With ``sizes`` it is a peer's, and checked in every respect: its rows must have the right sizes
-    and hold finite numbers.  Raises :class:`CorruptData` (``bad_kv_block``, or the codec's).
+    and hold finite numbers.  Raises :class:`CorruptData` (``bad_kv_block``, ``bad_landmarks``, or
+    the codec's).
     """
     if key.codec != codec_name(cells, level):
         raise _bad("another format of cells", key.layer)
@@ -103,6 +108,8 @@ def read_block(
             for data in (kv.keys, kv.values):
                 if not np.isfinite(np.frombuffer(data, np.float16)).all():
                     raise _bad("numbers that are not finite", key.layer)
+        elif is_landmarks(cells):
+            check_landmarks(kv.keys + kv.values)
     return kv
 
 

@@ -9,6 +9,7 @@ a wrong one is asked no more for a while, and the block is fetched from another,
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -22,7 +23,7 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.inference.backend import KvRange, LayerKv
 from pyagent_node.inference.kv.port import Wanted
 from pyagent_node.node.kv_adverts import AdvertBook
-from pyagent_node.node.kv_blocks import RowSizes, codec_name, read_block
+from pyagent_node.node.kv_blocks import RowSizes, codec_name, is_f16, read_block
 from pyagent_node.node.kv_client import KvClient
 from pyagent_node.node.kv_messages import Fetch, Have, Sealed
 from pyagent_node.node.kv_plan import Ask, Trust, Watch, leading, share_out, worth
@@ -169,6 +170,35 @@ class BlockLoader:
         self.stats.seconds += trio.current_time() - start
         return ranges
 
+    async def cost(self, wanted: Wanted) -> float:
+        """See ``KvShelf``."""
+        job = _Load(wanted, self._level)
+        if not job.links or not job.layers:
+            return math.inf
+        counts = self._vault.counts(wanted.model, job.links, job.layers, job.codec)
+        local = dict(zip(job.layers, counts, strict=True))
+        count = len(job.links)
+        if min(counts) >= count:
+            return 0.0
+        if wanted.fetch == "never":
+            return math.inf
+        held = await self._ask(job, self._candidates(job))
+        if leading(job.layers, [local, *held.values()]) < count:
+            return math.inf
+        links = [self._link(peer) for peer, counts in held.items() if count in counts.values()]
+        missing = sum(count - each for each in counts)
+        bandwidth = sum(link.bandwidth for link in links)
+        if bandwidth <= 0:
+            return math.inf
+        late = max(link.round_trip for link in links)
+        return late + missing * self._block_bytes(wanted) / bandwidth
+
+    def _block_bytes(self, wanted: Wanted) -> float:
+        """Return what a block of one layer has on the way, 0 where nobody knows."""
+        plain = wanted.block_bytes or self._sizes.mean(wanted.model, wanted.cells)
+        # what is no row of numbers is kept as it came, whatever the level
+        return plain * (EXPECTED_SIZE[self._level] if is_f16(wanted.cells) else 1.0)
+
     # ---- from here -----------------------------------------------------------------------------
 
     async def _local(self, job: _Load) -> None:
@@ -246,9 +276,7 @@ class BlockLoader:
             count,
             min(local.values()),
             blocks=len(job.links),
-            block_bytes=missing
-            * self._sizes.mean(job.wanted.model, job.wanted.cells)
-            * EXPECTED_SIZE[job.level],
+            block_bytes=missing * self._block_bytes(job.wanted),
             prefill_seconds=job.wanted.computing,
             round_trip=max((link.round_trip for link in links), default=0.0),
             bandwidth=sum(link.bandwidth for link in links),

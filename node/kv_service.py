@@ -129,6 +129,12 @@ class KvService:
         await self._settle(wanted)
         return await self.loader.load(wanted)
 
+    async def cost(self, wanted: Wanted) -> float:
+        """See ``KvShelf``."""
+        self._learn(wanted.model, wanted.cells)
+        await self._settle(wanted)
+        return await self.loader.cost(wanted)
+
     def wants(self, block: SettledBlock) -> bool:
         """See ``KvShelf``."""
         codec = self._learn(block.model, block.cells)

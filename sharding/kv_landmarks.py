@@ -70,6 +70,16 @@ def landmark_codec(codec: str) -> str:
     return f"{codec}+lm{VERSION}"
 
 
+def is_landmarks(codec: str) -> bool:
+    """Whether ``codec`` is one that :func:`landmark_codec` names."""
+    return codec.endswith(landmark_codec(""))
+
+
+def split(block: bytes) -> tuple[bytes, bytes]:
+    """Return a landmark block in two parts, neither empty: what it says of itself, and the rest."""
+    return block[: _HEAD.size], block[_HEAD.size :]
+
+
 def pack(
     level: Level, keys: bytes, values: bytes, *, places: Places, tokens: int, shape: KvShape
 ) -> bytes:
@@ -90,6 +100,19 @@ def unpack(level: Level, block: bytes, *, shape: KvShape) -> Landmarks:
     Raises :class:`CorruptData` (``bad_landmarks``) for other bytes, and what ``kv_codec.decode``
     raises for its part of them.
     """
+    tokens, places, data = _opened(block)
+    return Landmarks(tokens, places, decode(level, data, tokens=len(places), shape=shape))
+
+
+def check(block: bytes) -> None:
+    """Raise :class:`CorruptData` (``bad_landmarks``) for what :func:`pack` did not make.
+
+    The rows are not looked into.
+    """
+    _opened(block)
+
+
+def _opened(block: bytes) -> tuple[int, Places, bytes]:
     if len(block) < _HEAD.size or not block.startswith(_MAGIC):
         raise _bad("it is none")
     _, count, tokens = _HEAD.unpack_from(block)
@@ -102,8 +125,7 @@ def unpack(level: Level, block: bytes, *, shape: KvShape) -> Landmarks:
     wide = np.frombuffer(head, "<u4", offset=_HEAD.size).astype(np.int64)
     if not _fit(wide, tokens):
         raise _bad("its places do not rise")
-    rows = decode(level, data, tokens=count, shape=shape)
-    return Landmarks(tokens, wide.astype(np.int32), rows)
+    return tokens, wide.astype(np.int32), data
 
 
 def _fit(places: NDArray[np.int32] | NDArray[np.int64], tokens: int) -> bool:

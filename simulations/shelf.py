@@ -6,6 +6,7 @@ hands out blocks that are broken, all by draws of a seeded generator.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -34,6 +35,8 @@ class ShelfFaults(msgspec.Struct):
     slow: float = 0.0
     seconds: float = 0.0
     """What a load takes; one that is slow takes a thousand times as long."""
+    away: float = 0.0
+    """What it is told that blocks of others would take."""
 
 
 class ToyShelves:
@@ -110,6 +113,19 @@ class ToyShelf:
         self._shelves.counts["loads"] += 1
         self._shelves.counts["blocks"] += len(found)
         return found
+
+    async def cost(self, wanted: Wanted) -> float:
+        """Return what the faults say of blocks that are elsewhere."""
+        own = there = True
+        for link in wanted.chain[wanted.skip :]:
+            for layer in wanted.layers:
+                name = (wanted.model, layer, link, wanted.cells)
+                own &= name in self.held
+                there &= self._shelves.find(self._peer, name) is not None
+        await trio.lowlevel.checkpoint()
+        if not there:
+            return math.inf
+        return 0.0 if own else self._shelves.faults.away
 
     def wants(self, block: SettledBlock) -> bool:
         """Want what is not here yet."""

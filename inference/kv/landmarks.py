@@ -15,6 +15,7 @@ name of its own, see ``sharding.kv_landmarks``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, cast
 
 import numpy as np
@@ -23,12 +24,16 @@ from numpy.typing import NDArray
 from pyagent_node.base.errors import CorruptData, InvalidRequest
 from pyagent_node.inference.backend import KvRange, LayerKv
 from pyagent_node.inference.kv.pruning import Positions, kept, ranges
+from pyagent_node.sharding.kv_codec import EXPECTED_SIZE, KvShape, Level
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
+from pyagent_node.sharding.kv_landmarks import landmark_codec, pack, split, unpack
 
 EACH: Final = 2 * BLOCK_TOKENS
 """Tokens of a piece for which its form has a block of cells."""
 PROBE: Final = "\n\nQuestion: what do the lines above tell, and of whom?\nAnswer: they tell that"
 """What is read behind a piece, and its padding, when its landmarks are chosen."""
+LEVEL: Final[Level] = "int4"
+"""How the rows are kept: at finer levels the whole piece, rounded, is better for as many bytes."""
 NEAR: Final = 4
 """The last cells of a piece, which stay: the last one has to, and the text goes on from there."""
 
@@ -102,3 +107,47 @@ def spans_at(kv: KvRange, start: int) -> tuple[tuple[int, int], ...]:
     """Return the ``kept`` of a range as it is when the range begins at ``start``."""
     by = start - kv.start
     return tuple((first + by, last + by) for first, last in kv.kept)
+
+
+def cells_name(cells: str) -> str:
+    """Return the format of landmark blocks of rows in the format ``cells``."""
+    return landmark_codec(f"{cells}/{LEVEL}")
+
+
+def block_bytes(shape: KvShape) -> float:
+    """Return what a landmark block of a layer has in the mean."""
+    return 2 * BLOCK_TOKENS * shape.row_bytes * EXPECTED_SIZE[LEVEL]
+
+
+def packed(kv: KvRange, layer: LayerKv, number: int, *, tokens: int, shape: KvShape) -> LayerKv:
+    """Return block ``number`` of a layer of ``kv``, the landmarks of a piece of ``tokens``.
+
+    Raises what ``kv_landmarks.pack`` raises.
+    """
+    at = places(kv)[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS]
+    first = number * BLOCK_TOKENS * shape.row_bytes
+    span = slice(first, first + len(at) * shape.row_bytes)
+    block = pack(LEVEL, layer.keys[span], layer.values[span], places=at, tokens=tokens, shape=shape)
+    return LayerKv(layer.layer, *split(block))
+
+
+def unpacked(
+    blocks: Sequence[LayerKv], *, tokens: int, skip: int, shape: KvShape
+) -> tuple[Positions, LayerKv]:
+    """Return the landmarks of one layer, and where they are from, out of all blocks of the layer.
+
+    They must be of a piece of ``tokens``, rise from behind its first ``skip`` up to its last, and
+    be as many as its form has.  Raises :class:`CorruptData` (``bad_landmarks``, or the codec's).
+    """
+    parts = [unpack(LEVEL, each.keys + each.values, shape=shape) for each in blocks]
+    at = cast("Positions", np.concatenate([part.places for part in parts]))
+    rising = bool((np.diff(at) > 0).all()) and at[0] >= skip and at[-1] == tokens - 1
+    if not rising or len(at) != cells_of(tokens) or any(p.tokens != tokens for p in parts):
+        raise CorruptData(
+            "Landmark blocks do not belong together, or to this piece.",
+            code="bad_landmarks",
+            remedy="The whole piece is fetched or computed.",
+        )
+    keys = b"".join([part.rows.keys for part in parts])
+    values = b"".join([part.rows.values for part in parts])
+    return at, LayerKv(blocks[0].layer, keys, values)

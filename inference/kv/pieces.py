@@ -27,6 +27,18 @@ class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.stop - self.start
 
 
+class Marks(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which landmarks to make of a piece that is computed alone (``kv.landmarks``).
+
+    It has ``tokens``, and what follows up to the end of the prompt is padding; the first ``skip``
+    are computed anew by whoever joins it; ``probe`` tokens are read behind the prompt to choose by.
+    """
+
+    tokens: int
+    skip: int
+    probe: int
+
+
 class JoinPlan(msgspec.Struct, frozen=True):
     """The ``pieces`` of a prompt, in order; of each the session computes ``skip`` tokens itself."""
 

@@ -11,6 +11,7 @@ is not there is computed again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -58,7 +59,8 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     ``sources`` are peers that may well have them, the likeliest first: hints of the head, who may
     be wrong.  ``prefill_seconds`` is what it takes here to compute a token of a prompt in these
     layers, 0 when that was not measured yet; ``wait_seconds`` is what a token takes all ranks
-    together, by the head's measure, 0 likewise.
+    together, by the head's measure, 0 likewise.  ``block_bytes`` are those of a block of one layer,
+    0 where nobody knows.
     """
 
     session: SessionId
@@ -73,6 +75,7 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
     prefill_seconds: float = 0.0
     wait_seconds: float = 0.0
     fetch: FetchWhen = "auto"
+    block_bytes: float = 0.0
 
     @property
     def computing(self) -> float:
@@ -132,6 +135,14 @@ class KvShelf(Protocol):
         """
         ...
 
+    async def cost(self, wanted: Wanted) -> float:
+        """Return in how many seconds all that is wanted would likely be here.
+
+        0 for what is here already, infinity where some of it cannot be had.  Nothing is fetched.
+        As with :meth:`load` the caller cancels, and nothing is raised.
+        """
+        ...
+
     def wants(self, block: SettledBlock) -> bool:
         """Take note of a settled block; returns whether its cells are wanted.
 
@@ -172,6 +183,10 @@ class NullShelf:
     async def load(self, wanted: Wanted) -> list[KvRange]:
         """Return nothing."""
         return []
+
+    async def cost(self, wanted: Wanted) -> float:
+        """Have nothing."""
+        return math.inf
 
     def wants(self, block: SettledBlock) -> bool:
         """Want nothing."""

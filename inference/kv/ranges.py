@@ -51,3 +51,8 @@ def joined(pieces: Sequence[KvRange]) -> KvRange:
         for parts in zip(*(piece.layers for piece in pieces), strict=True)
     )
     return KvRange(first.codec, first.start, pieces[-1].stop, layers)
+
+
+def lacking(kv: KvRange) -> int:
+    """Return of how many tokens a range has no rows."""
+    return kv.stop - kv.start - sum(b - a for a, b in kv.kept) if kv.kept else 0

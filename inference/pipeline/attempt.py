@@ -27,7 +27,7 @@ import numpy as np
 from pyagent_node.base.types import PeerId
 from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
 from pyagent_node.inference.kv.budgets import GUESSES
-from pyagent_node.inference.kv.pieces import JoinPlan
+from pyagent_node.inference.kv.pieces import JoinPlan, Marks
 from pyagent_node.inference.pipeline.flights import Chunk, Flight, Landed, Route, came_true
 from pyagent_node.inference.pipeline.frames import (
     CancelSteps,
@@ -96,6 +96,8 @@ class Attempt:
         """When the first step was sent."""
         self.joined = 0
         """The tokens whose cells are those of pieces."""
+        self.joined_landmarks = 0
+        """Those of them of which some rank has only the landmarks."""
         self.restoring: Restoring | Joining | None = None
         """The wait for what the ranks can restore or join; nothing is sent before its end."""
         self._gaps: dict[int, int] = {}
@@ -104,8 +106,8 @@ class Attempt:
 
     # ---- what goes out ---------------------------------------------------------------------
 
-    def open(self, former: tuple[Origin, ...] = ()) -> Outgoing:
-        """Return the message that admits the session; ``former`` as in ``OpenSession``."""
+    def open(self, former: tuple[Origin, ...] = (), landmarks: Marks | None = None) -> Outgoing:
+        """Return the message that admits the session; the arguments as in ``OpenSession``."""
         route, n = self.route, len(self._prompt)
         placement = route.placement
         return Outgoing(
@@ -122,6 +124,7 @@ class Attempt:
                 root=route.root,
                 former=former,
                 pruning=route.pruning,
+                landmarks=landmarks,
             ),
         )
 
@@ -166,7 +169,15 @@ class Attempt:
         """Return the wish for the KV of pieces of the prompt, to follow on :meth:`open`."""
         placement = self.route.placement
         self.restoring = Joining(placement, plan, now)
-        return wish(self.route.session, placement, root, plan, self._prompt, sources)
+        return wish(
+            self.route.session,
+            placement,
+            root,
+            plan,
+            self._prompt,
+            sources,
+            landmarks=self.route.pruning is not None,
+        )
 
     def on_restored(self, sender: PeerId, message: Restored | Joined) -> bool:
         """Take a rank's word; returns whether it is time to begin.
@@ -178,6 +189,7 @@ class Attempt:
             if wait.take(sender, message):
                 self._gaps = wait.gaps()
                 self.joined = sum(stop - start for start, stop in self._gaps.items())
+                self.joined_landmarks = wait.landmarks()
                 self.start(0)
                 return True
         elif (

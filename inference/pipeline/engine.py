@@ -203,7 +203,7 @@ class PipelineEngine:
         plan = plan_request(request, prompt, model, session=session, head=self._peer_id)
         if plan.join is not None and can_head(model):
             made = missing(plan.join_root, plan.join, prompt, model.placement, self._shelf)
-            await self.pieces.make(model, plan.join_root, made)
+            await self.pieces.make(model, plan.join_root, made, plan.join.skip)
             model = await self._offers.wait_for(request.model, trio.current_time() + READY_SECONDS)
         journal = new_journal(plan, prompt, request, created=self._wall())
         speculation = self._speculators.open(request, model)

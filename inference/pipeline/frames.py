@@ -53,7 +53,7 @@ from pyagent_node.base.wire import Codec
 from pyagent_node.inference.backend import PREFILL_CHUNK, Activations, Tokens
 from pyagent_node.inference.generation import FetchWhen
 from pyagent_node.inference.kv.budgets import Evicted, Pruning
-from pyagent_node.inference.kv.pieces import Piece
+from pyagent_node.inference.kv.pieces import Marks, Piece
 from pyagent_node.inference.pipeline.activations import number_bytes, pack_rows, unpack_rows
 from pyagent_node.inference.pipeline.origins import Origin
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -75,7 +75,8 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     classes (``BackendInfo``): these names depend on both, too.  ``trail`` are the ranks so far, and
     ``former`` those that computed the session before, whose KV may be gone on from (``origins``).
     ``pruning`` has every rank give up cells, where it can (``kv.pruning``); such a session has no
-    root.
+    root.  ``landmarks`` has every rank that can choose landmarks of its prompt, which is a piece
+    (``kv.landmarks``), by the attention of the steps behind it, and keep them with its blocks.
     """
 
     session: SessionId
@@ -92,6 +93,7 @@ class OpenSession(msgspec.Struct, frozen=True, tag="open_session", gc=False):
     trail: tuple[Origin, ...] = ()
     former: tuple[Origin, ...] = ()
     pruning: Pruning | None = None
+    landmarks: Marks | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", gc=False, omit_defaults=True):
@@ -184,7 +186,8 @@ class Join(msgspec.Struct, frozen=True, tag="join", gc=False):
     """Get the KV of ``pieces`` of the prompt ready, each but its first ``skip`` tokens.
 
     The tail are the tokens of each as it was computed alone, in whole blocks (int32); ``root`` is
-    what the names of these blocks begin with.  Each rank passes it on.
+    what the names of these blocks begin with.  Each rank passes it on.  With ``landmarks`` a rank
+    may take a piece in its smaller, lossy form (``kv.landmarks``), if the session may be pruned.
     """
 
     session: SessionId
@@ -195,16 +198,21 @@ class Join(msgspec.Struct, frozen=True, tag="join", gc=False):
     skip: int
     pieces: tuple[Piece, ...]
     sources: tuple[PeerId, ...] = ()
+    landmarks: bool = False
 
 
 class Joined(msgspec.Struct, frozen=True, tag="joined", gc=False):
-    """From a rank to the head: it has the KV of these ``pieces``, by their numbers in order."""
+    """From a rank to the head: it has the KV of these ``pieces``, by their numbers in order.
+
+    Of those in ``landmarks`` it has the smaller form.
+    """
 
     session: SessionId
     model: Digest
     epoch: int
     rank: int
     pieces: tuple[int, ...]
+    landmarks: tuple[int, ...] = ()
 
 
 class Keep(msgspec.Struct, frozen=True, tag="keep", gc=False):

@@ -143,6 +143,7 @@ class HeadCore:
         self._reached = 0
         self._cached = 0
         self._joined = 0
+        self._joined_landmarks = 0
         self._joins = plan.join is not None
         self._evicted: Evicted | None = None
         self._holders: tuple[PeerId, ...] = ()
@@ -264,6 +265,7 @@ class HeadCore:
         if not self._reached:
             self._cached = attempt.began_at
         self._joined = max(self._joined, attempt.joined)
+        self._joined_landmarks = max(self._joined_landmarks, attempt.joined_landmarks)
         again -= attempt.joined
         self._recomputed += max(0, again)
         self._reached = max(self._reached, attempt.computed)
@@ -531,6 +533,7 @@ class HeadCore:
                     classes=tuple(self._classes),
                     cached_tokens=self._cached,
                     joined_tokens=self._joined,
+                    joined_landmarks=self._joined_landmarks,
                     evicted=self._evicted,
                 ),
                 placement=placement,

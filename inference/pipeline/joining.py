@@ -7,7 +7,7 @@ prompt.  A rank that does not answer in time has none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 
@@ -25,10 +25,17 @@ JOIN_SECONDS: Final = 30.0
 """How long the head of a session waits for its ranks to get pieces ready."""
 
 
+class NewPiece(NamedTuple):
+    """A piece to be computed: how many ``tokens`` it has, and they, ``padded`` to whole blocks."""
+
+    tokens: int
+    padded: Tokens
+
+
 class Joining:
     """The wait of one attempt for the pieces of ``plan`` on every rank of a placement."""
 
-    __slots__ = ("_answers", "_plan", "_ranks", "until")
+    __slots__ = ("_answers", "_plan", "_ranks", "_smaller", "until")
 
     def __init__(self, placement: Placement, plan: JoinPlan, now: float) -> None:
         self.until = now + JOIN_SECONDS
@@ -36,6 +43,7 @@ class Joining:
         self._ranks = {rank.rank: rank.peer_id for rank in placement.ranks}
         self._plan = plan
         self._answers: dict[int, frozenset[int]] = {}
+        self._smaller: set[int] = set()
 
     def take(self, sender: PeerId, message: Joined) -> bool:
         """Take a rank's word; returns whether all have spoken.
@@ -48,16 +56,27 @@ class Joining:
         held = frozenset(message.pieces)
         if not held <= set(range(len(self._plan.pieces))):
             raise bad_result(sender, f"it has pieces of {len(self._plan.pieces)} that are none")
+        if not held >= set(message.landmarks):
+            raise bad_result(sender, "it has landmarks of pieces that it does not have")
         self._answers[message.rank] = held
+        self._smaller.update(message.landmarks)
         return len(self._answers) == len(self._ranks)
 
     def gaps(self) -> dict[int, int]:
         """Return which positions come from pieces, by what was said so far: start to stop."""
         if len(self._answers) < len(self._ranks):
             return {}
-        held = frozenset.intersection(*self._answers.values())
-        plan = self._plan
+        plan, held = self._plan, self._held()
         return {plan.pieces[i].start + plan.skip: plan.pieces[i].stop for i in sorted(held)}
+
+    def landmarks(self) -> int:
+        """Return how many tokens come from pieces of which a rank has the smaller form."""
+        plan = self._plan
+        few = self._held() & self._smaller if self._smaller and self.gaps() else ()
+        return sum(plan.pieces[i].tokens - plan.skip for i in few)
+
+    def _held(self) -> frozenset[int]:
+        return frozenset.intersection(*self._answers.values())
 
 
 def wish(  # noqa: PLR0917 - private to the attempt
@@ -67,8 +86,10 @@ def wish(  # noqa: PLR0917 - private to the attempt
     plan: JoinPlan,
     prompt: Tokens,
     sources: Sequence[PeerId],
+    *,
+    landmarks: bool,
 ) -> Outgoing:
-    """Return what asks the ranks for the pieces of a prompt."""
+    """Return what asks the ranks for the pieces of a prompt; ``landmarks`` as in ``Join``."""
     tokens = cast("Tokens", np.concatenate([alone(prompt, piece) for piece in plan.pieces]))
     message = Join(
         session,
@@ -79,19 +100,20 @@ def wish(  # noqa: PLR0917 - private to the attempt
         plan.skip,
         plan.pieces,
         tuple(sources),
+        landmarks,
     )
     return Outgoing(placement.ranks[0].peer_id, message, pack_tail(tokens, None))
 
 
 def missing(
     root: bytes, plan: JoinPlan, prompt: Tokens, placement: Placement, shelf: KvShelf
-) -> list[Tokens]:
+) -> list[NewPiece]:
     """Return the pieces, as they are computed alone, of which not all blocks can likely be had."""
     layers = range(placement.ranks[0].slice.first, placement.ranks[-1].slice.last)
-    found: dict[bytes, Tokens] = {}
+    found: dict[bytes, NewPiece] = {}
     for piece in plan.pieces:
         tokens = alone(prompt, piece)
         chain = block_chain(root, tokens, len(tokens))
         if shelf.promises(placement.model, chain, layers) < len(chain):
-            found[chain[-1]] = tokens
+            found[chain[-1]] = NewPiece(piece.tokens, tokens)
     return list(found.values())

@@ -7,6 +7,7 @@ said so.  Nothing depends on it: what could not be made in time is computed with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, cast
 
 import numpy as np
@@ -14,18 +15,23 @@ import trio
 
 from pyagent_node.base.errors import PyAgentError
 from pyagent_node.base.types import PeerId, SessionId
-from pyagent_node.inference.backend import Activations, Tokens
+from pyagent_node.inference.backend import MAX_DECODE_ROWS, Activations, Tokens
+from pyagent_node.inference.kv.landmarks import PROBE
+from pyagent_node.inference.kv.pieces import Marks
 from pyagent_node.inference.pipeline.attempt import Attempt
 from pyagent_node.inference.pipeline.driver import LOOKUP_ROWS, embedder
 from pyagent_node.inference.pipeline.flights import Route
 from pyagent_node.inference.pipeline.frames import Keep, Restored, Step, pack_tail
+from pyagent_node.inference.pipeline.joining import NewPiece
 from pyagent_node.inference.pipeline.ports import HeadModel
+from pyagent_node.inference.pipeline.stage_landmarks import MAX_PROBE, worth_marking
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_keys import PREFILL_PIECE
 
 MAKE_SECONDS: Final = 60.0
 """How long all pieces of a request may take."""
+_NOTHING: Final[Tokens] = np.zeros(0, np.int32)
 AT_ONCE: Final = 4
 """Pieces that are computed at the same time, one behind the other through the ranks."""
 
@@ -52,6 +58,8 @@ class PieceMaker:
         self.made = 0
         """Pieces whose KV all ranks have kept."""
         self.failed = 0
+        self.landmarks = False
+        """Whether landmarks are made of pieces, too."""
         self._peer_id = peer_id
         self._send = send
         self._fresh = fresh
@@ -61,26 +69,46 @@ class PieceMaker:
         """Whether ``wire`` is the session of a piece."""
         return wire in self._wires
 
-    async def make(self, model: HeadModel, root: bytes, pieces: Sequence[Tokens]) -> None:
-        """Have the ranks compute and keep ``pieces``; returns in any case, after a while."""
+    async def make(
+        self, model: HeadModel, root: bytes, pieces: Sequence[NewPiece], skip: int
+    ) -> None:
+        """Have the ranks compute and keep ``pieces``; returns in any case, after a while.
+
+        With :attr:`landmarks` they choose and keep these of each, too, but for its first ``skip``.
+        """
         limiter = trio.CapacityLimiter(AT_ONCE)
         with trio.move_on_after(MAKE_SECONDS):
+            probe = await _probe(model) if self.landmarks and pieces else _NOTHING
             async with trio.open_nursery() as nursery:
-                for tokens in pieces:
-                    nursery.start_soon(self._make, model, root, tokens, limiter)
+                for piece in pieces:
+                    few = len(probe) > 0 and worth_marking(piece.tokens, skip)
+                    marks = Marks(piece.tokens, skip, len(probe)) if few else None
+                    behind = probe if few else _NOTHING
+                    start = partial(self._make, marks=marks, probe=behind)
+                    nursery.start_soon(start, model, root, piece.padded, limiter)
 
     async def _make(
-        self, model: HeadModel, root: bytes, tokens: Tokens, limiter: trio.CapacityLimiter
+        self,
+        model: HeadModel,
+        root: bytes,
+        tokens: Tokens,
+        limiter: trio.CapacityLimiter,
+        *,
+        marks: Marks | None,
+        probe: Tokens,
     ) -> None:
         async with limiter:
             wire, embed = self._fresh(), embedder(model)
             route = Route(wire, self._peer_id, model.placement, SamplingParams(), root)
-            attempt = Attempt(route, tokens, (), len(tokens), embed, trio.current_time())
+            end = len(tokens) + len(probe)
+            attempt = Attempt(route, tokens, (), end, embed, trio.current_time())
             making = self._wires[wire] = _Making(attempt)
+            parts = [(at, tokens[at : at + PREFILL_PIECE]) for at in _starts(len(tokens))]
+            if marks is not None:
+                parts.append((len(tokens), probe))
             try:
-                self._send(attempt.open())
-                for step, start in enumerate(range(0, len(tokens), PREFILL_PIECE)):
-                    part = tokens[start : start + PREFILL_PIECE]
+                self._send(attempt.open(landmarks=marks))
+                for step, (start, part) in enumerate(parts):
                     rows = None if embed is None else await _lookup(embed, part)
                     if making.done.is_set():
                         break
@@ -137,6 +165,17 @@ class PieceMaker:
     def _give_up(making: _Making, error: PyAgentError) -> None:
         making.error = making.error or error
         making.done.set()
+
+
+def _starts(tokens: int) -> range:
+    return range(0, tokens, PREFILL_PIECE)
+
+
+async def _probe(model: HeadModel) -> Tokens:
+    """Return the tokens to read behind pieces, none where the vocabulary has too few for them."""
+    words = await model.tokenizer.tokenize(PROBE, add_special=False, parse_special=False)
+    good = MAX_DECODE_ROWS < len(words) < MAX_PROBE
+    return np.array(words, dtype=np.int32) if good else _NOTHING
 
 
 async def _lookup(embed: Callable[[Tokens], Activations], tokens: Tokens) -> Activations:

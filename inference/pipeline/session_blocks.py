@@ -105,6 +105,14 @@ class SessionBlocks:
         parent = chain[-1] if start else self.root
         return start, parent, rest_links(parent, tokens[start:], self.prompt_tokens)
 
+    def link(self, count: int) -> bytes:
+        """Return the name of the last of the leading ``count`` blocks, which are settled."""
+        tokens: Tokens = np.array(self._tokens[: count * BLOCK_TOKENS], dtype=np.int32)
+        chain = block_chain(
+            self.root, tokens, self.prompt_tokens, prefill_cut=self.cut, known=self._chain
+        )
+        return chain[count - 1]
+
     def show(self, most: int) -> list[tuple[int, bytes, float]]:
         """Return the next settled blocks, at most so many: index, chain hash and seconds."""
         count = min(most, self.due)

@@ -61,6 +61,7 @@ from pyagent_node.inference.pipeline.stage_errors import (
     stale_epoch,
 )
 from pyagent_node.inference.pipeline.stage_joins import StageJoins
+from pyagent_node.inference.pipeline.stage_landmarks import StageLandmarks, check_marks
 from pyagent_node.inference.pipeline.stage_pruning import StagePruning
 from pyagent_node.inference.pipeline.stage_queue import Batch, StageQueue
 from pyagent_node.inference.pipeline.stage_session import ServedSession
@@ -105,6 +106,7 @@ class StageCore:
         self.pruning = StagePruning(
             able=prunes, cell_bytes=cell_bytes, n_ctx=spec.n_ctx, trained=trained
         )
+        self.landmarks = StageLandmarks(spec, cells, self.joins.shape, able=prunes)
         self._limits = limits or StageLimits()
         self._exactness = exactness
         self._sessions: dict[SessionId, ServedSession] = {}
@@ -172,6 +174,7 @@ class StageCore:
                 raise Conflict("The session is open already.", code="session_exists")
             self.pruning.check_opening(message)
             check_opening(spec, message)
+            check_marks(message)
             held = sum(1 for s in self._sessions.values() if s.head == message.head)
             check_room(spec.rank, limits, held=held, sessions=len(self._sessions))
         except PyAgentError as error:
@@ -200,6 +203,7 @@ class StageCore:
         cut = self.blocks.opened(
             session, found.origin.root, message.cut, message.prompt_tokens, found.source
         )
+        self.landmarks.opened(session, message.landmarks)
         session.cut = cut
         session.trail = (*message.trail, msgspec.structs.replace(found.origin, cut=cut))
         if spec.downstream is None:
@@ -397,6 +401,7 @@ class StageCore:
             if session.closed:
                 continue
             self.blocks.computed(session, queued, each * message.n)
+            self.landmarks.computed(session)
             session.last_seen = now
             first = message.sample and session.first_sample is None
             if first:
@@ -486,6 +491,8 @@ class StageCore:
             restored=self.blocks.restored + self.joins.joined,
             unfit=self.blocks.refused,
             evicted=self.pruning.cells,
+            marked=self.landmarks.made,
+            joined_landmarks=self.landmarks.joined,
             evicted_bytes=self.pruning.cells * self.pruning.cell_bytes,
         )
 

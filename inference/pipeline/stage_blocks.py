@@ -384,6 +384,7 @@ class StageBlocks:
         spec, blocks = self._spec, session.blocks
         shown = 0 if blocks is None else blocks.shown
         waits = session.queue or session.in_flight or session.end < session.prompt_tokens
+        waits = waits or session.marks is not None  # their blocks are made after all others
         if not session.keeps or session.closed or (self._cells and blocks is not None and waits):
             return []
         if self._cells and blocks is not None and shown < blocks.settled // BLOCK_TOKENS:

@@ -36,7 +36,7 @@ from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES, block_chain
 class JoinLoad:
     """The pieces of one session on their way; the shell drives it (see ``stage_shelf``)."""
 
-    __slots__ = ("active", "began", "held", "message", "session", "tokens")
+    __slots__ = ("active", "began", "held", "landmarks", "message", "session", "tokens")
 
     def __init__(self, session: ServedSession, message: Join, tokens: tuple[Tokens, ...]) -> None:
         self.session = session
@@ -45,6 +45,8 @@ class JoinLoad:
         """Those of each piece as it was computed alone."""
         self.held: set[int] = set()
         """The pieces that are there."""
+        self.landmarks: set[int] = set()
+        """Those of them that are there in the smaller form."""
         self.active = True
         """Whether the head waits for it still."""
         self.began = False
@@ -167,15 +169,24 @@ class StageJoins:
             return None
         return part_of(joined(blocks), load.message.skip, piece.tokens)
 
-    def moved(self, load: JoinLoad, index: int, layers: tuple[LayerKv, ...]) -> None:
-        """Take the cells of a piece as they are at its place."""
+    def moved(
+        self,
+        load: JoinLoad,
+        index: int,
+        layers: tuple[LayerKv, ...],
+        kept: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """Take the cells of a piece as they are at its place, those at ``kept`` if not all."""
         gap, session = load.gap(index), load.session
         if not load.active or session.closed:
             return
         skip, piece = load.message.skip, load.message.pieces[index]
         tokens = load.tokens[index][skip : piece.tokens]
-        session.gaps[gap.start] = (KvRange(self._cells, gap.start, gap.stop, layers), tokens)
+        kv = KvRange(self._cells, gap.start, gap.stop, layers, kept)
+        session.gaps[gap.start] = (kv, tokens)
         load.held.add(index)
+        if kept:
+            load.landmarks.add(index)
         self.joined += len(tokens)
 
     def loaded(self, load: JoinLoad) -> list[Outgoing]:
@@ -185,6 +196,6 @@ class StageJoins:
         load.active = False
         session, spec = load.session, self._spec
         self._loads.pop(session.id, None)
-        held = tuple(sorted(load.held))
-        answer = Joined(session.id, spec.model, spec.epoch, spec.rank, held)
+        held, smaller = tuple(sorted(load.held)), tuple(sorted(load.landmarks))
+        answer = Joined(session.id, spec.model, spec.epoch, spec.rank, held, smaller)
         return [Outgoing(session.head, answer)]

@@ -35,6 +35,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
     WatchSequence,
 )
+from pyagent_node.inference.kv.ranges import lacking
 from pyagent_node.inference.pipeline.frames import Step
 from pyagent_node.inference.pipeline.stage_session import QueuedStep, ServedSession
 
@@ -217,9 +218,14 @@ class StageQueue:
             if watched and not session.watched:
                 session.watched = True
                 trims.append(WatchSequence(_slot(session), WATCH_EVERY, WATCH_ROWS))
+            marks, behind = session.marks, position >= session.prompt_tokens
+            if marks is not None and behind and not session.watched:
+                session.watched = True
+                trims.append(WatchSequence(_slot(session), 1, marks.probe))
             gap = session.gaps.pop(session.end, None) if position > session.end else None
             if gap is not None:  # it was checked that there is one; else the runner says no
                 cells.append(Taken(_slot(session), *gap))
+                session.evicted += lacking(gap[0])
             session.end = step.message.stop
             for start in [at for at in session.gaps if at < session.end]:
                 del session.gaps[start]  # another rank lacks it, so it is computed

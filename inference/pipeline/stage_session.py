@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pyagent_node.inference.backend import Activations, KvRange, Tokens
 from pyagent_node.inference.kv.budgets import Pruning
+from pyagent_node.inference.kv.pieces import Marks
 from pyagent_node.inference.pipeline.frames import OpenSession, Step
 from pyagent_node.inference.pipeline.session_blocks import SessionBlocks
 from pyagent_node.inference.sampling import Sampled, SamplingParams
@@ -41,8 +42,9 @@ class ServedSession:
     to be told when its blocks are kept.  ``pruning`` says how many cells it may hold, ``None`` for
     all of them; ``evicted`` cells were given up, and ``watched`` says that its attention is
     measured.  Later steps may go back to ``back``, and must not to ``floor`` or before, where cells
-    are gone.  ``classes`` are the exactness classes of the ranks up to this one, and ``trail`` are
-    those ranks, until the last one has told the head of them.
+    are gone.  ``marks`` says which landmarks are to be made of its prompt, ``None`` for none or
+    when that is done.  ``classes`` are the exactness classes of the ranks up to this one, and
+    ``trail`` are those ranks, until the last one has told the head of them.
     """
 
     __slots__ = (
@@ -65,6 +67,7 @@ class ServedSession:
         "in_flight",
         "keeps",
         "last_seen",
+        "marks",
         "next_position",
         "next_step",
         "positions",
@@ -121,6 +124,7 @@ class ServedSession:
         self.back = 0
         self.floor = -1
         self.watched = False
+        self.marks: Marks | None = None
 
     def came(self, step: Step, *, keeps: bool) -> None:
         """Note a step that came in; the runner ``keeps`` guesses on every rank but the last."""

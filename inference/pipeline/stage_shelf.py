@@ -19,6 +19,7 @@ from pyagent_node.inference.backend import KvRange, LayerKv
 from pyagent_node.inference.kv.chunks import moved_to
 from pyagent_node.inference.kv.port import KvShelf, SettledBlock
 from pyagent_node.inference.kv.ranges import part_of
+from pyagent_node.inference.pipeline.landmark_work import LandmarkWork
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_blocks import Harvest, Import, Load, Parting
@@ -71,6 +72,7 @@ class ShelfWork:
         self._shelf = shelf
         self._send = send
         self._wake = wake
+        self._landmarks = LandmarkWork(core, runner, shelf)
         self._nursery: trio.Nursery | None = None
         self._jobs: deque[_Job] = deque()
         self._pace = 0.0
@@ -86,7 +88,7 @@ class ShelfWork:
     def look(self) -> None:
         """Begin the loads that are due, and tell the shelf of sessions that ended."""
         blocks = self._core.blocks
-        for session in blocks.take_ended():
+        for session in (*blocks.take_ended(), *self._core.landmarks.take_ended()):
             self._shelf.ended(session)
         if self._nursery is None:
             return
@@ -100,7 +102,9 @@ class ShelfWork:
     @property
     def due(self) -> bool:
         """Whether :meth:`turn` has something to do."""
-        return not self._core.stopped and (bool(self._jobs) or self._core.blocks.has_harvest)
+        core = self._core
+        makes = core.blocks.has_harvest or core.landmarks.has_turn
+        return not core.stopped and (bool(self._jobs) or makes)
 
     async def turn(self, seconds: float, *, idle: bool) -> None:
         """Do some of what is due, after a batch of ``seconds``; ``idle``: no step waits."""
@@ -113,6 +117,11 @@ class ShelfWork:
         harvest = self._core.blocks.next_harvest(most)
         if harvest is not None:
             await self._export(harvest)
+            return
+        turn = self._core.landmarks.next_turn()
+        if turn is not None:
+            await self._landmarks.make(turn)
+            self._send(self._core.blocks.kept(turn.session))
 
     # ---- restore ---------------------------------------------------------------------------
 
@@ -222,6 +231,9 @@ class ShelfWork:
         joins = self._core.joins
         async with limiter:
             try:
+                whole = joins.wanted(load, index, 0, self._core.blocks.prefill_seconds)
+                if await self._landmarks.take(load, index, whole):
+                    return
                 kv = joins.taken(load, index, await self._blocks(load, index))
                 if kv is None or joins.shape is None:
                     return

@@ -85,7 +85,8 @@ class StageView(msgspec.Struct, frozen=True):
 
     ``restored`` counts tokens whose KV was imported instead of computed, ``kept`` the blocks that
     were given to the shelf, ``unfit`` the times that blocks were not what they should be,
-    ``evicted`` the cells that pruned sessions have given up, of ``evicted_bytes``.
+    ``evicted`` the cells that pruned sessions have given up, of ``evicted_bytes``.  ``marked`` are
+    the pieces of which landmarks were kept, ``joined_landmarks`` tokens taken over in that form.
     """
 
     model: Digest
@@ -105,6 +106,8 @@ class StageView(msgspec.Struct, frozen=True):
     unfit: int = 0
     evicted: int = 0
     evicted_bytes: int = 0
+    marked: int = 0
+    joined_landmarks: int = 0
 
 
 class StageSession(NamedTuple):
