@@ -61,7 +61,8 @@ def ask_command(
         lines = f"lines {each.first_line}-{each.last_line}"
         app.out.text(f"  [{each.number}] {source}, {lines} (score {each.score:.3f})")
     if given["stats"]:
+        few = f", of {answer.joined_landmarks} landmarks only" if answer.joined_landmarks else ""
         app.out.note(
             f"first token after {answer.ttft_seconds:.2f} s; KV of {answer.joined_tokens} of"
-            f" {answer.prompt_tokens} tokens of the prompt was that of chunks"
+            f" {answer.prompt_tokens} tokens of the prompt was that of chunks{few}"
         )

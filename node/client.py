@@ -136,7 +136,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     the answer went on after it lost a rank or its head, ``recomputed_tokens`` what that cost, and
     ``stall_seconds`` is the longest pause between two tokens.  ``speculation`` says what guessing
     came to, if anybody guessed.  ``cached_tokens`` of the prompt did not have to be computed,
-    the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists.  ``kv``
+    the KV of ``joined_tokens`` was that of chunks of a context, which ``citations`` lists; of
+    ``joined_landmarks`` of them some rank had landmarks only.  ``kv``
     is there where a ``kv_budget`` was asked for that ranks could keep.
     ``served_by`` are the exactness classes that computed the answer (``docs/backends.md``).
     """
@@ -157,6 +158,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     speculation: SpeculationUsage | None = None
     cached_tokens: int = 0
     joined_tokens: int = 0
+    joined_landmarks: int = 0
     kv: PrunedKv | None = None
     citations: tuple[Citation, ...] = ()
     served_by: tuple[str, ...] = ()
@@ -204,6 +206,7 @@ class _Details(msgspec.Struct, frozen=True):
 class _PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     joined_tokens: int = 0
+    joined_landmarks: int = 0
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -423,6 +426,7 @@ def _read_answer(lines: Iterator[str], *, whole: bool = True) -> Iterator[Piece 
         speculation=details.speculation,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
         joined_tokens=usage.prompt_tokens_details.joined_tokens,
+        joined_landmarks=usage.prompt_tokens_details.joined_landmarks,
         kv=usage.kv,
         citations=citations,
         served_by=served_by,

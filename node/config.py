@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kv_disk_bytes: int
     kv_stream_bytes_per_second: int
     kv_level: str
+    context_landmarks: bool
     context_disk_bytes: int
     context_bytes_per_second: int
     context_keep_seconds: float

@@ -277,6 +277,12 @@ OPTIONS: tuple[Option, ...] = (
         choices=LEVELS,
     ),
     Option(
+        "context_landmarks",
+        "switch",
+        False,
+        "Keep a smaller, lossy form of chunks' KV as well, for requests with a kv_budget.",
+    ),
+    Option(
         "context_disk_bytes",
         "size",
         8 * KIB * MIB,

@@ -164,6 +164,7 @@ async def open_node(settings: Settings, home: Home, redactor: Redactor) -> Async
             journal=journals,
             speculators=speculators,
             shelf=kv if settings.kv_memory_bytes else None,
+            landmarks=settings.context_landmarks,
         ) as pipeline,
         open_models(
             mesh=mesh,

@@ -374,6 +374,12 @@ class NodeServices:
                 ("stage_unfit", "KV blocks that a stage could not use.", float(view.unfit)),
                 ("stage_evicted", "Cells given up by pruned sessions.", float(view.evicted)),
                 ("stage_evicted_bytes", "Bytes of these cells.", float(view.evicted_bytes)),
+                ("stage_marked", "Chunks of which landmarks were kept.", float(view.marked)),
+                (
+                    "stage_joined_landmarks",
+                    "Tokens taken over from landmarks of chunks.",
+                    float(view.joined_landmarks),
+                ),
             )
             for name, text, number in counters:
                 yield Sample(name, text, number, labels=labels)

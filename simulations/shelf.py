@@ -18,6 +18,7 @@ from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.inference.backend import KvRange, LayerKv
 from pyagent_node.inference.kv.port import Rest, SettledBlock, Wanted
 from pyagent_node.inference.kv.ranges import part_of
+from pyagent_node.sharding.kv_landmarks import is_landmarks
 
 REST_SECONDS = 0.1
 """How long those who end are waited for."""
@@ -106,7 +107,7 @@ class ToyShelf:
                 break
             kv = KvRange(wanted.cells, 64 * index, 64 * index + 64, whole)
             if rng.random() < faults.broken:
-                kv = KvRange(kv.codec, kv.start, kv.stop, part_of(kv, kv.start, kv.stop - 1).layers)
+                kv = KvRange(kv.codec, kv.start, kv.stop, _broken(kv))
             if rng.random() < faults.foreign:
                 kv = KvRange("elsewhere/1", kv.start, kv.stop, kv.layers)
             found.append(kv)
@@ -204,3 +205,10 @@ class ToyShelf:
         """Forget a session."""
         if self.sessions.pop(session, None) is not None:
             self._shelves.counts["ended"] += 1
+
+
+def _broken(kv: KvRange) -> tuple[LayerKv, ...]:
+    """Return the layers of a block with something missing."""
+    if is_landmarks(kv.codec):
+        return tuple(LayerKv(each.layer, each.keys, each.values[:-1]) for each in kv.layers)
+    return part_of(kv, kv.start, kv.stop - 1).layers

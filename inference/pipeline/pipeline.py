@@ -48,11 +48,13 @@ async def open_pipeline(
     wall: Callable[[], float] = time.time,
     speculators: Speculators | None = None,
     shelf: KvShelf | None = None,
+    landmarks: bool = False,
 ) -> AsyncIterator[Pipeline]:
     """Take part in pipelines over ``mesh`` while the context lasts.
 
     ``journal`` is told of the sessions that this node heads; ``wall`` gives Unix seconds;
-    ``speculators`` guess for the requests that ask for it; ``shelf`` keeps KV blocks.
+    ``speculators`` guess for the requests that ask for it; ``shelf`` keeps KV blocks, and those of
+    pieces that are made for this head's sessions with ``landmarks``, too.
     """
     stages = StageService(mesh.peer_id, limits, shelf)
     drafts = DraftService()
@@ -84,6 +86,7 @@ async def open_pipeline(
         speculators=speculators,
         shelf=shelf,
     )
+    engine.pieces.landmarks = landmarks
 
     speculators.connect(mesh, engine.offered)
 

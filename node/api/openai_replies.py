@@ -286,10 +286,13 @@ class Writer:
             },
         }
         if self._citations is not None:
-            body["prompt_tokens_details"] = {
+            details = {
                 "cached_tokens": sum(usage.cached_tokens for usage in ended[::each]),
                 "joined_tokens": sum(usage.joined_tokens for usage in ended[::each]),
             }
+            if few := sum(usage.joined_landmarks for usage in ended[::each]):
+                details["joined_landmarks"] = few
+            body["prompt_tokens_details"] = details
         evicted = [usage.evicted for usage in ended if usage.evicted is not None]
         if evicted:
             body["kv"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from pyagent_node.base.types import Digest, PeerId, SessionId
 from pyagent_node.base.wire import Frame
 from pyagent_node.consensus.state import State
 from pyagent_node.inference.backend import KvRange, LayerKv
+from pyagent_node.inference.kv.landmarks import cells_name
 from pyagent_node.inference.kv.port import SettledBlock, Wanted
 from pyagent_node.node.kv_blocks import codec_name
 from pyagent_node.node.kv_messages import (
@@ -29,7 +31,9 @@ from pyagent_node.node.kv_messages import (
 )
 from pyagent_node.node.kv_service import KvService
 from pyagent_node.node.kv_views import samples
+from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, BlockKey
+from pyagent_node.sharding.kv_landmarks import pack, split
 from pyagent_node.simulations.kv import open_simulated_kv
 from pyagent_node.simulations.mesh import SimulatedNetwork, open_network
 
@@ -289,3 +293,62 @@ async def test_the_blocks_of_a_model_that_the_mesh_forgets_go(autojump_clock):
         await trio.sleep(1)
         assert kv.vault.stats().memory_blocks == 0
         assert await kv.load(wanted(2)) == []
+
+
+def landmarks(index: int, seed: int = 0) -> tuple[SettledBlock, KvRange]:
+    """Return a landmark block, as a stage gives it; every one has a length of its own."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for layer in range(10):
+        rows = rng.standard_normal((2, BLOCK_TOKENS, ROW)) * rng.uniform(0.1, 9)
+        keys, values = (each.astype(np.float16).tobytes() for each in rows)
+        at = np.arange(BLOCK_TOKENS, dtype=np.int32) * 2
+        shape = KvShape(1, ROW, 1e4)
+        layers.append(
+            LayerKv(layer, *split(pack("int4", keys, values, places=at, tokens=200, shape=shape)))
+        )
+    assert len({len(kv.values) for kv in layers}) > 1
+    block = msgspec.structs.replace(settled(index), cells=FEW, session=SessionId("4" * 32))
+    return block, KvRange(FEW, 64 * index, 64 * index + 64, tuple(layers))
+
+
+FEW = cells_name(CELLS)
+
+
+async def test_landmark_blocks_go_the_way_of_all_blocks_and_their_cost_is_told(autojump_clock):
+    async with services(A, D) as world:
+        a, d = world.kv[A], world.kv[D]
+        harvest(a, 4)
+        block, kv = landmarks(0)
+        assert a.wants(block)
+        a.keep(block, kv, 0.0)
+        await trio.sleep(3)
+        few = wanted(1, block_bytes=900.0)
+        few = msgspec.structs.replace(few, cells=FEW)
+        all_of_it = wanted(4, block_bytes=64.0 * 4 * ROW)
+        assert await a.load(few) == [kv]
+        assert await a.cost(few) == await a.cost(all_of_it) == 0.0
+        assert math.isinf(await d.cost(all_of_it)), "it was given no layers"
+        world.log.become(placed(rank(0, 0, 10, D), rank(1, 10, 30, B), epoch=5, index=2))
+        assert d.promises(MODEL, few.chain, few.layers) == 1
+        small, large = await d.cost(few), await d.cost(all_of_it)
+        assert 0 < small < large < math.inf
+        assert math.isinf(await d.cost(msgspec.structs.replace(few, fetch="never")))
+        assert math.isinf(await d.cost(wanted(5)))
+        assert math.isinf(await d.cost(wanted(0)))
+        assert await d.load(few) == [kv]
+        assert not d.loader.stats.bad
+        assert await d.cost(few) == 0.0
+
+
+async def test_what_only_calls_itself_landmarks_is_a_lie(autojump_clock):
+    async with services(A, D) as world:
+        a, d = world.kv[A], world.kv[D]
+        block, kv = landmarks(0)
+        broken = [LayerKv(x.layer, x.keys, x.values[:-1] + b"?") for x in kv.layers]
+        a.wants(block)
+        a.keep(block, KvRange(FEW, 0, 64, tuple(broken)), 0.0)
+        await trio.sleep(3)
+        world.log.become(placed(rank(0, 0, 10, D), rank(1, 10, 30, B), epoch=5, index=2))
+        assert await d.load(msgspec.structs.replace(wanted(1), cells=FEW)) == []
+        assert d.loader.stats.bad[A]

@@ -16,12 +16,16 @@ from pyagent_node.inference.backend import KvRange, LayerKv
 from pyagent_node.inference.kv.chunks import moved_to
 from pyagent_node.inference.kv.landmarks import (
     EACH,
+    LEVEL,
     NEAR,
+    cells_name,
     cells_of,
     chosen,
+    packed,
     picked,
     places,
     spans_at,
+    unpacked,
 )
 from pyagent_node.inference.kv.pruning import POOL, Positions, ranges
 from pyagent_node.native import blake3
@@ -32,6 +36,8 @@ from pyagent_node.sharding.kv_codec import EXACT, LEVELS, KvShape, Level, decode
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS, LINK_BYTES, BlockKey, block_chain
 from pyagent_node.sharding.kv_landmarks import (
     MAX_STRETCH,
+    check,
+    is_landmarks,
     landmark_chain,
     landmark_codec,
     pack,
@@ -295,3 +301,55 @@ def test_ranges_touch_nowhere() -> None:
     found = picked(stretch(20), np.array([0, 1, 2, 7, 8, 19], np.int32))
     assert found.kept == ((0, 3), (7, 9), (19, 20))
     assert all(a[1] < b[0] for a, b in pairwise(found.kept))
+
+
+# ---- as blocks that a shelf keeps ----------------------------------------------------------------
+
+
+def landmark_blocks(tokens: int, skip: int) -> tuple[Positions, list[LayerKv]]:
+    """Return places in a piece, and the blocks of a layer with their rows."""
+    rng = np.random.default_rng(tokens)
+    some = rng.choice(np.arange(skip, tokens - 1), cells_of(tokens) - 1, replace=False)
+    at = np.append(np.sort(some), tokens - 1).astype(np.int32)
+    few = picked(stretch(tokens, layers=1), at)
+    count = cells_of(tokens) // BLOCK_TOKENS
+    return at, [packed(few, few.layers[0], n, tokens=tokens, shape=SHAPE) for n in range(count)]
+
+
+@given(st.integers(2 * BLOCK_TOKENS, 700), st.integers(0, 64))
+def test_blocks_of_a_piece_come_back_with_their_places(tokens: int, skip: int) -> None:
+    at, blocks = landmark_blocks(tokens, skip)
+    found, kv = unpacked(blocks, tokens=tokens, skip=skip, shape=SHAPE)
+    assert np.array_equal(found, at)
+    assert len(kv.keys) == len(kv.values) == len(at) * SHAPE.row_bytes
+    for each in blocks:
+        check(each.keys + each.values)
+
+
+def test_blocks_that_do_not_belong_together_are_refused() -> None:
+    _, blocks = landmark_blocks(300, 16)
+    _, others = landmark_blocks(301, 16)
+    wrong = [
+        (blocks[:1], 300, 16),
+        ([*blocks, blocks[1]], 300, 16),
+        (blocks[::-1], 300, 16),
+        ([blocks[0], others[1]], 300, 16),
+        (blocks, 301, 16),
+        (others, 300, 16),
+        (blocks, 300, 200),
+        ([blocks[0], LayerKv(0, blocks[1].keys, blocks[1].values[:-1])], 300, 16),
+        ([blocks[0], LayerKv(0, b"", b"")], 300, 16),
+        (stretch(300).layers, 300, 16),
+    ]
+    for parts, tokens, skip in wrong:
+        with pytest.raises(CorruptData) as caught:
+            unpacked(parts, tokens=tokens, skip=skip, shape=SHAPE)
+        assert caught.value.code == "bad_landmarks"
+
+
+def test_their_format_is_that_of_no_other_blocks() -> None:
+    name = cells_name(CODEC)
+    assert is_landmarks(name)
+    assert not is_landmarks(CODEC)
+    assert not name.endswith("/f16")  # else a shelf would round the rows once more
+    assert LEVEL in name
