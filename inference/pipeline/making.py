@@ -81,7 +81,8 @@ class PieceMaker:
             probe = await _probe(model) if self.landmarks and pieces else _NOTHING
             async with trio.open_nursery() as nursery:
                 for piece in pieces:
-                    few = len(probe) > 0 and worth_marking(piece.tokens, skip)
+                    fits = len(piece.padded) + len(probe) <= model.placement.n_ctx
+                    few = fits and len(probe) > 0 and worth_marking(piece.tokens, skip)
                     marks = Marks(piece.tokens, skip, len(probe)) if few else None
                     behind = probe if few else _NOTHING
                     start = partial(self._make, marks=marks, probe=behind)
