@@ -23,6 +23,7 @@ from pyagent_node.inference.pipeline.pipeline import Pipeline
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.inference.power import read_power
 from pyagent_node.node.assets import LocalAssets
+from pyagent_node.node.draft_maker import ModelDefaults
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.healer import Healer
 from pyagent_node.node.models import NodeModels
@@ -37,7 +38,6 @@ from pyagent_node.node.placement_messages import (
 )
 from pyagent_node.node.placement_parts import Assets
 from pyagent_node.node.placements import PlacementController
-from pyagent_node.node.placing import ModelDefaults
 from pyagent_node.node.planning import facts_reply, planner_shape, survey
 from pyagent_node.node.rebalancing import Rebalancer, Speeds
 from pyagent_node.node.resharding import Resharder

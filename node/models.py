@@ -42,11 +42,12 @@ from pyagent_node.node.api.schema import (
     Progress,
     PullRequest,
 )
+from pyagent_node.node.draft_maker import ModelDefaults
 from pyagent_node.node.draining import drain
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.placement_board import PlacementBoard, Report
 from pyagent_node.node.placement_messages import PlacementReports
-from pyagent_node.node.placing import ModelDefaults, Placer
+from pyagent_node.node.placing import Placer
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
 

@@ -1,6 +1,6 @@
-"""Decides where a model's layers go: load, plan, apply, drain.
+"""Decides where a model's layers go: load, plan, apply.
 
-``load`` asks every node for its facts, plans, proposes the placement with its standbys and waits
+``load`` has a draft made (``draft_maker``), proposes the placement with its standbys and waits
 until every rank is ready; what cannot get ready, or is given up, is taken back.  ``plan`` says what
 planning again would change, ``apply`` changes it: the new ranks are loaded beside those in force
 before they take their place (``resharding``), where nodes have the memory for both.  What happens
@@ -14,16 +14,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-import msgspec
 import trio
 
-from pyagent_node.base.errors import (
-    Conflict,
-    InvalidRequest,
-    NotFound,
-    PyAgentError,
-    Unsupported,
-)
+from pyagent_node.base.errors import Conflict, PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import Digest, Drafting, PeerId, Placement
 from pyagent_node.consensus.commands import (
@@ -33,35 +26,24 @@ from pyagent_node.consensus.commands import (
     SetStandbys,
 )
 from pyagent_node.consensus.port import Consensus
-from pyagent_node.inference.models.architectures import check_sliceable
-from pyagent_node.inference.models.gguf_header import GgufHeader
 from pyagent_node.inference.models.store import ModelStore
-from pyagent_node.inference.models.transfer import ensure_head_assets
-from pyagent_node.inference.pipeline.planner import plan
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, Progress
-from pyagent_node.node.backend_choice import explain_backends, with_activations
+from pyagent_node.node.draft_maker import DraftMaker, ModelDefaults
 from pyagent_node.node.drafter_placing import DrafterPlacer
 from pyagent_node.node.drafts import (
     Draft,
     as_it_is,
-    check_reserves,
     chooses,
     first_ranks,
-    gain,
-    lacking,
     plan_view,
     same,
     same_cut,
     switching,
-    token_seconds,
-    with_reserves,
 )
 from pyagent_node.node.facts import FactsProvider
 from pyagent_node.node.guessing import moved, says
-from pyagent_node.node.outfits import outfit
 from pyagent_node.node.placement_board import PlacementBoard, Report
-from pyagent_node.node.planning import Swarm, planner_shape, survey
 from pyagent_node.node.rebalancing import Improvement
 from pyagent_node.node.resharding import Resharder
 from pyagent_node.node.rpc import Rpc
@@ -70,15 +52,6 @@ logger = logging.getLogger("pyagent_node.models")
 
 TAKE_BACK_SECONDS: Final = 5.0
 """Longest time to take back a placement that nobody waits for any more."""
-DEFAULT_N_CTX: Final = 2048
-DEFAULT_N_SEQ: Final = 8
-
-
-class ModelDefaults(msgspec.Struct, frozen=True):
-    """Context length and number of sessions where a load request names none."""
-
-    n_ctx: int = DEFAULT_N_CTX
-    n_seq: int = DEFAULT_N_SEQ
 
 
 class Placer:
@@ -97,16 +70,21 @@ class Placer:
         find: Callable[[str], Awaitable[ModelRecord]],
         resharder: Resharder,
     ) -> None:
-        self._mesh = mesh
         self._consensus = consensus
-        self._rpc = rpc
-        self._store = store
-        self._facts = facts
         self._board = board
-        self._defaults = defaults
         self._find = find
         self._resharder = resharder
         self._guessing = DrafterPlacer(mesh, consensus, store, find)
+        self._drafts = DraftMaker(
+            mesh=mesh,
+            consensus=consensus,
+            rpc=rpc,
+            store=store,
+            facts=facts,
+            board=board,
+            defaults=defaults,
+            guessing=self._guessing,
+        )
 
     # ---- load, plan, apply -----------------------------------------------------------------
 
@@ -123,20 +101,20 @@ class Placer:
             if says(request):
                 return await self._guess(record, request, current, report)
             return await self._await(current, report)
-        draft = await self._draft(record, request, report)
+        draft = await self._drafts.make(record, request, report)
         return await self._carry_out(draft, report)
 
     async def plan(self, request: LoadRequest, report: Report) -> PlanView:
         """Say what placing a model anew would change, and why; errors as for :meth:`load`."""
         record = await self._find(request.model)
-        request = as_it_is(request, self._current(record))
-        return plan_view(await self._draft(record, request, report))
+        request = as_it_is(request, self._drafts.current(record))
+        return plan_view(await self._drafts.make(record, request, report))
 
     async def apply(self, request: LoadRequest, report: Report) -> PlacementView:
         """Do what :meth:`plan` says; nothing when the placement is as planned already."""
         record = await self._find(request.model)
-        request = as_it_is(request, self._current(record))
-        draft = await self._draft(record, request, report)
+        request = as_it_is(request, self._drafts.current(record))
+        draft = await self._drafts.make(record, request, report)
         if draft.before is None or not same(draft):
             return await self._carry_out(draft, report)
         await self._reserve(draft, draft.before)
@@ -150,7 +128,7 @@ class Placer:
             request,
             record,
             current.drafting,
-            lambda: self._plain_swarm(record),
+            lambda: self._drafts.plain_swarm(record),
             n_ctx=current.n_ctx,
             n_seq=current.n_seq,
         )
@@ -184,9 +162,6 @@ class Placer:
         except PyAgentError as error:
             logger.warning("the drafter of %s was not taken back: %s", now.model[:12], error)
 
-    def _current(self, record: ModelRecord) -> Placement | None:
-        return self._consensus.state.placements.get(record.digest)
-
     async def improve(self, model: Digest, slowness: Mapping[PeerId, float]) -> Improvement | None:
         """Plan a placed model again, as ``rebalancing`` asks; errors as for :meth:`load`."""
         state = self._consensus.state
@@ -194,8 +169,8 @@ class Placer:
         if before is None:
             return None
         request = as_it_is(LoadRequest(model=record.name), before)
-        draft = await self._draft(record, request, _silent, slowness)
-        draining = self._draining()
+        draft = await self._drafts.make(record, request, _silent, slowness)
+        draining = self._drafts.draining()
         needed = any(rank.peer_id in draining for rank in before.ranks)
         if draft.lacking or same(draft) or (draft.gain is None and not needed):
             return None
@@ -205,132 +180,6 @@ class Placer:
             "; ".join(draft.plan.explanation),
             partial(self._carry_out, draft, _silent),
         )
-
-    async def _draft(
-        self,
-        record: ModelRecord,
-        request: LoadRequest,
-        report: Report,
-        slowness: Mapping[PeerId, float] = {},
-    ) -> Draft:
-        n_ctx, n_seq = self._sizes(record, request)
-        check_reserves(request)
-        report(Progress(step="plan", text="measuring the nodes"))
-        header = await self._header(record, report)
-        before = self._current(record)
-        shape = planner_shape(header, record.name)
-        found, used = await self._swarm(record, before)
-        suit = outfit(
-            request,
-            found,
-            shape,
-            before,
-            used=used,
-            draining=self._draining(),
-            slowness=slowness,
-            n_ctx=n_ctx,
-            n_seq=n_seq,
-        )
-        swarm, nodes, options, backends = suit.swarm, suit.nodes, suit.options, suit.backends
-        try:
-            check_sliceable(header)
-        except Unsupported:
-            if options.boundaries or (options.ranks or 1) > 1:
-                raise
-            options = msgspec.structs.replace(options, ranks=1)
-        nodes, activations = with_activations(nodes, request.activations)
-        best = plan(shape, nodes, swarm.rtt_ms, options, head=self._mesh.peer_id)
-        why = explain_backends(best.ranks, nodes, backends, header.architecture)
-        best = msgspec.structs.replace(best, explanation=(*best.explanation, *why))
-        ranks = with_reserves(
-            shape,
-            best.ranks,
-            swarm,
-            request,
-            self._consensus.state.settings,
-            before=before,
-            n_ctx=n_ctx,
-            n_seq=n_seq,
-        )
-
-        async def measured() -> Swarm:
-            return swarm
-
-        drafting = await self._guessing.drafting(
-            request,
-            record,
-            before.drafting if before is not None else None,
-            measured,
-            n_ctx=n_ctx,
-            n_seq=n_seq,
-            ranks=ranks,
-            shape=shape,
-        )
-        return Draft(
-            record,
-            best,
-            ranks,
-            n_ctx,
-            n_seq,
-            request.standbys,
-            request.spares,
-            drafting,
-            before,
-            token_seconds(shape, before, swarm, self._mesh.peer_id),
-            {node.peer_id: node.name for node in swarm.nodes},
-            {model.digest: model.name for model in self._consensus.state.models.values()},
-            lacking(shape, ranks, before, suit.free, n_ctx=n_ctx, n_seq=n_seq),
-            gain(shape, before, ranks, swarm),
-            any(each is not None for each in (request.ranks, request.layers, request.nodes)),
-            backends,
-            suit.able,
-            {node.peer_id: node for node in swarm.nodes},
-            activations,
-        )
-
-    async def _plain_swarm(self, record: ModelRecord) -> Swarm:
-        found, _ = await self._swarm(record, None)
-        away = self._draining()
-        return Swarm([node for node in found.nodes if node.peer_id not in away], found.rtt_ms)
-
-    async def _swarm(
-        self, record: ModelRecord, before: Placement | None
-    ) -> tuple[Swarm, Mapping[PeerId, int]]:
-        """Return what nodes say of themselves, and the memory of this model's processes there."""
-        swarm = await survey(self._mesh, self._rpc, self._facts, record.digest)
-        return swarm, await self._board.memory(before) if before is not None else {}
-
-    def _draining(self) -> frozenset[PeerId]:
-        members = self._consensus.state.members.values()
-        return frozenset(member.peer_id for member in members if member.draining)
-
-    def _sizes(self, record: ModelRecord, request: LoadRequest) -> tuple[int, int]:
-        n_ctx = request.n_ctx
-        if n_ctx is None:
-            n_ctx = min(self._defaults.n_ctx, record.n_ctx_train)
-        elif not 1 <= n_ctx <= record.n_ctx_train:
-            raise InvalidRequest(
-                f"n_ctx is {n_ctx}; {record.name} was trained for 1 to {record.n_ctx_train}.",
-                code="bad_parameter",
-                parameter="n_ctx",
-            )
-        return n_ctx, self._defaults.n_seq if request.n_seq is None else request.n_seq
-
-    async def _header(self, record: ModelRecord, report: Report) -> GgufHeader:
-        """Return the model's header, fetching the head's assets (which a load needs anyway)."""
-        try:
-            return (await trio.to_thread.run_sync(self._store.model_file, record.digest)).header
-        except NotFound:
-            peers = [p.peer_id for p in self._mesh.peers()]
-
-            def progress(done: int, total: int | None) -> None:
-                report(Progress(step="fetch", text="embeddings", done=done, total=total))
-
-            assets = await ensure_head_assets(
-                self._mesh, self._store, record, peers, progress=progress
-            )
-            assets.close()
-            return (await trio.to_thread.run_sync(self._store.model_file, record.digest)).header
 
     async def _carry_out(self, draft: Draft, report: Report) -> PlacementView:
         """Propose a draft and wait until it works; else restore what was before."""
@@ -398,7 +247,7 @@ class Placer:
 
     async def _take_back(self, draft: Draft) -> None:
         """Restore what was before, unless somebody else has placed the model since."""
-        before, now = draft.before, self._current(draft.record)
+        before, now = draft.before, self._drafts.current(draft.record)
         if now is None or not same_cut(now, draft.ranks, draft.n_ctx, draft.n_seq):
             return
         if before is not None and before.epoch == now.epoch:
