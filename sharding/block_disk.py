@@ -16,7 +16,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from pyagent_node.base.errors import LimitExceeded, PyAgentError, Unavailable
 from pyagent_node.base.files import FileLock
@@ -24,14 +24,14 @@ from pyagent_node.base.limits import KIB, MIB
 from pyagent_node.base.types import Digest
 from pyagent_node.sharding.block_files import BlockDirectory, RealDirectory
 from pyagent_node.sharding.block_index import BlockIndex, Changes, Row, SqliteIndex
+from pyagent_node.sharding.block_ledger import NewBlock
 from pyagent_node.sharding.block_records import (
-    RECORD_BYTES,
     SEGMENT_HEADER_BYTES,
     Label,
     encode_record,
 )
 from pyagent_node.sharding.block_segments import Segment, SegmentSet
-from pyagent_node.sharding.block_tree import Place, UnitId
+from pyagent_node.sharding.block_tree import UnitId
 from pyagent_node.sharding.kv_keys import BlockKey
 
 MAX_SEGMENT: Final = 64 * MIB
@@ -41,19 +41,6 @@ RESERVE: Final = 256 * MIB
 FILL: Final = 0.8
 """Share of the room that counting records may take; the rest is what rewriting has to live on."""
 _COPY_BYTES: Final = 4 * MIB
-
-
-class NewBlock(NamedTuple):
-    """A block to be written."""
-
-    place: Place
-    cost: float
-    payload: bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes of its record."""
-        return RECORD_BYTES + len(self.payload)
 
 
 class BlockDisk:

@@ -19,7 +19,6 @@ every :data:`~pyagent_node.sharding.block_trouble.RETRY_SECONDS`.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,18 +29,16 @@ import msgspec
 from pyagent_node.base.errors import LimitExceeded, NotFound, PyAgentError
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest
-from pyagent_node.sharding.block_disk import BlockDisk, NewBlock
-from pyagent_node.sharding.block_index import Row
+from pyagent_node.sharding.block_disk import BlockDisk
+from pyagent_node.sharding.block_ledger import BlockLedger, NewBlock
 from pyagent_node.sharding.block_records import check_block
-from pyagent_node.sharding.block_stats import Counts, Held, StoreStats
-from pyagent_node.sharding.block_tree import DISK, MEMORY, BlockTree, Place, UnitId
+from pyagent_node.sharding.block_stats import Held, StoreStats
+from pyagent_node.sharding.block_tree import DISK, MEMORY, Place, UnitId
 from pyagent_node.sharding.block_trouble import DiskTrouble
 from pyagent_node.sharding.kv_keys import BlockKey
 
 T = TypeVar("T")
 
-OVERHEAD: Final = 512
-"""Bytes that a block in memory counts for beside its payload."""
 _SLICE: Final = 256
 """Blocks that are looked at without letting go of the lock."""
 WRITE_BYTES: Final = 4 * MIB
@@ -51,8 +48,8 @@ WRITE_BYTES: Final = 4 * MIB
 class BlockStore:
     """Blocks by name, within limits; see the module.
 
-    ``memory_bytes`` bounds payloads and :data:`OVERHEAD` each; 0 keeps nothing at all.  ``clock``
-    gives seconds, for trying a failed disk again.
+    ``memory_bytes`` bounds payloads and :data:`~pyagent_node.sharding.block_ledger.OVERHEAD` each;
+    0 keeps nothing at all.  ``clock`` gives seconds, for trying a failed disk again.
     """
 
     def __init__(
@@ -62,18 +59,12 @@ class BlockStore:
         disk: BlockDisk | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limit = memory_bytes
         self._disk = disk
         self._mutex = threading.Lock()
         self._turn = threading.Lock()  # one change of the disk at a time
-        self._tree = BlockTree()
-        self._payloads: dict[BlockKey, bytes] = {}
-        self._pending: dict[BlockKey, NewBlock] = {}
-        self._pins: dict[str, list[UnitId]] = {}
-        self._used: dict[UnitId, None] = {}
+        self._ledger = BlockLedger(memory_bytes)
         self._opened = False
         self._trouble = DiskTrouble(clock)
-        self._counts = Counts()
 
     # Immediate ------------------------------------------------------------------------------------
 
@@ -98,15 +89,7 @@ class BlockStore:
         check_block(key, parent, number, payload, cost_seconds)
         block = NewBlock(Place(key, parent, number), cost_seconds, bytes(payload))
         with self._mutex:
-            if self._tree.holds(key, MEMORY):
-                return True
-            if not self._keep(block):
-                self._counts.refused += 1
-                return False
-            self._counts.puts += 1
-            if self._disk is not None and not self._tree.holds(key, DISK):
-                self._pending[key] = block
-            return True
+            return self._ledger.put(block, write=self._disk is not None)
 
     def get(self, key: BlockKey) -> bytes | None:
         """Return a payload from memory, ``None`` if it is not there.  Immediate.
@@ -114,18 +97,15 @@ class BlockStore:
         What is on disk alone counts neither as a hit nor as a miss: :meth:`read` will.
         """
         with self._mutex:
-            payload = self._payloads.get(key)
-            if payload is not None:
-                self._counts.hits_memory += 1
-                self._count_hit(key)
-            elif not self._tree.holds(key):
-                self._counts.misses += 1
+            payload = self._ledger.get(key)
+            if payload is None and not self._ledger.tree.holds(key):
+                self._ledger.counts.misses += 1
             return payload
 
     def has(self, key: BlockKey) -> bool:
         """Say whether a block is held, in memory or on disk.  Immediate."""
         with self._mutex:
-            return self._tree.holds(key)
+            return self._ledger.tree.holds(key)
 
     def leading(
         self,
@@ -139,12 +119,12 @@ class BlockStore:
         """Return how many leading blocks of ``chain`` are held in all ``layers``.  Immediate."""
         with self._mutex:
             tier = MEMORY if memory_only else None
-            return self._tree.leading(model, chain, layers, codec, tier)
+            return self._ledger.tree.leading(model, chain, layers, codec, tier)
 
     def counts(self, model: Digest, chain: Sequence[bytes], layers: range, codec: str) -> list[int]:
         """Return how many leading blocks of ``chain`` are held, for each layer.  Immediate."""
         with self._mutex:
-            return self._tree.counts(model, chain, layers, codec)
+            return self._ledger.tree.counts(model, chain, layers, codec)
 
     def pin(self, session: str, model: Digest, codec: str, chain: Sequence[bytes]) -> None:
         """Keep what is or will be held of ``chain`` while a session runs.  Immediate.
@@ -152,34 +132,17 @@ class BlockStore:
         Replaces what was pinned for that session before.
         """
         with self._mutex:
-            old = self._pins.get(session, [])
-            if (
-                not old
-                or len(chain) < len(old)
-                or UnitId(model, codec, chain[len(old) - 1]) != old[-1]
-            ):
-                names = [UnitId(model, codec, link) for link in chain]
-                for name in names:
-                    self._tree.pin(name)
-                self._unpin(session)
-                self._pins[session] = names
-                return
-            for link in chain[len(old) :]:  # a name stands for all before it: it has grown
-                old.append(UnitId(model, codec, link))
-                self._tree.pin(old[-1])
+            self._ledger.pin(session, model, codec, chain)
 
     def unpin(self, session: str) -> None:
         """End the :meth:`pin` of a session; idempotent.  Immediate."""
         with self._mutex:
-            self._unpin(session)
+            self._ledger.unpin(session)
 
     def held(self) -> list[Held]:
         """Return every link of which something is held, for a summary.  Immediate."""
         with self._mutex:
-            return [
-                Held(*unit.id, unit.number, unit.masks[MEMORY] | unit.masks[DISK])
-                for unit in self._tree.units.values()
-            ]
+            return self._ledger.held()
 
     def stats(self) -> StoreStats:
         """Return counts and sizes.  Immediate."""
@@ -189,15 +152,15 @@ class BlockStore:
             if self._trouble.error is not None:
                 state = self._trouble.error.code
             return StoreStats(
-                memory_bytes=self._tree.nbytes[MEMORY],
-                memory_limit=self._limit,
-                memory_blocks=self._tree.blocks[MEMORY],
+                memory_bytes=self._ledger.tree.nbytes[MEMORY],
+                memory_limit=self._ledger.limit,
+                memory_blocks=self._ledger.tree.blocks[MEMORY],
                 disk_bytes=disk.file_bytes if disk else 0,
                 disk_limit=disk.limit if disk else 0,
-                disk_blocks=self._tree.blocks[DISK],
-                pending=len(self._pending),
+                disk_blocks=self._ledger.tree.blocks[DISK],
+                pending=self._ledger.pending,
                 disk=state,
-                **msgspec.structs.asdict(self._counts),
+                **msgspec.structs.asdict(self._ledger.counts),
             )
 
     # Blocking -------------------------------------------------------------------------------------
@@ -218,16 +181,13 @@ class BlockStore:
         found: list[bytes | None] = []
         for key in keys:
             with self._mutex:
-                payload = self._payloads.get(key)
-                on_disk = payload is None and self._tree.holds(key, DISK)
-                if payload is not None:
-                    self._counts.hits_memory += 1
-                    self._count_hit(key)
+                payload = self._ledger.get(key)
+                on_disk = payload is None and self._ledger.tree.holds(key, DISK)
             if on_disk:
                 payload = self._read_disk(key)
             if payload is None:
                 with self._mutex:
-                    self._counts.misses += 1
+                    self._ledger.counts.misses += 1
             found.append(payload)
         return found
 
@@ -243,13 +203,9 @@ class BlockStore:
             if not self._ready():
                 return 0
             with self._mutex:
-                batch = self._choose(min(max_bytes, disk.segment_bytes))
-                need = sum(block.size for block in batch)
-                over = self._tree.nbytes[DISK] + need - disk.room
-                gone = self._tree.evict(DISK, over) if over > 0 else []
-                self._counts.evicted_disk += len(gone)
-                used = {name: self._uses(name) for name in self._used}
-                self._used.clear()
+                batch = self._ledger.to_write(min(max_bytes, disk.segment_bytes))
+                gone = self._ledger.make_room(sum(block.size for block in batch), disk.room)
+                used = self._ledger.take_uses()
             return self._write(disk, batch, gone, used)
 
     def drop_model(self, model: Digest) -> int:
@@ -263,17 +219,16 @@ class BlockStore:
                     self._disk.drop_model(model)
             finally:
                 with self._mutex:
-                    keys = self._tree.names(model)
+                    keys = self._ledger.tree.names(model)
                 for some in _slices(keys):
                     with self._mutex:
-                        for key in some:
-                            self._forget(key)
+                        self._ledger.forget(some)
             return len(keys)
 
     def clear(self) -> int:
         """Remove every block; returns how many.  Blocking; raises as :meth:`drop_model` does."""
         with self._mutex:
-            models = dict.fromkeys(name.model for name in self._tree.units)
+            models = self._ledger.models()
         return sum(self.drop_model(model) for model in models)
 
     def close(self) -> None:
@@ -286,61 +241,11 @@ class BlockStore:
                 return
             self._opened = False
             with self._mutex:
-                used = {name: self._uses(name) for name in self._used}
+                used = self._ledger.take_uses()
             self._disk.note_hits(used)
             self._disk.close()
 
     # Parts ----------------------------------------------------------------------------------------
-
-    def _keep(self, block: NewBlock) -> bool:
-        """Take a block into memory if there is, or can be made, room."""
-        key, parent, _ = block.place
-        size = len(block.payload) + OVERHEAD
-        if size > self._limit:
-            return False
-        over = self._tree.nbytes[MEMORY] + size - self._limit
-        if over > 0:
-            before = UnitId(key.model, key.codec, parent)
-            if parent and before not in self._tree.units:
-                return False  # behind a gap: nothing goes for what nobody can use
-            # Its own chain must not go to make room for it.
-            near = (UnitId(key.model, key.codec, key.chain), before)
-            for name in near:
-                self._tree.pin(name)
-            for gone in self._tree.evict(MEMORY, over):
-                del self._payloads[gone]
-                self._counts.evicted_memory += 1
-                if self._pending.pop(gone, None) is not None:
-                    self._counts.lost += 1
-            for name in near:
-                self._tree.unpin(name)
-            if self._tree.nbytes[MEMORY] + size > self._limit:
-                return False
-        self._tree.add(MEMORY, block.place, size, block.cost)
-        self._payloads[key] = block.payload
-        return True
-
-    def _count_hit(self, key: BlockKey) -> None:
-        name = UnitId(key.model, key.codec, key.chain)
-        unit = self._tree.units[name]
-        layers = (unit.masks[MEMORY] | unit.masks[DISK]).bit_count()
-        self._tree.touch(name, 1 / layers)
-        if unit.masks[DISK]:
-            self._used[name] = None
-
-    def _uses(self, name: UnitId) -> int:
-        unit = self._tree.units.get(name)
-        return math.ceil(unit.uses) if unit else 1
-
-    def _unpin(self, session: str) -> None:
-        for name in self._pins.pop(session, ()):
-            self._tree.unpin(name)
-
-    def _forget(self, key: BlockKey) -> None:
-        self._payloads.pop(key, None)
-        self._pending.pop(key, None)
-        self._tree.remove(key, MEMORY)
-        self._tree.remove(key, DISK)
 
     def _read_disk(self, key: BlockKey) -> bytes | None:
         assert self._disk is not None
@@ -353,14 +258,7 @@ class BlockStore:
         if payload is None:
             return None
         with self._mutex:
-            unit = self._tree.units.get(UnitId(key.model, key.codec, key.chain))
-            if unit is not None and key.layer in unit.sizes[DISK]:
-                self._counts.hits_disk += 1
-                self._count_hit(key)
-                parent = unit.parent.chain if unit.parent else b""
-                if not self._tree.holds(key, MEMORY):
-                    place = Place(key, parent, unit.number)
-                    self._keep(NewBlock(place, unit.costs[key.layer], payload))
+            self._ledger.was_read(key, payload)
         return payload
 
     def _settle_lost(self) -> None:
@@ -369,19 +267,7 @@ class BlockStore:
         lost = self._disk.take_lost()
         if lost:
             with self._mutex:
-                self._counts.corrupt += len(lost)
-                for key in lost:
-                    self._tree.remove(key, DISK)
-
-    def _choose(self, max_bytes: int) -> list[NewBlock]:
-        batch: list[NewBlock] = []
-        size = 0
-        for block in self._pending.values():
-            if batch and size + block.size > max_bytes:
-                break
-            batch.append(block)
-            size += block.size
-        return batch
+                self._ledger.were_lost(lost)
 
     def _write(
         self,
@@ -401,17 +287,8 @@ class BlockStore:
         beside = disk.take_trouble()
         error = error or beside
         full = isinstance(error, LimitExceeded)
-        written = 0
         with self._mutex:
-            for block in batch:
-                key = block.place.key
-                if disk.has(key):
-                    self._tree.add(DISK, block.place, block.size, block.cost)
-                    self._pending.pop(key, None)
-                    written += 1
-                elif full:
-                    self._pending.pop(key, None)
-                    self._counts.refused += 1
+            written = self._ledger.were_written(batch, disk.has, full=full)
         if error is not None and not full:
             self._trouble.note(error)
         elif batch:
@@ -433,14 +310,7 @@ class BlockStore:
         self._disk.close()
         self._disk.take_trouble()
         with self._mutex:
-            for key in self._tree.names():
-                unit = self._tree.units[UnitId(key.model, key.codec, key.chain)]
-                payload = self._payloads.get(key)
-                if payload is not None:
-                    parent = unit.parent.chain if unit.parent else b""
-                    place = Place(key, parent, unit.number)
-                    self._pending[key] = NewBlock(place, unit.costs[key.layer], payload)
-                self._tree.remove(key, DISK)
+            self._ledger.disk_is_gone()
 
     def _open(self) -> bool:
         if self._disk is None or self._opened:
@@ -454,11 +324,10 @@ class BlockStore:
         for some in _slices(rows):
             with self._mutex:
                 for row in some:
-                    self._add_row(row)
+                    place = Place(row.key, row.parent, row.number)
+                    self._ledger.found_on_disk(place, row.size, row.cost, row.hits)
         with self._mutex:
-            over = self._tree.nbytes[DISK] - self._disk.room
-            gone = self._tree.evict(DISK, over) if over > 0 else []
-            self._counts.evicted_disk += len(gone)
+            gone = self._ledger.make_room(0, self._disk.room)
         self._trouble.over(self._disk.label())
         with contextlib.suppress(LimitExceeded):
             try:
@@ -470,14 +339,6 @@ class BlockStore:
                 self._trouble.note(error)
         self._settle_lost()
         return True
-
-    def _add_row(self, row: Row) -> None:
-        key = row.key
-        self._tree.add(DISK, Place(key, row.parent, row.number), row.size, row.cost)
-        unit = self._tree.units[UnitId(row.model, row.codec, row.chain)]
-        if row.hits > unit.uses:
-            self._tree.touch(unit.id, row.hits - unit.uses)
-        self._pending.pop(key, None)
 
 
 def _slices(items: Sequence[T]) -> Iterator[Sequence[T]]:

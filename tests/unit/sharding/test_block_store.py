@@ -16,13 +16,14 @@ from pyagent_node.base.errors import Conflict, InvalidRequest
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.types import Digest
 from pyagent_node.sharding.block_disk import open_real_disk
+from pyagent_node.sharding.block_ledger import OVERHEAD
 from pyagent_node.sharding.block_records import (
     RECORD_BYTES,
     SEGMENT_HEADER_BYTES,
     encode_record,
     encode_segment_header,
 )
-from pyagent_node.sharding.block_store import OVERHEAD, BlockStore
+from pyagent_node.sharding.block_store import BlockStore
 from pyagent_node.sharding.block_trouble import RETRY_SECONDS
 from pyagent_node.sharding.kv_keys import BlockKey
 from tests.unit.sharding.blocks import MODEL, OTHER, chain_of, payload_of, put_chain
