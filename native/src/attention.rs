@@ -9,8 +9,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{integer, vector};
-use crate::held::HeldTensor;
 use crate::kv::half;
+use crate::tap::HeldTensor;
 
 /// Numbers of a head that are multiplied at once.
 const LANES: usize = 8;

@@ -8,12 +8,10 @@ mod attention;
 mod buffers;
 mod choice;
 mod hash;
-mod held;
 mod kv;
 mod pages;
 mod philox;
 mod problem;
-mod queries;
 mod raft;
 mod sampling;
 mod select;
@@ -31,8 +29,6 @@ mod _native {
     #[pymodule_export]
     use super::hash::{blake3_digest, hash_chain, hash_file, Blake3};
     #[pymodule_export]
-    use super::held::HeldTensor;
-    #[pymodule_export]
     use super::kv::{kv_decode, kv_encode, kv_moved};
     #[pymodule_export]
     use super::philox::gumbel;
@@ -47,7 +43,7 @@ mod _native {
     #[pymodule_export]
     use super::suffix::{SuffixCorpus, SuffixIndex};
     #[pymodule_export]
-    use super::tap::TensorTap;
+    use super::tap::{HeldTensor, TensorTap};
     #[pymodule_export]
     use super::xsalsa::XSalsa20;
 }

@@ -5,6 +5,8 @@ pub(crate) mod half;
 mod header;
 mod moved;
 mod numbers;
+mod octaves;
+mod plane;
 mod python;
 mod quantised;
 mod rans;

@@ -12,9 +12,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::ggml::Access;
 use crate::buffers::{integer, Bytes, DETACH_FROM};
 use crate::pages;
-use crate::tap::Access;
 
 /// More than any tensor takes, and more than any model has tensors of one kind.
 const MAX_TENSOR_BYTES: usize = 4096;

@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 
-use crate::tap::TensorGet;
+use super::ggml::TensorGet;
 
 /// Where the queries of the wanted rows go.
 pub struct Queries {
