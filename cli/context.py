@@ -279,6 +279,11 @@ def query(
     with Reporter(app.out, stream_json=False) as report:
         reply = app.client().contexts.query(name, request, report)
     app.out.result(reply, lambda: _hits(app, reply, why=why, full=full))
+    if way == "words" and reply.candidate_chunks < reply.chunks:
+        app.out.note(
+            f"Words were counted in {reply.candidate_chunks} of {reply.chunks} chunks: those that"
+            " the question's meaning points to."
+        )
 
 
 def _plain(line: str) -> str:
@@ -305,7 +310,8 @@ def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
     if why:
         app.out.text(
             f"{reply.candidates} of {reply.windows} windows were candidates, in"
-            f" {reply.candidate_chunks} chunks; {reply.nodes_asked} of {reply.nodes} nodes"
+            f" {reply.candidate_chunks} of {reply.chunks} chunks; {reply.nodes_asked} of"
+            f" {reply.nodes} nodes"
             f"{f' ({reply.probed} of them for sketches)' if reply.probed else ''}"
             f" asked; {reply.seconds * 1000:.0f} ms, {reply.embed_seconds * 1000:.0f} of them for"
             " the question's vector"

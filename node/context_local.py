@@ -29,7 +29,15 @@ from pyagent_node.sharding.context.records import (
     ChunkId,
     DocumentRecord,
 )
-from pyagent_node.sharding.context.search import candidates, found, question_terms, rank, score_all
+from pyagent_node.sharding.context.search import (
+    candidates,
+    chunks_of,
+    every_chunk,
+    found,
+    question_terms,
+    rank,
+    score_all,
+)
 from pyagent_node.sharding.context.shares import Share
 
 
@@ -126,7 +134,12 @@ class LocalContexts:
                 now,
             )
         )
-        picked = await trio.to_thread.run_sync(candidates, table, vector)
+        fresh = catalog.fresh(context.policy, now)
+        every = every_chunk(fresh) if way == "words" else None
+        if every is not None:
+            picked = every
+        else:
+            picked = await trio.to_thread.run_sync(candidates, table, vector)
         bodies = {body.id: body for body in await self._store.bodies([c.id for c in picked])}
         words = question_terms(question)
 
@@ -140,6 +153,7 @@ class LocalContexts:
                 windows=len(table.sketches),
                 candidates=sum(len(each.windows) for each in picked),
                 candidate_chunks=len(picked),
+                chunks=chunks_of(fresh),
                 nodes_asked=min(1, len(picked)),
                 missing=len(picked) - len(said),
             )

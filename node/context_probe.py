@@ -32,7 +32,7 @@ from pyagent_node.sharding.context.probing import (
     unsure_of,
 )
 from pyagent_node.sharding.context.records import ChunkId
-from pyagent_node.sharding.context.search import Candidate
+from pyagent_node.sharding.context.search import Candidate, chunks_of, every_chunk
 from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS
 
 log = logging.getLogger("pyagent_node.context")
@@ -42,7 +42,7 @@ PROBE_SECONDS: Final = 8.0
 
 
 class Picked(NamedTuple):
-    """Candidates, how many windows they were picked from, and whom that took.
+    """Candidates, how many windows in how many chunks they are of, and whom picking took.
 
     ``unseen`` chunks may have been left out because nobody who has their sketches answered.
     ``newer`` are nodes that know of chunks that this one does not.
@@ -50,6 +50,7 @@ class Picked(NamedTuple):
 
     candidates: list[Candidate]
     windows: int
+    chunks: int
     asked: set[PeerId]
     unseen: int
     newer: set[PeerId]
@@ -70,12 +71,21 @@ class Prober:
         self._client, self._store, self._reach, self._server = client, store, reach, server
         self._now = now
 
+    def every(self, info: ContextInfo) -> Picked | None:
+        """Return all chunks as candidates, ``None`` where they are too many."""
+        records = self._store.catalog(info.id).fresh(info.policy, self._now())
+        candidates = every_chunk(records)
+        if candidates is None:
+            return None
+        count = sum(record.windows for record in records)
+        return Picked(candidates, count, len(candidates), set(), 0, set())
+
     async def pick(self, info: ContextInfo, vector: NDArray[np.float32]) -> Picked:
         """Return the candidates of a question's vector."""
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
         records = catalog.fresh(info.policy, self._now())
         live = {record.source for record in records}
-        count = sum(record.windows for record in records)
+        count, chunks = sum(record.windows for record in records), chunks_of(records)
         merged, asked, said = Merged(), set[PeerId](), dict[ChunkId, PeerId]()
         unsure: dict[ChunkId, None] = {}
         partial: list[list[ChunkId]] = []
@@ -84,7 +94,8 @@ class Prober:
         elsewhere = set(catalog.lacking(share, ALL_GROUPS))
         if not elsewhere:  # all sketches are here, those of bare records too
             merged.add((await self._server.likely(info, vector, ALL_GROUPS))[2])
-            return Picked(picked(merged.best(), (), catalog, live)[0], count, asked, 0, set())
+            best = picked(merged.best(), (), catalog, live)[0]
+            return Picked(best, count, chunks, asked, 0, set())
         own = self._server.ready(catalog, share)
         unsure |= dict.fromkeys(
             chunk for chunk in catalog.lacking(share, own) if self._is_live(chunk, live, info)
@@ -131,7 +142,7 @@ class Prober:
             unseen = max(0, len(rest) - MAX_UNSURE)
         candidates, strange = picked(merged.best(), unsure, catalog, live)
         newer = {said[chunk] for chunk in strange if chunk in said}
-        return Picked(candidates, count, asked, unseen, newer)
+        return Picked(candidates, count, chunks, asked, unseen, newer)
 
     @staticmethod
     def _rows(of: Callable[[int], Sequence[PeerId]]) -> list[Sequence[PeerId]]:

@@ -32,6 +32,8 @@ from pyagent_node.sharding.context.search import (
 
 SEARCH_SECONDS: Final = 20.0
 """Longest time for an answer."""
+SCORED_AT_ONCE: Final = 512
+"""Chunks that a node is asked about at a time."""
 SPARE: Final = 2
 """So many times the chunks that are wanted are fetched: some say the same, some may be gone."""
 
@@ -94,7 +96,8 @@ class ContextSearch:
         way: Way,
     ) -> Answer:
         catalog = self._store.catalog(context.id)
-        found_by = await self.prober.pick(context, vector)
+        all_of_them = self.prober.every(context) if way == "words" else None
+        found_by = all_of_them or await self.prober.pick(context, vector)
         picked = found_by.candidates
         for peer in found_by.newer:
             self.on_stale(peer)
@@ -106,17 +109,21 @@ class ContextSearch:
 
         async def ask(peer: PeerId, chunks: list[ChunkId]) -> Collection[ChunkId]:
             asked.add(peer)
-            wanted = [Wanted(chunk, places[chunk].windows) for chunk in chunks]
-            if peer == self._reach.here:
-                some, stale = await self._score_here(vector, terms, wanted), set[ChunkId]()
-            else:
-                some, stale = await self._client.scores(peer, context.id, vector, terms, wanted)
-            for each in some:
-                scored[each.id] = each
-                owners[each.id] = peer
-            if stale:
-                self.on_stale(peer)
-            return [each.id for each in some] + list(stale)
+            settled: list[ChunkId] = []
+            for at in range(0, len(chunks), SCORED_AT_ONCE):
+                batch = chunks[at : at + SCORED_AT_ONCE]
+                wanted = [Wanted(chunk, places[chunk].windows) for chunk in batch]
+                if peer == self._reach.here:
+                    some, stale = await self._score_here(vector, terms, wanted), set[ChunkId]()
+                else:
+                    some, stale = await self._client.scores(peer, context.id, vector, terms, wanted)
+                for each in some:
+                    scored[each.id] = each
+                    owners[each.id] = peer
+                if stale:
+                    self.on_stale(peer)
+                settled += [each.id for each in some] + list(stale)
+            return settled
 
         buckets = {each.id: each.bucket for each in picked}
         missing = len(await self._reach.gather(buckets, ask)) + found_by.unseen
@@ -132,6 +139,7 @@ class ContextSearch:
             windows=found_by.windows,
             candidates=sum(len(each.windows) for each in picked),
             candidate_chunks=len(picked),
+            chunks=found_by.chunks,
             nodes=max(1, len(nodes)),
             nodes_asked=len(asked),
             missing=missing,

@@ -331,6 +331,7 @@ class Contexts:
             windows=answer.windows,
             candidates=answer.candidates,
             candidate_chunks=answer.candidate_chunks,
+            chunks=answer.chunks,
             nodes=answer.nodes,
             nodes_asked=answer.nodes_asked,
             probed=answer.probed,

@@ -146,6 +146,7 @@ class HitView(msgspec.Struct, frozen=True, kw_only=True):
 class QueryReply(msgspec.Struct, frozen=True, kw_only=True):
     """The chunks that matter, best first, and how they were found (see ``Answer``).
 
+    ``candidate_chunks`` of ``chunks`` were compared.
     ``embed_seconds`` went into the question's own vector.
     """
 
@@ -159,3 +160,4 @@ class QueryReply(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     embed_seconds: float
     probed: int = 0
+    chunks: int = 0

@@ -59,7 +59,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     ``candidates`` windows in ``candidate_chunks`` chunks were picked by their sketches among
     ``windows``; ``nodes_asked`` of ``nodes`` owners were asked for them, and ``missing`` candidate
-    chunks could be had from none (then the answer may lack something).  ``probed`` nodes were asked
+    chunks could be had from none (then the answer may lack something).  By words alone a chunk is
+    found only if it is a candidate: of the ``chunks`` of fresh documents all are, up to
+    ``WORDS_CHUNKS``.  ``probed`` nodes were asked
     for sketches: 0 where this node has all of them.
     """
 
@@ -67,6 +69,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     windows: int = 0
     candidates: int = 0
     candidate_chunks: int = 0
+    chunks: int = 0
     nodes: int = 1
     nodes_asked: int = 0
     missing: int = 0

@@ -38,6 +38,10 @@ MAX_TERMS: Final = 64
 """Terms of a question beyond these are not looked at."""
 MAX_QUESTION: Final = 8192
 """The most characters of a question."""
+WORDS_CHUNKS: Final = 4096
+"""In up to so many chunks (a million tokens) all words are counted where only they matter."""
+WORDS_WINDOWS: Final = 64
+"""The best window of a chunk that its words brought is one of the first so many."""
 _DIGITS: Final = 6
 """Places of a likeness that count: beyond them machines differ."""
 
@@ -125,6 +129,26 @@ def candidates(table: Table, vector: NDArray[np.float32], count: int = RERANKED)
         )
         for (document, ordinal), w in places.items()
     ]
+
+
+def every_chunk(records: Sequence[DocumentRecord]) -> list[Candidate] | None:
+    """Return all chunks of some documents as candidates, ``None`` for over :data:`WORDS_CHUNKS`.
+
+    Sketches say nothing of words, so a ranking by words alone compares all chunks that it can.
+    """
+    if chunks_of(records) > WORDS_CHUNKS:
+        return None
+    return [
+        Candidate(record.id_of(at), record, at, tuple(range(min(row.windows, WORDS_WINDOWS))))
+        for record in records
+        for at, row in enumerate(record.chunks)
+        if row.windows
+    ]
+
+
+def chunks_of(records: Iterable[DocumentRecord]) -> int:
+    """Return how many chunks of their own some documents have."""
+    return sum(bool(row.windows) for record in records for row in record.chunks)
 
 
 def score_all(

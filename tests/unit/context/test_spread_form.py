@@ -16,12 +16,14 @@ from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import ContextPolicy, PeerId
 from pyagent_node.node.context_probe import Picked
+from pyagent_node.sharding.context import search
 from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.defaults import (
     decode_centre,
     default_model,
     encode_centre,
 )
+from pyagent_node.sharding.context.lexical import Lexical
 from pyagent_node.sharding.context.owners import BUCKETS
 from pyagent_node.sharding.context.probing import Likely, Merged, Probe, chances, likely
 from pyagent_node.sharding.context.record_codec import bare, encode_record, record_digest
@@ -239,3 +241,40 @@ async def test_nodes_at_both_ends_of_the_way_find_the_same_best(autojump_clock):
             best.append([each.id for each in picked.candidates][:8])
         assert best[0] == best[1] == best[2]
         assert not (await it.services[1].searcher.prober.pick(SPREAD, vector)).asked
+
+
+@pytest.mark.parametrize("spread", [False, True])
+async def test_by_words_alone_all_chunks_are_compared(autojump_clock, spread, monkeypatch):
+    """In either form the order is that of BM25 over all texts, wherever these lie."""
+    text = "The zebra of the abbey sleeps."
+    record, bodies = toy_document(SHELF.id, "z.txt", text, Version(1, C))
+    away = -toy_vector(text)  # sketches see nothing of it
+    question = "zebra lamps of the abbey"
+    async with spread_out(some_owners(3)) as it:
+        if not spread:
+            it.log.become(msgspec.structs.replace(it.log.state, contexts={"shelf": SHELF}))
+        for service, store in zip(it.services, it.stores, strict=True):
+            if not spread:
+                await store.put_parts(SHELF.id, whole_share().copy())
+            await store.merge([encode_record(record)])
+            rows = {
+                known.id_of(at): row.bucket
+                for known in store.catalog(SHELF.id).documents()
+                for at, row in enumerate(known.chunks)
+            }
+            own = [body for body in (*BODIES, *bodies) if service.reach.owns(rows[body.id])]
+            await store.put_bodies(own)
+        texts = [body.text for body in (*BODIES, *bodies)]
+        scores = sorted(Lexical(texts).scores(question), reverse=True)
+        for service in it.services:
+            info = service.find("shelf")
+            answer = await service.search(info, question, away, count=8, way="words")
+            assert answer.hits[0].source == "z.txt"
+            assert [hit.score for hit in answer.hits] == pytest.approx(scores[:8], abs=1e-5)
+            assert answer.candidate_chunks == answer.chunks == len(texts)
+            assert answer.missing == answer.probed == 0
+            near = await service.search(info, question, away, count=8)
+            assert near.candidate_chunks < near.chunks == len(texts)
+        monkeypatch.setattr(search, "WORDS_CHUNKS", len(texts) - 1)
+        answer = await it.services[0].search(info, question, away, count=8, way="words")
+        assert answer.candidate_chunks < answer.chunks == len(texts)  # which is said
