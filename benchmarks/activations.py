@@ -45,8 +45,8 @@ from pyagent_node.inference.models.stored_model import About
 from pyagent_node.inference.pipeline.activations import check_fits
 from pyagent_node.inference.pipeline.frames import PIPE_CODEC, Step, pack_tail, unpack_tail
 from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.node.answers import Ask
 from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest
-from pyagent_node.node.client import Ask
 
 RANKS = 3
 LINKS = (("loopback", ""), ("100 Mbit, 50 ms", "rtt=50ms,rate=100mbit"))

@@ -43,9 +43,9 @@ from pyagent_node.inference.models.encoders import (
     minilm_files,
 )
 from pyagent_node.inference.models.store import ModelStore
+from pyagent_node.node.answers import Answer, Ask, ContextChoice
 from pyagent_node.node.api.context_schema import QueryRequest
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask, ContextChoice
 from pyagent_node.node.home import Home
 
 Say = Callable[[str], None]

@@ -31,7 +31,8 @@ from pyagent_node.benchmarks.relay import delaying_relay
 from pyagent_node.benchmarks.swarm import LocalNode
 from pyagent_node.benchmarks.texts import TEXTS, Kind
 from pyagent_node.inference.generation import NO_SPECULATION
-from pyagent_node.node.client import Answer, Ask, Client
+from pyagent_node.node.answers import Answer, Ask
+from pyagent_node.node.client import Client
 
 SERVER: Final = "server"
 EDGE: Final = "edge"

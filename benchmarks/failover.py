@@ -20,8 +20,8 @@ from pyagent_node.base.errors import DeadlineExceeded, PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import NO_SPECULATION, ChatMessage
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, PullRequest
-from pyagent_node.node.client import Answer, Ask
 
 Say = Callable[[str], None]
 

@@ -26,8 +26,8 @@ from pyagent_node.benchmarks.swarm import LocalNode
 from pyagent_node.inference.generation import NO_SPECULATION, FetchWhen
 from pyagent_node.inference.models.architectures import ModelShape, model_shape
 from pyagent_node.inference.models.gguf_header import read_header
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest
-from pyagent_node.node.client import Answer, Ask
 from pyagent_node.sharding.kv_codec import EXPECTED_SIZE, level_named
 
 Say = Callable[[str], None]

@@ -19,7 +19,8 @@ import psutil
 from pyagent_node.base.errors import CorruptData
 from pyagent_node.benchmarks.single import Job, SingleAnswer, SingleProcess
 from pyagent_node.benchmarks.swarm import LocalNode
-from pyagent_node.node.client import Answer, Ask, Client
+from pyagent_node.node.answers import Answer, Ask
+from pyagent_node.node.client import Client
 
 Say = Callable[[str], None]
 

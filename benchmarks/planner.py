@@ -29,9 +29,9 @@ import psutil
 from pyagent_node.base.types import PeerId
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import NO_SPECULATION, ChatMessage
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.placement_schema import PlanView
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask
 
 PERIOD_SECONDS: Final = 0.004
 """How often a slow runner is stopped and continued: about the time of one token."""

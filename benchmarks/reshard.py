@@ -34,9 +34,10 @@ from pyagent_node.benchmarks.swarm import (
     uninterrupted,
 )
 from pyagent_node.inference.generation import NO_SPECULATION, ChatMessage
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.placement_schema import DrainRequest
 from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest
-from pyagent_node.node.client import Answer, Ask, Client
+from pyagent_node.node.client import Client
 from pyagent_node.node.home import Home
 
 Say = Callable[[str], None]

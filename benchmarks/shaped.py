@@ -25,7 +25,7 @@ from pyagent_node.benchmarks.swarm import (
     stop_all,
     uninterrupted,
 )
-from pyagent_node.node.client import Answer, Ask
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.config import change_setting
 from pyagent_node.node.home import Home
 

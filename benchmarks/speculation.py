@@ -18,7 +18,7 @@ from pyagent_node.benchmarks.shaped import answer, await_answers
 from pyagent_node.benchmarks.swarm import LocalNode
 from pyagent_node.benchmarks.texts import TEXTS, Kind
 from pyagent_node.inference.generation import NO_SPECULATION
-from pyagent_node.node.client import Answer, Ask
+from pyagent_node.node.answers import Answer, Ask
 
 LENGTHS: Final = (2, 4, 8, 16)
 DEPTHS: Final = (1, 2, 4)

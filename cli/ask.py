@@ -11,10 +11,11 @@ from click.shell_completion import CompletionItem
 
 from pyagent_node.base.errors import InvalidRequest, NotFound, PyAgentError
 from pyagent_node.cli.app import App
-from pyagent_node.node.client import Answer
+from pyagent_node.node.answers import Answer
 
 if TYPE_CHECKING:
-    from pyagent_node.node.client import Ask, Client, Piece
+    from pyagent_node.node.answers import Ask, Piece
+    from pyagent_node.node.client import Client
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -111,7 +112,7 @@ def sampling_options(command: F) -> F:
 
 def sampling_ask(model: str, given: dict[str, object]) -> Ask:
     """Return a request without its prompt, with the options that were given."""
-    from pyagent_node.node.client import Ask  # noqa: PLC0415
+    from pyagent_node.node.answers import Ask  # noqa: PLC0415
 
     names = (
         "max_tokens",

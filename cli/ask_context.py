@@ -11,7 +11,7 @@ from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.ask import choose_model, sampling_ask, sampling_options, show_answer
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.node.client import ContextChoice
+from pyagent_node.node.answers import ContextChoice
 
 
 @click.command("ask")

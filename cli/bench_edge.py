@@ -141,8 +141,8 @@ def _measure(
         shaped_swarm,
     )
     from pyagent_node.cli.progress import Reporter  # noqa: PLC0415
+    from pyagent_node.node.answers import Ask  # noqa: PLC0415
     from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest  # noqa: PLC0415
-    from pyagent_node.node.client import Ask  # noqa: PLC0415
 
     runs: list[Run] = []
     with shaped_swarm(1 + edges, threads=threads, say=app.out.note) as (server, *others):

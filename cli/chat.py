@@ -16,7 +16,7 @@ from pyagent_node.cli.app import App, json_option, pass_app
 from pyagent_node.cli.ask import choose_model, sampling_ask, sampling_options
 from pyagent_node.cli.output import coloured
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.node.client import Answer, Ask
+from pyagent_node.node.answers import Answer, Ask
 
 HISTORY_LINES = 1000
 HELP = """\

@@ -18,8 +18,8 @@ from pyagent_node.inference.generation import ChatMessage
 if TYPE_CHECKING:
     from pyagent_node.benchmarks.single import SingleAnswer
     from pyagent_node.benchmarks.swarm import LocalNode
+    from pyagent_node.node.answers import Answer
     from pyagent_node.node.api.schema import PlacementView
-    from pyagent_node.node.client import Answer
 
 MAX_NODES = 16
 N_CTX = 2048
@@ -94,7 +94,7 @@ def demo_command(
     """
     from pyagent_node.benchmarks.single import Job, SingleProcess  # noqa: PLC0415
     from pyagent_node.benchmarks.swarm import interruptible, local_swarm  # noqa: PLC0415
-    from pyagent_node.node.client import Ask  # noqa: PLC0415
+    from pyagent_node.node.answers import Ask  # noqa: PLC0415
 
     cuts = boundaries(layers)
     if cuts is not None and len(cuts) != nodes - 1:
@@ -215,7 +215,7 @@ def even_cuts(n_layers: int, ranks: int) -> tuple[int, ...]:
 
 def stream_answer(app: App, node: LocalNode, ask: object) -> Answer:
     """Stream the answer of a node to the terminal and return the whole of it."""
-    from pyagent_node.node.client import Answer, Ask  # noqa: PLC0415
+    from pyagent_node.node.answers import Answer, Ask  # noqa: PLC0415
 
     assert isinstance(ask, Ask)
     with contextlib.closing(node.client.generate(ask)) as pieces:

@@ -21,8 +21,8 @@ from pyagent_node.base.types import Digest
 from pyagent_node.benchmarks.swarm import LocalNode, interruptible, running
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.node import offline
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import LoadRequest, ModelView, PlacementView, PullRequest
-from pyagent_node.node.client import Answer, Ask
 from pyagent_node.node.config import load_settings
 from pyagent_node.simulations.lab import namespaces
 from pyagent_node.simulations.lab.ground import Ground, homes, on_hosts, on_shaped

@@ -10,8 +10,8 @@ import pytest
 from pyagent_node.base.errors import PyAgentError, Unavailable
 from pyagent_node.benchmarks.swarm import local_swarm
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import InviteRequest, LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask
 
 from .daemons import Daemon
 from .waiting import until

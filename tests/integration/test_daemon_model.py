@@ -20,8 +20,8 @@ import pytest
 from pyagent_node.base.errors import Unavailable
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.node.answers import Answer, Ask, Piece
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask, Piece
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from pyagent_node.base.errors import InvalidRequest, NotFound
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import DrafterView, LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask
 
 from .waiting import until, votes_settled
 

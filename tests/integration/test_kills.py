@@ -15,8 +15,9 @@ import pytest
 from pyagent_node.base.types import PeerId
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import LoadRequest, PlacementView, PullRequest
-from pyagent_node.node.client import Answer, Ask, Client
+from pyagent_node.node.client import Client
 from tests.conftest import leaving_no_process
 
 from .waiting import until, votes_settled

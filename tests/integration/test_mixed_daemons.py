@@ -12,8 +12,9 @@ from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference import backends
 from pyagent_node.inference.backend_names import ADOPTED
 from pyagent_node.inference.generation import NO_SPECULATION
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.schema import LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask, Client
+from pyagent_node.node.client import Client
 
 from .waiting import until
 

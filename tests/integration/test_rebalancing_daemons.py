@@ -9,9 +9,9 @@ import pytest
 
 from pyagent_node.benchmarks.swarm import local_swarm
 from pyagent_node.inference.generation import NO_SPECULATION
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.api.placement_schema import DrainRequest
 from pyagent_node.node.api.schema import LoadRequest, Progress, PullRequest
-from pyagent_node.node.client import Answer, Ask
 
 pytestmark = [
     pytest.mark.daemons,

@@ -18,8 +18,9 @@ from pyagent_node.base.errors import (
     Unavailable,
 )
 from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.node.answers import Answer, Ask, Piece
 from pyagent_node.node.api.schema import InviteRequest, LoadRequest, PullRequest
-from pyagent_node.node.client import Answer, Ask, Client, Piece, process_exists, running_daemon
+from pyagent_node.node.client import Client, process_exists, running_daemon
 from pyagent_node.node.home import DaemonState, Home
 from pyagent_node.simulations.api import TOKEN
 

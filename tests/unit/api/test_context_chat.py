@@ -12,8 +12,9 @@ import trio
 from pyagent_node.base.errors import NotFound
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.inference.kv.pieces import Piece
+from pyagent_node.node.answers import Answer, Ask, ContextChoice
 from pyagent_node.node.api.context_schema import HitView, QueryReply, QueryRequest
-from pyagent_node.node.client import Answer, Ask, Client, ContextChoice
+from pyagent_node.node.client import Client
 from pyagent_node.simulations.api import TOKEN, SimulatedApi, simulated_api
 
 

@@ -6,8 +6,9 @@ import pytest
 import trio
 
 from pyagent_node.base.errors import Conflict, NotFound
+from pyagent_node.node.answers import Answer, Piece
 from pyagent_node.node.api.session_schema import MoveRequest
-from pyagent_node.node.client import Answer, Client, Piece
+from pyagent_node.node.client import Client
 from pyagent_node.simulations.api import TOKEN
 
 S = "0" * 32

@@ -20,7 +20,7 @@ from pyagent_node.benchmarks.edge import (
 )
 from pyagent_node.benchmarks.relay import delaying_relay
 from pyagent_node.inference.generation import SpeculationUsage
-from pyagent_node.node.client import Answer
+from pyagent_node.node.answers import Answer
 
 METRICS = """\
 # HELP pyagent_stage_tokens_total Tokens computed by a stage.

@@ -15,7 +15,7 @@ from pyagent_node.benchmarks.reference import choose
 from pyagent_node.benchmarks.single import SingleAnswer
 from pyagent_node.cli.demo import even_cuts
 from pyagent_node.native import gumbel
-from pyagent_node.node.client import Answer
+from pyagent_node.node.answers import Answer
 
 PEER = PeerId("12D3KooWTest")
 

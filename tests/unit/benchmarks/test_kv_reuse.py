@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, Slice
 from pyagent_node.benchmarks.kv_reuse import _close_link, _row, _Times
 from pyagent_node.inference.models.architectures import ModelShape
-from pyagent_node.node.client import Answer
+from pyagent_node.node.answers import Answer
 
 PLACEMENT = Placement(
     Digest("0" * 64), 1, (Rank(0, Slice(0, 30, True), PeerId("12D3KooWTest")),), n_ctx=64, n_seq=1

@@ -9,7 +9,7 @@ import msgspec
 from pyagent_node.base.errors import Unavailable
 from pyagent_node.base.types import Digest, Placement
 from pyagent_node.benchmarks.reshard import ReshardReport, Stream, _figures
-from pyagent_node.node.client import Answer, Ask
+from pyagent_node.node.answers import Answer, Ask
 from pyagent_node.node.home import Home
 
 ANSWER = Answer(

@@ -21,7 +21,7 @@ from pyagent_node.benchmarks.speculation import (
 )
 from pyagent_node.benchmarks.texts import KINDS, TEXTS
 from pyagent_node.inference.generation import SpeculationUsage
-from pyagent_node.node.client import Answer
+from pyagent_node.node.answers import Answer
 
 PLACEMENT = Placement(
     Digest("0" * 64), 1, (Rank(0, Slice(0, 30, True), PeerId("12D3KooWTest")),), n_ctx=64, n_seq=1
