@@ -40,10 +40,14 @@ def doctor_command(app: App, quick: bool) -> int:
     warnings = sum(check.result == "warning" for check in found)
     app.out.line({"checks": found, "failed": failures, "warnings": warnings})
     if failures:
-        app.out.text(f"{failures} failed, {warnings} warnings.")
+        app.out.text(f"{failures} failed, {_warnings(warnings)}.")
     else:
-        app.out.text(f"All well{f', {warnings} warnings' if warnings else ''}.")
+        app.out.text(f"All well{f', {_warnings(warnings)}' if warnings else ''}.")
     return FAILED if failures else 0
+
+
+def _warnings(count: int) -> str:
+    return "1 warning" if count == 1 else f"{count} warnings"
 
 
 def _show(app: App, check: Check) -> None:

@@ -37,6 +37,15 @@ CODES: tuple[tuple[int, str], ...] = (
 )
 
 
+def kind_of(status: int) -> type[PyAgentError]:
+    """Return the class of errors that ends a process with ``status``.
+
+    :class:`Unavailable` for a status that is none of the table: what ended so is not there now.
+    """
+    kinds = (InvalidRequest, NotFound, Refused, LimitExceeded, CorruptData, Unsupported, Conflict)
+    return next((kind for kind in kinds if kind.exit_code == status), Unavailable)
+
+
 def table() -> str:
     """Return the exit codes as aligned text."""
     return "\n".join(f"{code:>4}  {meaning}" for code, meaning in CODES)

@@ -80,6 +80,7 @@ class Reporter(AbstractContextManager["Reporter"]):
             self._texts[report.step] = report.text
             self._shown[report.step] = now
             amount = describe(report)
+            amount = "" if amount in report.text else amount
             self._out.note(f"{report.text or report.step}{f' ({amount})' if amount else ''}")
 
 

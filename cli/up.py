@@ -23,6 +23,7 @@ from pyagent_node.base.errors import (
 )
 from pyagent_node.base.files import OWNER_ONLY, make_private_dir
 from pyagent_node.cli.app import App, json_option, pass_app
+from pyagent_node.cli.exits import kind_of
 
 if TYPE_CHECKING:
     import psutil
@@ -284,18 +285,17 @@ def _detach(app: App) -> None:
 
 
 def _failed(log: Path, begin: int, status: int) -> PyAgentError:
-    """Return the error of a daemon that ended while starting, from its log."""
+    """Return the error of a daemon that ended while starting: its own, from its log."""
     with log.open("rb") as stream:
         stream.seek(max(begin, log.stat().st_size - LOG_TAIL))
         lines = stream.read().decode("utf-8", "replace").splitlines()
     reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    error = Unavailable(
+    return kind_of(status)(
         reasons[-1] if reasons else f"The daemon ended while starting (status {status}).",
         code="daemon_not_started",
         remedy=f"Its log is {log}.",
         status=status,
     )
-    return error
 
 
 def _gone(process: psutil.Process, seconds: float) -> bool:

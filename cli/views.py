@@ -66,11 +66,14 @@ def _head(status: StatusView) -> Table:
         table.add_row("mesh", f"{mesh.name}  {mesh.mesh_id[:12]}")
         table.add_row("", f"{mesh.visibility}, this node is {mesh.role}{note}")
     if consensus is not None:
-        leader = short(consensus.leader) if consensus.leader else "none"
-        table.add_row(
-            "log",
-            f"{consensus.engine}, {consensus.role}, leader {leader}, entry {consensus.index}",
-        )
+        part = f"this node is {consensus.role}"
+        if consensus.role == "leader":
+            part = "this node leads"
+        elif consensus.leader:
+            part += f", {short(consensus.leader)} leads"
+        else:
+            part += ", no leader"
+        table.add_row("log", f"{consensus.engine}, {part}, entry {consensus.index}")
         if consensus.problem is not None:
             table.add_row("", Text(consensus.problem.message, style="yellow"))
     if status.kv is not None:

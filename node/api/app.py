@@ -91,11 +91,23 @@ async def _on_error(_request: Request, error: Exception) -> Response:
     return _error_response(as_pyagent_error(error))
 
 
+_ROUTES = (
+    "There are /v1/models, /v1/chat/completions, /v1/completions, /v1/contexts and"
+    " /v1/vector_stores/{name}/search."
+)
+
+
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == 404:
-        return _error_response(NotFound(f"There is no {path!r} here.", code="route_not_found"))
+        return _error_response(
+            NotFound(
+                f"There is no {path!r} here.",
+                code="route_not_found",
+                remedy=_ROUTES if path.startswith("/v1/") else None,
+            )
+        )
     if error.status_code == 405:
         allowed = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", ""))
         return _error_response(

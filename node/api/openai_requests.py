@@ -364,5 +364,8 @@ def _bad(parameter: str, reason: str) -> InvalidRequest:
 def _unsupported(parameter: str, what: str | None = None) -> Unsupported:
     subject = f"{parameter}: {what}" if what else parameter
     return Unsupported(
-        f"{subject} is not supported.", code="unsupported_parameter", parameter=parameter
+        f"{subject} is not supported.",
+        code="unsupported_parameter",
+        remedy="Leave it out; answers are plain text.",
+        parameter=parameter,
     )

@@ -94,6 +94,21 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: tuple[str, ...], run: Ru
     assert run(*arguments).status == 2
 
 
+def test_a_verb_that_is_misspelt_is_answered_with_those_that_read_alike(run: Run) -> None:
+    outcome = run("modle", "load")
+    assert outcome.status == 2
+    assert "Did you mean 'model'" in outcome.err
+    assert "Did you mean" not in run("frobnicate").err
+
+
+@pytest.mark.parametrize("kind", [errors.CorruptData, errors.Refused, errors.Unavailable])
+def test_a_daemon_that_ends_while_starting_hands_its_exit_code_on(
+    kind: type[errors.PyAgentError],
+) -> None:
+    assert exits.kind_of(kind.exit_code) is kind
+    assert exits.kind_of(exits.INTERNAL) is errors.Unavailable
+
+
 def test_an_unexpected_error_is_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: App) -> Home:
         raise ZeroDivisionError("by zero")
