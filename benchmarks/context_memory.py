@@ -12,9 +12,6 @@ a session computes it that is pruned as it grows.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,8 +23,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest, RunnerFailed
+from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import Slice
+from pyagent_node.benchmarks.apart import answer, measured_apart
 from pyagent_node.benchmarks.context_memory_text import MAX_TOKENS, Planted, Text, plant
 from pyagent_node.benchmarks.context_memory_types import (
     GROWING,
@@ -263,32 +261,10 @@ def measure(job: MemoryJob) -> MemoryResult:
 
 def measure_apart(job: MemoryJob) -> MemoryResult:
     """Measure in a child process; raises :class:`RunnerFailed` when it dies or takes too long."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pyagent_node.benchmarks.context_memory"],
-            input=msgspec.json.encode(job),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise RunnerFailed(
-            f"The measuring process failed: {type(error).__name__}.",
-            code="reference_failed",
-            remedy="`pyagent-node doctor` checks llama.cpp.",
-        ) from None
-    return msgspec.json.decode(done.stdout, type=MemoryResult)
-
-
-def main() -> None:
-    """Answer the job on stdin."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    result = measure(msgspec.json.decode(sys.stdin.buffer.read(), type=MemoryJob))
-    answers.write(msgspec.json.encode(result))
-    answers.flush()
+    return measured_apart(
+        "pyagent_node.benchmarks.context_memory", job, MemoryResult, seconds=SECONDS
+    )
 
 
 if __name__ == "__main__":
-    main()
+    answer(MemoryJob, measure)

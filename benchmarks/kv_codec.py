@@ -11,20 +11,16 @@ baseline is llama.cpp with its own smaller KV types, from the first token to the
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import RunnerFailed
+from pyagent_node.benchmarks.apart import answer, measured_apart
 from pyagent_node.benchmarks.kv_model import PlainContext, PlainModel
 from pyagent_node.benchmarks.kv_texts import texts
 from pyagent_node.benchmarks.kv_types import CodecJob, CodecResult, CodecRow, QualityRow
@@ -236,32 +232,8 @@ def measure(job: CodecJob) -> CodecResult:
 
 def measure_apart(job: CodecJob) -> CodecResult:
     """Measure in a child process; raises :class:`RunnerFailed` when it dies or takes too long."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pyagent_node.benchmarks.kv_codec"],
-            input=msgspec.json.encode(job),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise RunnerFailed(
-            f"The measuring process failed: {type(error).__name__}.",
-            code="reference_failed",
-            remedy="`pyagent-node doctor` checks llama.cpp.",
-        ) from None
-    return msgspec.json.decode(done.stdout, type=CodecResult)
-
-
-def main() -> None:
-    """Answer the job on stdin."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    result = measure(msgspec.json.decode(sys.stdin.buffer.read(), type=CodecJob))
-    answers.write(msgspec.json.encode(result))
-    answers.flush()
+    return measured_apart("pyagent_node.benchmarks.kv_codec", job, CodecResult, seconds=SECONDS)
 
 
 if __name__ == "__main__":
-    main()
+    answer(CodecJob, measure)

@@ -16,13 +16,13 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.inference.backend import CellAttention, KvUsage
+from pyagent_node.inference.backend import KvUsage
 from pyagent_node.inference.llama.cache_view import CacheView
 from pyagent_node.inference.llama.cells import CellStore
 from pyagent_node.inference.llama.context import LlamaContext
 from pyagent_node.inference.models.architectures import ModelShape
 from pyagent_node.inference.stepping.attention import AttentionBook, RowMass
+from pyagent_node.inference.stepping.books import BookKeeper
 from pyagent_node.inference.stepping.pruning import no_pruning
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
@@ -41,7 +41,7 @@ class _Wanted(NamedTuple):
     rows: range
 
 
-class LlamaPruner:
+class LlamaPruner(BookKeeper):
     """Implements ``stepping.Pruner``, for a model of this shape and of plain attention."""
 
     def __init__(
@@ -52,12 +52,12 @@ class LlamaPruner:
         shape: ModelShape,
         cell_bytes: int,
     ) -> None:
+        super().__init__(context.model.n_layers)
         self._context = context
         self._cells = cells
         self._cache = cache
         self._shape = shape
         self._cell_bytes = cell_bytes
-        self._books: dict[int, AttentionBook] = {}
         self._wanted: list[_Wanted] = []
         self._queries = np.empty((0, 0, 0), np.float32)
 
@@ -67,46 +67,18 @@ class LlamaPruner:
         """Begin to measure; raises :class:`Unsupported` where positions were shifted."""
         if not self._cells.in_order(log):
             raise no_pruning()
-        layers = self._context.model.n_layers
-        self._books[log.seq] = AttentionBook(log, layers, every=every, window=window)
+        super().watch(log, every, window)
         self._context.watcher = self
 
     def forget(self, seq: int) -> None:
         """Stop measuring, if it does."""
-        self._books.pop(seq, None)
-        if not self._books:
+        super().forget(seq)
+        if not self.books:
             self._context.watcher = None
 
-    def attention(self, log: SequenceLog) -> CellAttention:
-        """Return what was measured."""
-        book = self._books.get(log.seq)
-        if book is None:
-            raise InvalidRequest(
-                f"Sequence {log.seq} is not watched.",
-                code="not_watched",
-                remedy="Watch it before the steps that are to be measured.",
-                seq=log.seq,
-            )
-        return book.result()
-
-    def trimmed(self, log: SequenceLog) -> None:
-        """Forget what was measured of cells that are gone."""
-        book = self._books.get(log.seq)
-        if book is not None:
-            book.trimmed()
-
-    def prune(self, log: SequenceLog, kept: NDArray[np.intp]) -> None:
+    def keep(self, log: SequenceLog, kept: NDArray[np.intp]) -> None:
         """Keep some cells; see ``CellStore.prune``."""
-        if len(kept) == log.count:
-            return
-        book = self._books.get(log.seq)
-        try:
-            self._cells.prune(log, kept)
-        except BaseException:
-            self.trimmed(log)
-            raise
-        if book is not None:
-            book.pruned(kept)
+        self._cells.prune(log, kept)
 
     def usage(self, log: SequenceLog) -> KvUsage:
         """Return what the cells of a sequence take."""
@@ -119,7 +91,7 @@ class LlamaPruner:
         """Have the queries noted of the rows of a call that are due."""
         self._wanted = []
         picked: list[NDArray[np.int32]] = []
-        for seq, book in self._books.items():
+        for seq, book in self.books.items():
             own = np.flatnonzero(rows.seqs == seq)
             if not len(own) or not self._cells.in_order(book.log):
                 continue

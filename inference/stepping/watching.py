@@ -12,9 +12,9 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.inference.backend import CellAttention, KvUsage
+from pyagent_node.inference.backend import KvUsage
 from pyagent_node.inference.stepping.attention import AttentionBook, RowMass
+from pyagent_node.inference.stepping.books import BookKeeper
 from pyagent_node.inference.stepping.pruning import no_pruning
 from pyagent_node.inference.stepping.rows import Rows
 from pyagent_node.inference.stepping.sequences import SequenceLog
@@ -114,64 +114,32 @@ class PrunedContext(Protocol):
         ...
 
 
-class PlainPruner:
+class PlainPruner(BookKeeper):
     """Implements ``stepping.Pruner`` over such a context; ``cell_bytes`` are a cell's, all layers.
 
     Memory is given back where the context's arrays shrink.
     """
 
     def __init__(self, context: PrunedContext, cell_bytes: int) -> None:
+        super().__init__(context.n_layers, context.watcher.books)
         self._context = context
         self._cell_bytes = cell_bytes
-
-    @property
-    def _books(self) -> dict[int, AttentionBook]:
-        return self._context.watcher.books
 
     def watch(self, log: SequenceLog, every: int, window: int) -> None:
         """Begin to measure; raises :class:`Unsupported` where positions were shifted."""
         if not log.ordered:
             raise no_pruning()
-        layers = self._context.n_layers
-        self._books[log.seq] = AttentionBook(log, layers, every=every, window=window)
+        super().watch(log, every, window)
 
-    def forget(self, seq: int) -> None:
-        """Stop measuring, if it does."""
-        self._books.pop(seq, None)
-
-    def attention(self, log: SequenceLog) -> CellAttention:
-        """Return what was measured; raises :class:`InvalidRequest` (``not_watched``)."""
-        book = self._books.get(log.seq)
-        if book is None:
-            raise InvalidRequest(
-                f"Sequence {log.seq} is not watched.",
-                code="not_watched",
-                remedy="Watch it before the steps that are to be measured.",
-                seq=log.seq,
-            )
-        return book.result()
-
-    def trimmed(self, log: SequenceLog) -> None:
-        """Forget what was measured of cells that are gone."""
-        book = self._books.get(log.seq)
-        if book is not None:
-            book.trimmed()
-
-    def prune(self, log: SequenceLog, kept: NDArray[np.intp]) -> None:
+    def keep(self, log: SequenceLog, kept: NDArray[np.intp]) -> None:
         """Keep some cells; when that fails the sequence is emptied."""
-        if len(kept) == log.count:
-            return
-        book = self._books.get(log.seq)
         try:
             self._context.keep(log.seq, kept)
         except BaseException:
             self._context.drop(log.seq, 0)
             log.trim(0)
-            self.trimmed(log)
             raise
         log.prune(kept)
-        if book is not None:
-            book.pruned(kept)
 
     def usage(self, log: SequenceLog) -> KvUsage:
         """Return what the cells of a sequence take; what is resident is not known."""
