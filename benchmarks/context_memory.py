@@ -7,7 +7,7 @@ that asks.
 One text is computed from front to back.  At each length its following tokens are predicted and
 facts told in it are asked for: with all cells, with those that the policy keeps of them
 (``kv.pruning``), and with the first and the last ones alone.  Then it is computed once more as
-a session computes it that is pruned as it grows.
+a rank computes the prompt of a session whose budget is rolling.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from pyagent_node.base.types import Slice
 from pyagent_node.benchmarks.apart import answer, measured_apart
 from pyagent_node.benchmarks.context_memory_text import MAX_TOKENS, Planted, Text, plant
 from pyagent_node.benchmarks.context_memory_types import (
-    GROWING,
     OFF,
     ONCE,
     RECENT,
+    ROLLING,
     MemoryJob,
     MemoryResult,
     MemoryRow,
 )
 from pyagent_node.benchmarks.kv_texts import texts
+from pyagent_node.benchmarks.served_pruning import ServedPrompt
 from pyagent_node.inference.backend import (
     PREFILL_CHUNK,
     CellAttention,
@@ -48,7 +49,7 @@ from pyagent_node.inference.backend import (
     Tokens,
     WatchSequence,
 )
-from pyagent_node.inference.kv.budgets import SINKS, Pruning, budget, due
+from pyagent_node.inference.kv.budgets import SINKS, Pruning, budget
 from pyagent_node.inference.kv.pruning import kept, ranges
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.llama.tokenizer import LlamaTokenizer
@@ -79,7 +80,8 @@ class _Bench:
         self.pruning = Pruning(job.cells)
         self.rows: list[MemoryRow] = []
         self.sampled = 0
-        self.exact: dict[int, NDArray[np.float64]] = {}
+        self.exact: dict[int, _Scores] = {}
+        """By length, those with all cells."""
 
     # ---- computing ---------------------------------------------------------------------------
 
@@ -144,11 +146,19 @@ class _Bench:
         return sum(right for right, _ in told) / len(told), sum(x for _, x in told) / len(told)
 
     def note(
-        self, arm: str, seq: int, end: int, asked: tuple[float, float] | None = None
+        self,
+        arm: str,
+        seq: int,
+        end: int,
+        asked: tuple[float, float] | None = None,
+        most: int | None = None,
     ) -> _Scores:
         usage = self.backend.kv_usage(seq)
-        scores = self.score(seq, end)
-        exact = self.exact.setdefault(end, scores.logs)
+        if usage.cells == end and end in self.exact:  # nothing was given up: the same bits
+            scores = self.exact[end]
+        else:
+            scores = self.score(seq, end)
+        exact = self.exact.setdefault(end, scores).logs
         self.rows.append(
             MemoryRow(
                 tokens=end,
@@ -156,6 +166,8 @@ class _Bench:
                 cells=usage.cells,
                 bytes=usage.bytes,
                 resident=usage.resident or 0,
+                most=end if most is None else most,
+                most_bytes=(end if most is None else most) * self.backend.info.kv_bytes_per_token,
                 perplexity=scores.perplexity,
                 divergence=float((np.exp(exact) * (exact - scores.logs)).sum(1).mean()),
                 facts=len(self.text.asked(end, self.job.asked)),
@@ -175,7 +187,8 @@ class _Bench:
         backend.apply(OpenSequence(_FULL))
         backend.apply(OpenSequence(_OTHER))
         for start, stop in self.pieces():
-            backend.apply(WatchSequence(_FULL))
+            if stop in self.job.lengths:
+                backend.apply(WatchSequence(_FULL))
             self.feed(_FULL, self.tokens[start:stop], start)
             if stop not in self.job.lengths:
                 continue
@@ -185,7 +198,8 @@ class _Bench:
             self.rows[-1] = msgspec.structs.replace(
                 self.rows[-1], asked=scores.right, asked_loss=scores.loss
             )
-            asked = self.asked_before(stop)
+            most = budget(self.pruning, stop)
+            asked = self.asked_before(stop) if stop > most else (scores.right, scores.loss)
             self.again(stop)
             backend.apply(PruneSequence(_OTHER, keep))
             self.note(ONCE, _OTHER, stop, asked)
@@ -198,20 +212,22 @@ class _Bench:
         backend.apply(FreeSequence(_FULL))
         backend.apply(FreeSequence(_OTHER))
 
-    def growing(self) -> None:
-        """Compute the text as a session does that is pruned as soon as that is due."""
+    def rolling(self) -> None:
+        """Compute the text as a rank does whose session has a rolling budget."""
         backend = self.backend
         backend.apply(OpenSequence(_FULL))
-        backend.apply(WatchSequence(_FULL))
+        prompt = ServedPrompt(
+            backend, _FULL, self.job.cells, len(self.tokens), n_ctx=backend.info.n_ctx
+        )
+        prompt.watch()
         for start, stop in self.pieces():
             self.feed(_FULL, self.tokens[start:stop], start)
-            if due(self.pruning, backend.kv_usage(_FULL).cells, stop):
-                backend.apply(PruneSequence(_FULL, self.chosen(self.attention(_FULL), stop)))
-                backend.apply(WatchSequence(_FULL))
+            prompt.read(start, stop)
             if stop in self.job.lengths:  # what is scored is not to be measured
                 backend.apply(WatchSequence(_FULL, 0))
-                self.note(GROWING, _FULL, stop)
-                backend.apply(WatchSequence(_FULL))
+                self.note(ROLLING, _FULL, stop, most=prompt.most)
+                prompt.watch()
+        self.sampled += prompt.rows
         backend.apply(FreeSequence(_FULL))
 
 
@@ -253,7 +269,7 @@ def measure(job: MemoryJob) -> MemoryResult:
     with closing(LlamaBackend(path, part, n_ctx=n_ctx, n_seq=2, threads=job.threads)) as backend:
         bench = _Bench(backend, text, msgspec.structs.replace(job, lengths=lengths))
         bench.whole()
-        bench.growing()
+        bench.rolling()
     return MemoryResult(
         rows=tuple(bench.rows), sampled=bench.sampled, seconds=time.perf_counter() - began
     )

@@ -26,6 +26,7 @@ def plot(rows: Sequence[MemoryRow]) -> str:
         facts.append(Line(f"{ONCE}, asked", before))
     panels = [
         Panel("KV held, MiB", lengths, lines(lambda row: row.bytes / _MIB)),
+        Panel("most KV held at once, MiB", lengths, lines(lambda row: row.most_bytes / _MIB)),
         Panel("resident KV, MiB", lengths, lines(lambda row: row.resident / _MIB)),
         Panel("facts told right", lengths, facts, linear=True),
         Panel(

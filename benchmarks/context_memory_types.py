@@ -8,9 +8,9 @@ import msgspec
 
 OFF: Final = "off"
 ONCE: Final = "once"
-GROWING: Final = "growing"
+ROLLING: Final = "rolling"
 RECENT: Final = "recent"
-ARMS: Final = (OFF, ONCE, GROWING, RECENT)
+ARMS: Final = (OFF, ONCE, ROLLING, RECENT)
 
 
 class MemoryJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +32,12 @@ class MemoryRow(msgspec.Struct, frozen=True, kw_only=True):
     """A context of ``tokens``, of which ``cells`` are held.
 
     ``arm`` says which: all of them ("off"); those that one pruning of the whole left, at the end
-    ("once"); those of a session that was pruned as it grew ("growing"); or, for comparison, as
-    many as "once" but simply the first and the last ones ("recent").  ``bytes`` are those of the
-    cells, ``resident`` what of the memory set aside for them is in the machine's memory, 0 where
-    the system does not say.  ``perplexity`` is that of the tokens that follow, ``divergence`` the
-    mean KL divergence of their distributions from those with all cells, in nats.
+    ("once"); those of a session whose budget is rolling ("rolling"); or, for comparison, as many
+    as "once" but simply the first and the last ones ("recent").  ``bytes`` are those of the cells;
+    ``most`` cells, of ``most_bytes``, were held at once until then.  ``resident`` is what of the
+    memory set aside for the cells is in the machine's memory, 0 where the system does not say.
+    ``perplexity`` is that of the tokens that follow, ``divergence`` the mean KL divergence of
+    their distributions from those with all cells, in nats.
 
     ``later`` is the share of facts that were told right when the question came after the cells
     were chosen, ``asked`` when it came before (only "off" and "once"; the same thing with "off").
@@ -48,6 +49,8 @@ class MemoryRow(msgspec.Struct, frozen=True, kw_only=True):
     cells: int
     bytes: int
     resident: int
+    most: int
+    most_bytes: int
     perplexity: float
     divergence: float
     facts: int

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.files import write_atomic
+from pyagent_node.benchmarks.context_memory_types import ARMS
 from pyagent_node.cli.demo import model_file
 from pyagent_node.cli.lists import numbers, refused
 from pyagent_node.cli.output import size
@@ -17,6 +19,18 @@ if TYPE_CHECKING:
     from pyagent_node.cli.app import App
 
 LENGTHS = "256,512,1024,2048,4096,8192"
+COLUMNS = (
+    "context",
+    "cells",
+    "held",
+    "bytes",
+    "most at once",
+    "resident",
+    "perplexity",
+    "divergence",
+    "later",
+    "asked",
+)
 SHORTEST, LONGEST, MOST = 256, 8192, 16
 
 
@@ -78,34 +92,42 @@ def memory(
 
 
 def _show(app: App, report: MemoryReport) -> None:
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("context", justify="right")
-    table.add_column("cells")
-    for name in ("held", "bytes", "resident", "perplexity", "divergence", "later", "asked"):
-        table.add_column(name, justify="right")
-    for row in report.result.rows:
-        table.add_row(*_cells(row))
-    app.out.console.print(table)
-    rows = report.result.rows
+    order = {arm: at for at, arm in enumerate(ARMS)}
+    rows = sorted(report.result.rows, key=lambda row: (row.tokens, order.get(row.arm, 0)))
+    for line in table([COLUMNS, *map(_cells, rows)]):
+        app.out.text(line)
     app.out.text(
-        "once: pruned at the end; growing: whenever it was due; recent: the first and the last"
+        "\nonce: pruned at the end; rolling: behind every piece; recent: the first and the last"
         " alone.  later: facts told right that were asked for after pruning; asked: where the"
         f" question was there before.  {max(row.facts for row in rows)} facts;"
         f" {report.result.seconds:.0f} s, attention of {report.result.sampled} rows measured."
     )
 
 
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of a table in Markdown, its columns below each other; the first row names them.
+
+    The columns but the second, which has words, are set to the right.
+    """
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    rule = [f"{'-' * (n - 1)}{'-' if at == 1 else ':'}" for at, n in enumerate(widths)]
+    padded = [
+        [cell.ljust(n) if at == 1 else cell.rjust(n) for at, (cell, n) in pairs]
+        for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    ]
+    return [f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:])]
+
+
 def _cells(row: MemoryRow) -> tuple[str, ...]:
     return (
-        str(row.tokens),
+        f"{row.tokens:,}",
         row.arm,
-        str(row.cells),
+        f"{row.cells:,}",
         size(row.bytes),
+        size(row.most_bytes),
         size(row.resident) if row.resident else "",
         f"{row.perplexity:.2f}",
         f"{row.divergence:.3f}",
-        f"{row.later:.0%}",
-        "" if row.asked is None else f"{row.asked:.0%}",
+        f"{row.later * row.facts:.0f} of {row.facts}",
+        "" if row.asked is None else f"{row.asked * row.facts:.0f} of {row.facts}",
     )

@@ -24,6 +24,8 @@ def row(arm: str, tokens: int) -> MemoryRow:
         cells=tokens // 2,
         bytes=tokens << 14,
         resident=tokens << 14,
+        most=tokens,
+        most_bytes=tokens << 15,
         perplexity=9.0,
         divergence=0.01,
         facts=4,

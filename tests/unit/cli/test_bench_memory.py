@@ -53,6 +53,8 @@ def test_what_was_measured_is_shown_stored_and_drawn(
                 cells=256,
                 bytes=1 << 22,
                 resident=0,
+                most=768,
+                most_bytes=3 << 22,
                 perplexity=9.5,
                 divergence=0.02,
                 facts=4,
@@ -71,7 +73,14 @@ def test_what_was_measured_is_shown_stored_and_drawn(
     options = ("--model", str(model), "--output", str(stored), "--plot", str(drawn))
     outcome = run(*PART, "--lengths", "512,256", "--kv-budget", "300", *options)
     assert outcome.status == 0, outcome.err
-    assert "growing" in outcome.out
+    lines = outcome.out.splitlines()
+    assert lines[1].startswith("| ------: | ")  # a table in Markdown
+    assert [line.split("|")[1:3] for line in lines[2:10:4]] == [
+        ["     256 ", " off     "],
+        ["     512 ", " off     "],
+    ]
+    assert {len(line) for line in lines[:10]} == {len(lines[0])}
+    assert "1 of 4" in lines[2]
     assert (asked[0].lengths, asked[0].cells) == ((256, 512), 300)
     report = msgspec.json.decode(stored.read_bytes(), type=MemoryReport)
     assert [row.tokens for row in report.result.rows] == [256] * 4 + [512] * 4
