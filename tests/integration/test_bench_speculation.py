@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.cli.main import cli
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.daemons
 
 
 @pytest.mark.slow
