@@ -489,7 +489,7 @@ class StageCore:
             refused=self._refused,
             dropped=self._queue.dropped,
             restored=self.blocks.restored + self.joins.joined,
-            unfit=self.blocks.refused,
+            unfit=self.blocks.refused + self.joins.refused,
             evicted=self.pruning.cells,
             marked=self.landmarks.made,
             joined_landmarks=self.landmarks.joined,

@@ -88,7 +88,7 @@ def asked(
     return GenerationRequest(
         NAME,
         tokens=tuple(tokens),
-        max_tokens=12,
+        max_tokens=6,
         ignore_eos=True,
         sampling=SamplingParams(temperature=0.0, logprobs=True),
         join=JoinPlan(tuple(pieces), skip=SKIP) if join else None,
@@ -202,29 +202,32 @@ async def test_they_give_the_tokens_of_whole_pieces_pruned_to_the_same_cells(
         assert usage.joined_landmarks == 0
         assert usage.joined_tokens > 0
         assert exact != tokens
+        if len(at.ranks) > 1:
+            await lacking_and_damaged(at, shelves, parts)
 
 
-async def test_a_rank_without_them_takes_whole_pieces_and_damaged_ones_are_computed(
-    stored: tuple[ModelStore, Digest], parts: list[tuple[int, ...]]
+async def lacking_and_damaged(
+    at: RealPipeline, shelves: ToyShelves, parts: list[tuple[int, ...]]
 ) -> None:
-    async with made(stored, (11,), parts) as (at, shelves):
-        far = shelves.of(FAR).held
-        few = {name: kv for name, kv in far.items() if is_landmarks(name[3])}
-        size = sum(len(kv.keys) + len(kv.values) for kv in few.values())
-        assert size * 6 < sum(len(kv.keys) + len(kv.values) for kv in far.values())
-        for name in few:
-            if name[1] >= 11:  # the second rank's
-                del far[name]
-        _, usage = await answer(at, asked(parts))
-        assert usage.joined_landmarks == usage.joined_tokens > 0  # one rank is enough
-        views = [view for rank in at.ranks for view in rank.stages.views()]
-        assert [view.joined_landmarks for view in views] == [usage.joined_tokens, 0]
-        rng = random.Random(1)
-        for name, kv in few.items():
-            rows = bytearray(kv.values)
-            rows[rng.randrange(len(rows))] ^= 1
-            far[name] = LayerKv(kv.layer, kv.keys, bytes(rows))
-        plain, _ = await answer(at, asked(parts, join=False))
-        tokens, usage = await answer(at, asked(parts))
-        assert usage.joined_tokens == usage.joined_landmarks == 0
-        assert tokens == plain
+    """Check that a rank without landmarks takes whole pieces, and computes damaged ones."""
+    far, last = shelves.of(FAR).held, at.placement.ranks[-1].slice
+    few = {name: kv for name, kv in far.items() if is_landmarks(name[3])}
+    for name in few:
+        if name[1] >= last.first:
+            del far[name]
+    before = [view.joined_landmarks for rank in at.ranks for view in rank.stages.views()]
+    _, usage = await answer(at, asked(parts))
+    assert usage.joined_landmarks == usage.joined_tokens > 0  # one rank is enough
+    after = [view.joined_landmarks for rank in at.ranks for view in rank.stages.views()]
+    more = usage.joined_tokens
+    assert [b - a for a, b in zip(before, after, strict=True)] == [more, more, 0]
+    rng = random.Random(1)
+    for name, kv in few.items():
+        rows = bytearray(kv.values)
+        rows[rng.randrange(len(rows))] ^= 1
+        far[name] = LayerKv(kv.layer, kv.keys, bytes(rows))
+    plain, _ = await answer(at, asked(parts, join=False))
+    tokens, usage = await answer(at, asked(parts))
+    assert usage.joined_tokens == usage.joined_landmarks == 0
+    assert tokens == plain
+    assert all(view.unfit for rank in at.ranks for view in rank.stages.views())
