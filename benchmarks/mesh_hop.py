@@ -145,7 +145,7 @@ async def read_exactly(stream: Any, size: int) -> bytes:
 
 async def serve_stock() -> None:
     """Echo and swallow until killed."""
-    from multiaddr import Multiaddr  # type: ignore[import-untyped]
+    from multiaddr import Multiaddr  # type: ignore[import-untyped]  # it has no stubs
 
     async def echo(stream: Any) -> None:
         while True:

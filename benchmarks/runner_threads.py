@@ -103,7 +103,7 @@ async def through_runners(
         async with contextlib.AsyncExitStack() as stack:
             runners: list[SliceRunner] = []
             for path, part in paths:
-                spec = RunnerSpec("slice", str(path), part, N_CTX, 1, threads)
+                spec = RunnerSpec(str(path), part, N_CTX, 1, threads)
                 runner = await stack.enter_async_context(open_slice_runner(spec))
                 await runner.apply([OpenSequence(0, GREEDY if part.head else None)])
                 runners.append(runner)

@@ -14,7 +14,7 @@ _BaseNode: Any = stock().Node
 _Conf: Any = stock().SyncObjConf
 
 
-class Node(_BaseNode):  # type: ignore[misc]
+class Node(_BaseNode):  # type: ignore[misc]  # it is untyped
     """PySyncObj's ``Node``, with a number for its id: sets of them have one order everywhere."""
 
     id: int

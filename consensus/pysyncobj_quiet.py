@@ -41,7 +41,7 @@ Snapshot = tuple[int, int, Membership, bytes]
 """Index, term, who the members are there, and the state."""
 
 
-class QuietSyncObj(_SyncObj):  # type: ignore[misc]
+class QuietSyncObj(_SyncObj):  # type: ignore[misc]  # it is untyped
     """One node of PySyncObj that has no thread, no socket, no file and no pickle."""
 
     _SyncObj__conf: Any

@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -96,18 +95,16 @@ R = TypeVar("R", bound=AnyReply)
 
 
 class RunnerSpec(msgspec.Struct, frozen=True):
-    """What a runner is to load.
+    """Which slice a runner is to load, and how.
 
-    ``slice``, ``n_ctx`` and ``n_seq`` are for slices; ``threads`` is what
-    :func:`threads.default_threads` says where not given.  ``backend`` is one of
+    ``threads`` is what :func:`threads.default_threads` says where not given.  ``backend`` is one of
     ``backends.CHOICES``.
     """
 
-    kind: Literal["slice", "tokenizer"]
     path: str
-    slice: Slice | None = None
-    n_ctx: int = 0
-    n_seq: int = 0
+    slice: Slice
+    n_ctx: int
+    n_seq: int
     threads: int | None = None
     backend: str = DEFAULT
 
@@ -316,14 +313,6 @@ class TokenizerRunner(Runner):
         return await self._ask(request, expected, tail)
 
 
-AnyRunner = SliceRunner | TokenizerRunner
-
-
-def open_runner(spec: RunnerSpec) -> AbstractAsyncContextManager[AnyRunner]:
-    """Start a runner of either kind; see the two functions below."""
-    return open_slice_runner(spec) if spec.kind == "slice" else open_tokenizer_runner(spec.path)
-
-
 @contextlib.asynccontextmanager
 async def open_slice_runner(spec: RunnerSpec) -> AsyncIterator[SliceRunner]:
     """Start a process, load a slice in it and end the process with the context.
@@ -331,8 +320,6 @@ async def open_slice_runner(spec: RunnerSpec) -> AsyncIterator[SliceRunner]:
     Raises what loading raises (see ``backends.open_backend``) and :class:`RunnerFailed`.
     """
     part = spec.slice
-    if spec.kind != "slice" or part is None:
-        raise InvalidRequest("A slice runner needs a slice.", code="bad_parameter")
     threads = default_threads() if spec.threads is None else spec.threads
     async with start_process(f"layers {part} of {Path(spec.path).name}") as process:
         request = LoadSlice(

@@ -78,7 +78,6 @@ class LocalAssets:
         path = await self._fetch(model, key.slice, epoch, progress)
         progress("loading")
         spec = RunnerSpec(
-            kind="slice",
             path=str(path),
             slice=key.slice,
             n_ctx=key.n_ctx,

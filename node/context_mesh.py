@@ -60,8 +60,6 @@ from pyagent_node.sharding.context.shares import Share
 
 log = logging.getLogger("pyagent_node.context")
 
-COMMIT_SECONDS: Final = 30.0
-"""Longest wait for the log to take a context."""
 PUT_SECONDS: Final = 30.0
 """Longest time for a node to take the bodies of a document; then another one is tried."""
 

@@ -75,7 +75,7 @@ async def _loaded(
     path = str(await trio.to_thread.run_sync(store.make_slice, digest, whole))
     async with open_tokenizer_runner(path) as tokenizer:
         pieces = tuple(await tokenizer.pieces())
-    loading = RunnerSpec("slice", path, whole, spec.n_ctx, spec.n_seq, spec.threads)
+    loading = RunnerSpec(path, whole, spec.n_ctx, spec.n_seq, spec.threads)
     async with open_slice_runner(loading) as runner:
         model = ModelDrafters(spec.name, runner, pieces)
         with speculators.offering(CombinedDrafters(combined, suffix, model), model):

@@ -238,10 +238,6 @@ class AskerCore:
         """Take in accepted tokens."""
         self._history.extend(int(token) for token in tokens)
 
-    def reopened(self) -> None:
-        """A new stream knows nothing."""
-        self._told = 0
-
     def lags(self) -> bool:
         """Whether more is to be told than one question takes."""
         return len(self._history) - self._told > MAX_TOLD

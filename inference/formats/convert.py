@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -43,9 +43,7 @@ from pyagent_node.inference.models.model_file import ModelFile
 from pyagent_node.inference.models.slice_plan import vocabulary_plan
 
 Format = Literal["safetensors", "gguf"]
-FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 Type = Literal["f16", "f32"]
-TYPES: Final[tuple[Type, ...]] = get_args(Type)
 _DTYPES: Final[dict[Type, Float]] = {"f16": np.float16, "f32": np.float32}
 _PUBLIC: Final = 0o644
 _KEPT: Final = (

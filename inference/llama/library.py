@@ -64,7 +64,7 @@ class _LogSink:
 _sink = _LogSink()
 
 
-@lc.llama_log_callback  # type: ignore[untyped-decorator]
+@lc.llama_log_callback  # type: ignore[untyped-decorator]  # of ctypes
 def _on_log(level: int, text: bytes, _data: int | None) -> None:
     _sink.write(level, text.decode("utf-8", "replace"))
 
@@ -160,7 +160,7 @@ class Model:
 
     def close(self) -> None:
         """Free the model; idempotent."""
-        handle, self.handle = self.handle, None  # type: ignore[assignment]
+        handle, self.handle = self.handle, None  # type: ignore[assignment]  # nobody asks again
         if handle:
             lc.llama_model_free(handle)
 

@@ -30,11 +30,6 @@ class CopyPlan(NamedTuple):
     size: int
     needs: tuple[ByteRange, ...]
 
-    @property
-    def needed_bytes(self) -> int:
-        """Bytes of the source that are needed."""
-        return sum(stop - start for start, stop in self.needs)
-
 
 def copy_plan(segments: Sequence[Segment], also: Iterable[ByteRange] = ()) -> CopyPlan:
     """Return the plan for ``segments``; ``also`` are bytes that the maker of the plan read."""

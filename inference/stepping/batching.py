@@ -156,14 +156,6 @@ def is_prefill(drafts: int, position: int, n: int) -> bool:
     return (n > MAX_DECODE_ROWS and not drafts) or position == 0
 
 
-def plan_calls(
-    steps: Sequence[StepShape], widths: Sequence[int], shapes: Sequence[Shape] = ()
-) -> list[Call]:
-    """Return the calls for ``steps`` if all of every step is computed; see :class:`CallPlanner`."""
-    planner = CallPlanner(steps, preference(widths, shapes))
-    return list(iter(planner.next, None))
-
-
 def _pieces(step: StepShape) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of the pieces between canonical boundaries."""
     offset = 0

@@ -180,7 +180,7 @@ class _Server(TCPServer):
         try:
             async with TaskGroup() as tasks:
                 self._task_group = tasks
-                self.protocol = _Http1(  # type: ignore[assignment]
+                self.protocol = _Http1(  # type: ignore[assignment]  # without its wrapper
                     self.app,
                     self.config,
                     self.context,
@@ -212,6 +212,7 @@ class ApiServer:
         self._options = options
         self._drain = drain
         self._config = _config(options)
+        # hypercorn's own name for an ASGI application is narrower
         self._app = wrap_app(app, self._config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
         self._context = WorkerContext(None)
         self._open: set[_Connection] = set()
@@ -283,7 +284,7 @@ class ApiServer:
                 self._config,
                 self._context,
                 state,
-                connection,  # type: ignore[arg-type]
+                connection,  # type: ignore[arg-type]  # it reads and closes alike
             )
         except* (OSError, _NotHttp1) as group:
             log.debug("a connection ended: %s", group.exceptions[0])

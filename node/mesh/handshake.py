@@ -105,7 +105,7 @@ class _Raw(IRawConnection):
     def get_remote_address(self) -> tuple[str, int] | None:
         return self.wire.remote()
 
-    def get_transport_addresses(self) -> list[object]:  # pyright: ignore
+    def get_transport_addresses(self) -> list[object]:  # pyright: ignore  # multiaddr is untyped
         return []
 
     def get_connection_type(self) -> ConnectionType:

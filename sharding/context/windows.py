@@ -80,7 +80,8 @@ def _parts(text: str) -> Iterator[tuple[list[_Span], bool]]:
     """Yield runs of lines that make sentences, and single lines that do not."""
     held: list[_Span] = []
     for line in _LINE.finditer(text):
-        start = line.start() + _MARK.match(line[0]).end()  # type: ignore[union-attr]
+        mark = _MARK.match(line[0])
+        start = line.start() + (mark.end() if mark else 0)
         body = text[start : line.end()].rstrip()
         begins_small = body[:1].islower()
         last = text[held[-1][0] : held[-1][1]] if held else ""

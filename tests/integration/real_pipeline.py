@@ -85,7 +85,7 @@ async def open_real_pipeline(
         runners = []
         for rank, backend in zip(ranks, backends or ["llama.cpp"] * count, strict=True):
             path = await trio.to_thread.run_sync(store.make_slice, digest, rank.slice)
-            spec = RunnerSpec("slice", str(path), rank.slice, n_ctx, n_seq, backend=backend)
+            spec = RunnerSpec(str(path), rank.slice, n_ctx, n_seq, backend=backend)
             runners.append(await stack.enter_async_context(open_slice_runner(spec)))
         tokenizer = await stack.enter_async_context(open_tokenizer_runner(str(file.path)))
         table = stack.enter_context(EmbeddingTable(file))

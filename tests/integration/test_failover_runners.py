@@ -131,7 +131,7 @@ class World:
 
         async def hold() -> None:
             backend = self._backends.get(node, "llama.cpp")
-            spec = RunnerSpec("slice", str(path), part, N_CTX, N_SEQ, backend=backend)
+            spec = RunnerSpec(str(path), part, N_CTX, N_SEQ, backend=backend)
             async with open_slice_runner(spec) as runner:
                 self.runners[node, part] = runner
                 loaded.set()

@@ -388,7 +388,7 @@ def test_a_slice_whose_cells_are_hidden_says_so(
 
 
 async def test_a_runner_prunes_between_steps(file: Path, loaded: LlamaBackend) -> None:
-    spec = RunnerSpec("slice", str(file), PART, n_ctx=N_CTX, n_seq=N_SEQ, threads=1)
+    spec = RunnerSpec(str(file), PART, n_ctx=N_CTX, n_seq=N_SEQ, threads=1)
     async with open_slice_runner(spec) as runner:
         assert runner.info.prunes
         await runner.apply([OpenSequence(0), OpenSequence(1), WatchSequence(0, window=4)])

@@ -29,7 +29,7 @@ from pyagent_node.inference.backend import (
 )
 from pyagent_node.inference.llama.backend import LlamaBackend
 from pyagent_node.inference.models.slicing import write_slice
-from pyagent_node.inference.runner import RunnerSpec, SliceRunner, open_runner, open_slice_runner
+from pyagent_node.inference.runner import RunnerSpec, SliceRunner, open_slice_runner
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_codec import KvShape
 
@@ -53,7 +53,7 @@ def spec_of(bundled_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sp
         path = folder / f"{part}.gguf"
         if not path.exists():
             write_slice(bundled_model, part, path)
-        return RunnerSpec("slice", str(path), part, n_ctx=N_CTX, n_seq=3, threads=1)
+        return RunnerSpec(str(path), part, n_ctx=N_CTX, n_seq=3, threads=1)
 
     return make
 
@@ -219,12 +219,9 @@ async def test_a_file_that_cannot_be_loaded_is_an_error_and_no_process_is_left(
     path = tmp_path / "cut.gguf"
     await trio.Path(path).write_bytes((await trio.Path(spec.path).read_bytes())[:100_000])
     with pytest.raises(CorruptData) as caught:
-        async with open_runner(RunnerSpec("slice", str(path), MIDDLE, 64, 1, 1)):
+        async with open_slice_runner(RunnerSpec(str(path), MIDDLE, 64, 1, 1)):
             pass
     assert caught.value.code == "gguf_truncated"
-    with pytest.raises(InvalidRequest):
-        async with open_runner(RunnerSpec("slice", str(path))):
-            pass
 
 
 PARENT = """
@@ -233,7 +230,7 @@ from pyagent_node.base.types import Slice
 from pyagent_node.inference.backend import OpenSequence, StepInput
 from pyagent_node.inference.runner import RunnerSpec, open_slice_runner
 async def main():
-    spec = RunnerSpec("slice", sys.argv[1], Slice(10, 13, False), 1100, 1, 1)
+    spec = RunnerSpec(sys.argv[1], Slice(10, 13, False), 1100, 1, 1)
     async with open_slice_runner(spec) as runner:
         await runner.apply([OpenSequence(0)])
         print(runner.pid, flush=True)

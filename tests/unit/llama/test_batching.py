@@ -12,7 +12,6 @@ from pyagent_node.inference.stepping.batching import (
     CallPlanner,
     Shape,
     StepShape,
-    plan_calls,
     preference,
 )
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
@@ -31,6 +30,13 @@ def steps(draw: st.DrawFn) -> list[StepShape]:
         guesses = position > 0 and 1 < n <= MAX_DRAFTS + 1 and draw(st.booleans())
         got.append(StepShape(seq, position, n, n - 1 if guesses else 0))
     return got
+
+
+def plan_calls(
+    shapes: list[StepShape], widths: tuple[int, ...], joint: tuple[Shape, ...] = ()
+) -> list[Call]:
+    """Return the calls if all of every step is computed."""
+    return list(iter(CallPlanner(shapes, preference(widths, joint)).next, None))
 
 
 def rows_of(calls: list[Call], step: int) -> list[tuple[int, int]]:
