@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from pyagent_node.base.errors import NotFound
-from pyagent_node.inference.generation import ChatMessage
+from pyagent_node.inference.generation import ChatMessage, Usage
 from pyagent_node.inference.kv.pieces import Piece
 from pyagent_node.node.answers import Answer, Ask, ContextChoice
 from pyagent_node.node.api.context_schema import HitView, QueryReply, QueryRequest
@@ -100,6 +100,31 @@ async def test_citations_and_usage_are_told(at):
         "score": 0.5,
     }
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "joined_tokens": 0}
+
+
+async def test_what_came_as_landmarks_is_told_where_there_was_any(at, monkeypatch):
+    api, _ = at
+
+    def usage(*args: object, **more: object) -> Usage:
+        return msgspec.structs.replace(
+            Usage(*args, **more),  # type: ignore[arg-type]
+            joined_tokens=200,
+            joined_landmarks=120,
+        )
+
+    monkeypatch.setattr("pyagent_node.simulations.word_engine.Usage", usage)
+    body = (await api.http.post("/v1/chat/completions", json=BODY)).json()
+    told = {"cached_tokens": 0, "joined_tokens": 200, "joined_landmarks": 120}
+    assert body["usage"]["prompt_tokens_details"] == told
+
+    def run():
+        with Client(api.url, TOKEN) as client:
+            messages = (ChatMessage("user", "where is it"),)
+            ask = Ask(model="words", messages=messages, context=ContextChoice(name="docs"))
+            return list(client.generate(ask))[-1]
+
+    answer = await trio.to_thread.run_sync(run)
+    assert (answer.joined_tokens, answer.joined_landmarks) == (200, 120)
 
 
 async def test_a_stream_tells_its_citations_first_and_once(at):
