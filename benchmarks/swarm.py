@@ -195,7 +195,7 @@ def _start_all(nodes: list[LocalNode], say: Say) -> None:
     first, others = nodes[0], nodes[1:]
     create_mesh(first.home, "local", "private", node_name=first.name, clock=time.time)
     deadline = time.monotonic() + START_SECONDS
-    say(f"Starting {len(nodes)} daemons ...")
+    say(f"Starting {len(nodes)} daemon{'s' if len(nodes) > 1 else ''} ...")
     start_process(first)
     await_up(first, deadline)
     joins = [(node, begin_join(first, node)) for node in others]

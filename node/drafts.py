@@ -17,6 +17,7 @@ from pyagent_node.base.types import (
     PeerId,
     Placement,
     Rank,
+    Slice,
     backend_of,
 )
 from pyagent_node.consensus.commands import ModelRecord
@@ -349,6 +350,11 @@ def _model(draft: Draft, digest: Digest) -> str:
     return draft.models.get(digest, digest[:12])
 
 
+def _layers(part: Slice) -> str:
+    """Return a slice as tables show it: first and last layer."""
+    return f"{part.first}-{part.last - 1}{' + head' if part.head else ''}"
+
+
 def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
     """Say what would be different."""
     before = draft.before
@@ -364,22 +370,20 @@ def _changes(draft: Draft, name: Callable[[PeerId], str]) -> list[str]:
         lines.append(f"activations cross in {draft.activations or EXACT_ACTIVATIONS}")
     old = {rank.slice: rank for rank in before.ranks}
     for rank in draft.ranks:
-        was = old.get(rank.slice)
+        was, layers = old.get(rank.slice), _layers(rank.slice)
         if was is None:
-            lines.append(f"layers {rank.slice} are cut anew, for {name(rank.peer_id)}")
+            lines.append(f"layers {layers} are cut anew, for {name(rank.peer_id)}")
             continue
         if was.peer_id != rank.peer_id:
-            lines.append(
-                f"layers {rank.slice} move from {name(was.peer_id)} to {name(rank.peer_id)}"
-            )
+            lines.append(f"layers {layers} move from {name(was.peer_id)} to {name(rank.peer_id)}")
         now_with = backend_of(draft.backends, rank.peer_id)
         if backend_of(before.backends, was.peer_id) != now_with:
-            lines.append(f"layers {rank.slice} are computed with: {now_with}")
+            lines.append(f"layers {layers} are computed with: {now_with}")
         for what, now, then in (
             ("standbys", rank.standbys, was.standbys),
             ("spares", rank.spares, was.spares),
         ):
             if now != then:
                 names = ", ".join(map(name, now)) or "none"
-                lines.append(f"{what} of layers {rank.slice}: {names}")
+                lines.append(f"{what} of layers {layers}: {names}")
     return lines

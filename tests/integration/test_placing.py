@@ -115,7 +115,7 @@ async def test_planning_changes_nothing_and_applying_does(
 
         moved = LoadRequest(model=name, layers=(15,), nodes=("n0", "n2"), standbys=1)
         plan = await b.models.plan(moved, ignore)
-        assert "layers 15-30+head move from n1 to n2" in plan.changes
+        assert "layers 15-29 + head move from n1 to n2" in plan.changes
         assert placement(a).epoch == 1
         answers: list[list[int]] = []
         begun = trio.Event()
