@@ -28,6 +28,8 @@ MAX_SECONDS: Final = 10 * 366 * 86_400
 """The longest time in a policy: ten years."""
 MAX_TOKENS: Final = 1 << 48
 """The most tokens in a policy."""
+MAX_HORIZON: Final = 1 << 40
+"""The highest horizon: a version far above others must not leave no room for new ones."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -40,6 +42,8 @@ class ContextInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     ``centre`` is the mean of the encoder's vectors of some fixed texts (float16, little-endian), as
     the node that made the context measured it: machines round differently, and all are to make the
     same sketches.  Empty for encoders that need none.
+    New versions have counters above ``horizon``, which was said at ``raised`` (Unix seconds) by the
+    entry ``raised_index`` of the log; removals up to ``floor`` are forgotten.
     """
 
     name: str
@@ -49,6 +53,10 @@ class ContextInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     created: int
     spread: bool = False
     centre: bytes = b""
+    horizon: int = 0
+    raised: int = 0
+    raised_index: int = 0
+    floor: int = 0
 
 
 def check_context_name(name: str) -> str:

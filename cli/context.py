@@ -222,6 +222,9 @@ def _show(app: App, reply: DocumentsReply) -> None:
         f"  sketches ({size(view.sketch_bytes)}) {where}, {size(view.sketch_bytes_here)} on this"
         f" one: {view.spread_why}"
     )
+    if view.removals:
+        until = f"; waiting for {len(view.removals_wait_for)}" if view.removals_wait_for else ""
+        app.out.text(f"  {view.removals} removals, kept until every member has them{until}")
     if not reply.documents:
         app.out.note(f"It is empty. Next: `pyagent-node context add {view.name} FOLDER`.")
         return

@@ -12,6 +12,7 @@ import struct
 from pyagent_node.base.contexts import (
     CONTEXT_ID_BYTES,
     MAX_CENTRE,
+    MAX_HORIZON,
     ContextInfo,
     check_context_name,
     check_policy,
@@ -25,6 +26,7 @@ from pyagent_node.consensus.commands import (
     BurnTicket,
     Checkpoint,
     ClaimSession,
+    CollectContext,
     Command,
     CreateContext,
     DropCheckpoints,
@@ -34,6 +36,7 @@ from pyagent_node.consensus.commands import (
     ModelRecord,
     PreparePlacement,
     PutCheckpoints,
+    RaiseContext,
     RegisterModel,
     RemoveMember,
     RemovePlacement,
@@ -121,9 +124,14 @@ def _check_contexts(command: Command) -> None:
     match command:
         case CreateContext():
             _context(command.context)
-        case DropContext() | SpreadContext():
+        case DropContext() | SpreadContext() | RaiseContext() | CollectContext():
             check_context_name(command.name)
             _ensure(len(command.id) == CONTEXT_ID_BYTES, "id", "its length")
+            if isinstance(command, RaiseContext):
+                _number("horizon", command.horizon, 1, MAX_HORIZON)
+                _number("at", command.at, 0)
+            elif isinstance(command, CollectContext):
+                _number("floor", command.floor, 1, MAX_HORIZON)
         case _:
             pass
 
@@ -138,6 +146,8 @@ def _context(record: ContextInfo) -> None:
     _ensure(size <= MAX_CENTRE and not size % 2, "centre", "its length")
     numbers = struct.unpack(f"<{size // 2}e", record.centre)
     _ensure(all(-1 <= number <= 1 for number in numbers), "centre", "a number in it")
+    later = (record.horizon, record.raised, record.raised_index, record.floor)
+    _ensure(not any(later), "horizon", record.horizon)
 
 
 def _check_members(command: Command) -> None:

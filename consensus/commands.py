@@ -310,6 +310,30 @@ class SpreadContext(msgspec.Struct, frozen=True, tag="spread_context"):
     spread: bool
 
 
+class RaiseContext(msgspec.Struct, frozen=True, tag="raise_context"):
+    """Have new versions of a context's documents count from above ``horizon`` on.
+
+    ``at`` is the proposer's clock (Unix seconds).  One that is not higher than the last, or while
+    the last is not collected yet, is a :class:`Conflict` (``stale_horizon``).
+    """
+
+    name: str
+    id: ContextId
+    horizon: int
+    at: int
+
+
+class CollectContext(msgspec.Struct, frozen=True, tag="collect_context"):
+    """Have all members forget a context's removals up to ``floor``: every one has seen them.
+
+    Another one than the horizon is a :class:`Conflict` (``stale_horizon``).
+    """
+
+    name: str
+    id: ContextId
+    floor: int
+
+
 Command = (
     AdmitMember
     | RevokeMember
@@ -333,6 +357,8 @@ Command = (
     | CreateContext
     | DropContext
     | SpreadContext
+    | RaiseContext
+    | CollectContext
 )
 
 COMMANDS: Codec[Command] = Codec(
@@ -359,4 +385,6 @@ COMMANDS: Codec[Command] = Codec(
     CreateContext,
     DropContext,
     SpreadContext,
+    RaiseContext,
+    CollectContext,
 )

@@ -8,7 +8,13 @@ from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.errors import Conflict, NotFound
 from pyagent_node.base.types import ContextId
 from pyagent_node.consensus.cluster import State, room
-from pyagent_node.consensus.commands import CreateContext, DropContext, SpreadContext
+from pyagent_node.consensus.commands import (
+    CollectContext,
+    CreateContext,
+    DropContext,
+    RaiseContext,
+    SpreadContext,
+)
 
 MAX_CONTEXTS = 1024
 
@@ -43,6 +49,33 @@ def drop(state: State, command: DropContext) -> State:
     _known(state, command.name, command.id)
     rest = {name: each for name, each in state.contexts.items() if name != command.name}
     return msgspec.structs.replace(state, contexts=rest)
+
+
+def raise_horizon(state: State, command: RaiseContext) -> State:
+    """Have new versions count from above a horizon on."""
+    known = _known(state, command.name, command.id)
+    if known.floor != known.horizon or command.horizon <= known.horizon:
+        raise _stale(known)
+    new = msgspec.structs.replace(
+        known, horizon=command.horizon, raised=command.at, raised_index=state.index + 1
+    )
+    return msgspec.structs.replace(state, contexts={**state.contexts, new.name: new})
+
+
+def collect(state: State, command: CollectContext) -> State:
+    """Have removals up to the horizon forgotten."""
+    known = _known(state, command.name, command.id)
+    if command.floor != known.horizon or command.floor <= known.floor:
+        raise _stale(known)
+    new = msgspec.structs.replace(known, floor=command.floor)
+    return msgspec.structs.replace(state, contexts={**state.contexts, new.name: new})
+
+
+def _stale(known: ContextInfo) -> Conflict:
+    return Conflict(
+        f"The context {known.name!r} has the horizon {known.horizon} and the floor {known.floor}.",
+        code="stale_horizon",
+    )
 
 
 def _known(state: State, name: str, context: ContextId) -> ContextInfo:

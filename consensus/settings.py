@@ -32,6 +32,9 @@ MESH_SETTINGS: Final[Mapping[str, MeshSetting]] = {
     "context_patience": MeshSetting(
         60, 1, 86_400, "seconds that a node may be away before others get its chunks of contexts"
     ),
+    "context_grace": MeshSetting(
+        86_400, 1, 10 * 366 * 86_400, "seconds before the record of a removed document may go"
+    ),
     "context_index_bytes": MeshSetting(
         1 << 28, 0, 1 << 50, "bytes of sketches of contexts on every node; larger ones are spread"
     ),

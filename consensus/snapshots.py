@@ -215,6 +215,8 @@ def check_invariants(state: State) -> None:
         )
         and all(key == c.name for key, c in state.contexts.items())
         and len({c.id for c in state.contexts.values()}) == len(state.contexts)
+        and all(0 <= c.floor <= c.horizon for c in state.contexts.values())
+        and all(c.raised_index <= state.index for c in state.contexts.values())
         and all(0 < epoch <= state.last_epoch for epoch in epochs)
         and len(set(epochs)) == len(epochs)
         and len(set(live)) == len(live)

@@ -22,6 +22,7 @@ from pyagent_node.consensus.commands import (
     AdmitMember,
     BurnTicket,
     ClaimSession,
+    CollectContext,
     Command,
     CreateContext,
     DropCheckpoints,
@@ -30,6 +31,7 @@ from pyagent_node.consensus.commands import (
     ForgetModel,
     PreparePlacement,
     PutCheckpoints,
+    RaiseContext,
     RegisterModel,
     RemoveMember,
     RemovePlacement,
@@ -115,6 +117,10 @@ def _step(state: State, command: Command) -> State:
             return context_changes.drop(state, command)
         case SpreadContext():
             return context_changes.spread(state, command)
+        case RaiseContext():
+            return context_changes.raise_horizon(state, command)
+        case CollectContext():
+            return context_changes.collect(state, command)
 
 
 def _set(state: State, command: SetMeshSetting) -> State:

@@ -7,7 +7,7 @@ before a call or after it.  Errors of SQLite are mapped here.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.files import make_private_dir, map_os_error
 from pyagent_node.base.types import ContextId
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.records import ChunkId
 
 FILE: Final = "contexts.sqlite"
@@ -39,6 +40,9 @@ PRAGMA user_version = 1;
 _LATER_TABLES: Final = """
 CREATE TABLE IF NOT EXISTS parts (
     id BLOB PRIMARY KEY NOT NULL, context BLOB NOT NULL, data BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS standings (
+    context BLOB PRIMARY KEY NOT NULL, covered INTEGER NOT NULL, settled INTEGER NOT NULL
 );
 """
 """Made in files of earlier versions too, which do not look at them."""
@@ -138,19 +142,27 @@ class Database:
         self._write("DELETE FROM bodies WHERE id = ?", [(chunk,) for chunk in ids])
         self._shrink()
 
-    def delete_record(self, context: ContextId, source: str) -> None:
-        """Forget a record and when it was used."""
+    def standings(self) -> list[tuple[ContextId, Standing]]:
+        """Return how far this node is with each context."""
+        rows = self._all("SELECT context, covered, settled FROM standings")
+        return [
+            (ContextId(context), Standing(covered, settled)) for context, covered, settled in rows
+        ]
+
+    def put_standing(self, context: bytes, standing: Standing, gone: Iterable[str]) -> None:
+        """Keep how far this node is with a context, and forget some records of it, at once."""
+        rows = [(context, source) for source in gone]
         with self._transaction() as connection:
-            for table in ("records", "uses"):
-                connection.execute(
-                    f"DELETE FROM {table} WHERE context = ? AND source = ?",  # noqa: S608 - fixed names
-                    (context, source),
-                )
+            connection.executemany("DELETE FROM records WHERE context = ? AND source = ?", rows)
+            connection.executemany("DELETE FROM uses WHERE context = ? AND source = ?", rows)
+            connection.execute(
+                "INSERT OR REPLACE INTO standings VALUES (?, ?, ?)", (context, *standing)
+            )
 
     def delete_context(self, context: ContextId) -> None:
         """Forget all of a context."""
         with self._transaction() as connection:
-            for table in ("records", "uses", "bodies", "parts"):
+            for table in ("records", "uses", "bodies", "parts", "standings"):
                 connection.execute(f"DELETE FROM {table} WHERE context = ?", (context,))  # noqa: S608
         self._shrink()
 

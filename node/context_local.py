@@ -106,6 +106,10 @@ class LocalContexts:
         """See ``ContextMesh``: there is nowhere else."""
         return 1 << 62
 
+    def held_up(self, context: ContextId) -> tuple[PeerId, ...]:
+        """See ``ContextMesh``: there is nobody to wait for."""
+        return ()
+
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """See ``ContextMesh``."""
         await self._store.put_bodies(bodies)

@@ -25,12 +25,13 @@ from pyagent_node.base.contexts import (
     check_context_name,
     check_policy,
 )
-from pyagent_node.base.errors import NotFound, PyAgentError, Unavailable
+from pyagent_node.base.errors import Conflict, NotFound, PyAgentError, Unavailable
 from pyagent_node.base.limits import MIB
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.consensus.commands import CreateContext, DropContext
 from pyagent_node.consensus.port import Consensus
+from pyagent_node.consensus.state import is_member
 from pyagent_node.node.context_client import MOVE_SECONDS, ContextClient
 from pyagent_node.node.context_keeper import SketchKeeper
 from pyagent_node.node.context_messages import PROTOCOL
@@ -38,6 +39,7 @@ from pyagent_node.node.context_mover import Mover
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_search import ContextSearch
 from pyagent_node.node.context_server import ContextServer, Models
+from pyagent_node.node.context_settling import Settler
 from pyagent_node.node.context_steward import BucketSteward
 from pyagent_node.node.context_sync import RecordSync
 from pyagent_node.node.kv_vault import Offload, in_thread
@@ -159,6 +161,15 @@ class ContextService:
             seconds=pace.steward,
             settle=pace.settle,
         )
+        self.settler = Settler(
+            consensus,
+            self.client,
+            store,
+            self.reach,
+            sync=self.sync,
+            clock=clock,
+            seconds=pace.steward,
+        )
         self.published = 0
         """Documents that were added or removed at this node."""
         self._consensus = consensus
@@ -167,6 +178,8 @@ class ContextService:
         self._stale: set[PeerId] = set()
         self._stale_seen = trio.Event()
         self.server.on_records = self.sync.merge
+        self.server.applied = self.sync.applied
+        self.sync.settler = self.settler
         self.sync.on_news = self._news
         self.mover.on_change = self.keeper.wake
         self.searcher.on_stale = self._is_stale
@@ -178,6 +191,7 @@ class ContextService:
             nursery.start_soon(self.mover.run)
             nursery.start_soon(self.keeper.run)
             nursery.start_soon(self.steward.run)
+            nursery.start_soon(self.settler.run)
             nursery.start_soon(self._catch_up)
 
     # ---- the port ----------------------------------------------------------------------------
@@ -220,7 +234,12 @@ class ContextService:
 
     def catalog(self, context: ContextId) -> Catalog:
         """See ``ContextMesh``."""
-        return self.store.catalog(context)
+        info = self._info(context)
+        return self.settler.catalog(info) if info is not None else self.store.catalog(context)
+
+    def held_up(self, context: ContextId) -> tuple[PeerId, ...]:
+        """See ``ContextMesh``."""
+        return self.settler.held_up(context)
 
     def share(self, context: ContextId) -> Share:
         """See ``ContextMesh``."""
@@ -239,10 +258,12 @@ class ContextService:
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """See ``ContextMesh``; raises :class:`Unavailable` (``no_owner``)."""
         encoded = encode_record(record)
+        self._check_version(record)
         if bodies:
             await self._place(record, bodies)
         if self._spread(record.context):
             encoded = encode_record(bare(record, record_digest(encoded)))
+        self._check_version(record)  # and merging begins before the log can move on
         await self.sync.merge([encoded])
         self.published += 1
         await self.sync.tell(encoded)
@@ -291,9 +312,35 @@ class ContextService:
 
     # ---- parts -------------------------------------------------------------------------------
 
-    def _spread(self, context: ContextId) -> bool:
+    def _info(self, context: ContextId) -> ContextInfo | None:
         infos = self._consensus.state.contexts.values()
-        return any(info.id == context and info.spread for info in infos)
+        return next((info for info in infos if info.id == context), None)
+
+    def _spread(self, context: ContextId) -> bool:
+        info = self._info(context)
+        return info is not None and info.spread
+
+    def _check_version(self, record: DocumentRecord) -> None:
+        """Raise :class:`Conflict` (``context_version_old``) for what nobody would take any more.
+
+        And :class:`Unavailable` (``context_not_member``) as long as this node's copy of the log
+        does not say that it is a member: it may not know yet what new versions count from.
+        """
+        members = self._consensus.state.members
+        own = members.get(self.peer_id)
+        if members and (own is None or not is_member(own)):
+            raise Unavailable(
+                "This node is no member of the mesh, as far as it knows.",
+                code="context_not_member",
+                remedy="If it has just joined, try again in a moment.",
+            )
+        lowest = self.catalog(record.context).lowest
+        if record.version.counter <= lowest:
+            raise Conflict(
+                f"New versions count from above {lowest} by now.",
+                code="context_version_old",
+                remedy="Make it anew with another version.",
+            )
 
     def _locate(self, chunk: ChunkId) -> tuple[DocumentRecord, int] | None:
         for info in self._consensus.state.contexts.values():

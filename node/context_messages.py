@@ -56,7 +56,8 @@ class ContextSummary(msgspec.Struct, frozen=True, array_like=True):
     """``digest`` covers all records of a context: equal ones hold the same records.
 
     ``groups`` are those of spread sketches that the node holds in full, of the chunks that
-    ``marks`` is the digest of, as the owner that it is at ``epoch``.
+    ``marks`` is the digest of, as the owner that it is at ``epoch``.  ``covered`` and ``settled``
+    say how far the node is with forgetting removals (``sharding.context.collecting``).
     """
 
     context: bytes
@@ -64,13 +65,20 @@ class ContextSummary(msgspec.Struct, frozen=True, array_like=True):
     groups: int = 0
     marks: bytes = b""
     epoch: int = 0
+    covered: int = 0
+    settled: int = 0
 
 
 class Summary(msgspec.Struct, frozen=True, tag="summary"):
-    """``capacity`` is the bytes that the node offers for bodies; 0: it holds none."""
+    """``capacity`` is the bytes that the node offers for bodies; 0: it holds none.
+
+    All that the node took in up to the index ``applied`` of the log shows; -1: an earlier version
+    of this program does not say.
+    """
 
     contexts: tuple[ContextSummary, ...]
     capacity: int
+    applied: int = -1
 
 
 class AskSlots(msgspec.Struct, frozen=True, tag="ask_slots"):

@@ -134,6 +134,8 @@ class ContextServer:
         """Bytes of bodies that peers had held here."""
         self.on_records: Callable[[Sequence[bytes]], Awaitable[int]] = store.merge
         """Takes records that a peer brought; returns how many were news."""
+        self.applied: Callable[[], int] = lambda: consensus.state.index
+        """Returns the index of the log up to which all that was taken in shows."""
         self._mesh = mesh
         self._consensus = consensus
         self._store = store
@@ -205,10 +207,16 @@ class ContextServer:
         self._check_member(peer)
         known = sorted(self._consensus.state.contexts.values(), key=lambda info: info.id)
         contexts = tuple(
-            ContextSummary(each.id, self.digest(each.id), *self._sketched(each), self._reach.epoch)
+            ContextSummary(
+                each.id,
+                self.digest(each.id),
+                *self._sketched(each),
+                self._reach.epoch,
+                *self._store.catalog(each.id).standing,
+            )
             for each in known
         )
-        return Summary(contexts, self._store.limit_bytes), b""
+        return Summary(contexts, self._store.limit_bytes, self.applied()), b""
 
     def _sketched(self, info: ContextInfo) -> tuple[int, bytes]:
         """Return the groups of spread sketches that are here in full, and what marks those."""
@@ -311,9 +319,12 @@ class ContextServer:
         return Bodies(looked), pack(parts)
 
     def stale(self, body: ChunkBody) -> bool:
-        """Whether a newer version of the chunk's document is known here."""
-        known = self._store.catalog(body.context).get(body.source)
-        return known is not None and known.record.version > body.version
+        """Whether a newer version of the chunk's document is known here, or that it was removed."""
+        catalog = self._store.catalog(body.context)
+        known = catalog.get(body.source)
+        if known is None:
+            return not catalog.behind and catalog.refused(body.version)
+        return known.record.version > body.version
 
     async def _scores(self, peer: PeerId, ask: AskScores, tail: bytes) -> tuple[Scores, bytes]:
         self._check_member(peer)

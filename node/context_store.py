@@ -19,6 +19,7 @@ from pyagent_node.base.errors import CorruptData, LimitExceeded, PyAgentError
 from pyagent_node.base.types import ContextId
 from pyagent_node.node.context_database import Database, Held
 from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.record_codec import (
     bare,
     decode_body,
@@ -47,6 +48,7 @@ class _Loaded(NamedTuple):
     bodies: dict[ChunkId, Held]
     uses: list[tuple[ContextId, str, int]]
     parts: list[tuple[ContextId, ChunkId, Part]]
+    standings: list[tuple[ContextId, Standing]]
 
 
 class SqliteContextStore:
@@ -69,6 +71,8 @@ class SqliteContextStore:
         for context, source, at in loaded.uses:
             self.catalog(context).use({source: at})
             self._written_uses[context, source] = at
+        for context, standing in loaded.standings:
+            self.catalog(context).standing = standing
 
     @property
     def used_bytes(self) -> int:
@@ -120,7 +124,7 @@ class SqliteContextStore:
             if rows:
                 await _in_thread(lambda: self._database.put_records(rows))
             for record, data in news.values():
-                self.catalog(record.context).merge(record, data)
+                self.catalog(record.context).adopt(record, data)
             return len(news)
 
     async def put_bodies(self, bodies: Sequence[ChunkBody]) -> None:
@@ -203,12 +207,39 @@ class SqliteContextStore:
             for known in found:
                 catalog.make_bare(known.record.source)
 
-    async def forget_source(self, context: ContextId, source: str) -> None:
+    async def adopt(self, context: ContextId, records: Sequence[bytes], floor: int) -> int:
+        """See ``ContextStore``."""
+        encoded = [bytes(data) for data in records]
+        decoded = await _in_thread(lambda: [decode_record(data) for data in encoded])
+        async with self._writing:
+            catalog = self.catalog(context)
+            news = [
+                (record, data)
+                for record, data in zip(decoded, encoded, strict=True)
+                if catalog.adopts(record, record_digest(data), floor)
+            ]
+            rows = [(context, record.source, data) for record, data in news]
+            await _in_thread(lambda: self._database.put_records(rows))
+            for record, data in news:
+                catalog.adopt(record, data)
+            return len(news)
+
+    async def stand(
+        self, context: ContextId, standing: Standing, gone: Mapping[str, bytes]
+    ) -> None:
         """See ``ContextStore``."""
         async with self._writing:
-            await _in_thread(lambda: self._database.delete_record(context, source))
-            self.catalog(context).forget(source)
-            self._written_uses.pop((context, source), None)
+            catalog = self.catalog(context)
+            sources = [
+                source
+                for source, digest in gone.items()
+                if (known := catalog.get(source)) is not None and known.digest == digest
+            ]
+            await _in_thread(lambda: self._database.put_standing(context, standing, sources))
+            catalog.standing = standing
+            for source in sources:
+                catalog.forget(source)
+                self._written_uses.pop((context, source), None)
 
     async def use(self, context: ContextId, uses: Mapping[str, int]) -> None:
         """See ``ContextStore``; a time that is hardly later than the written one is not written."""
@@ -267,13 +298,18 @@ def _load(database: Database) -> _Loaded:
             log.error(
                 "the record of %r in context %s is given up: %s", source, context.hex(), error
             )
+            # What is lacking now must not pass for removed: this node begins anew with the context.
+            gone = [source] if isinstance(error, CorruptData) else []
+            database.put_standing(context, Standing(), gone)
     parts: list[tuple[ContextId, ChunkId, Part]] = []
     for context, chunk, data in database.parts():
         try:
             parts.append((context, chunk, decode_part(data)))
         except PyAgentError as error:
             log.warning("a part of the index is made anew: %s", error)
-    return _Loaded(records, dict(database.held()), list(database.uses()), parts)
+    return _Loaded(
+        records, dict(database.held()), list(database.uses()), parts, database.standings()
+    )
 
 
 def _read(database: Database, ids: Sequence[ChunkId]) -> tuple[list[ChunkBody], list[ChunkId]]:

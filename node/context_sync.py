@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import trio
 
-from pyagent_node.base.errors import LimitExceeded, NotFound, PyAgentError
+from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound, PyAgentError
 from pyagent_node.base.mesh import Mesh
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_client import ContextClient
-from pyagent_node.node.context_messages import ContextSummary, Summary
+from pyagent_node.node.context_messages import ContextSummary
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
 from pyagent_node.sharding.context.catalog import MAX_CATALOG, MAX_DOCUMENTS, Catalog
+from pyagent_node.sharding.context.collecting import Told
 from pyagent_node.sharding.context.port import ContextStore
 from pyagent_node.sharding.context.record_codec import (
     decode_record,
@@ -48,11 +49,35 @@ MAX_ROUNDS: Final = 10_000
 
 
 class _Taken(NamedTuple):
-    """How many records were news, and which were refused why."""
+    """How many records were news, and which were refused why.
+
+    ``collected`` of them were of versions that were removed.
+    """
 
     news: int
     refused: list[bytes]
     problem: LimitExceeded | None
+    collected: int = 0
+
+
+class Settling(Protocol):
+    """Is told what peers say of how far they are with forgetting removals."""
+
+    async def told(self, peer: PeerId, context: ContextId, told: Told) -> bool:
+        """Note what a peer says; returns whether all was done that its records are good for."""
+        ...
+
+    async def looked(self, peer: PeerId, context: ContextId, told: Told) -> None:
+        """Note that all was taken in that a peer had when it said this."""
+        ...
+
+
+class _NoSettling:
+    async def told(self, peer: PeerId, context: ContextId, told: Told) -> bool:
+        return False
+
+    async def looked(self, peer: PeerId, context: ContextId, told: Told) -> None:
+        return None
 
 
 class _Room:
@@ -112,6 +137,10 @@ class RecordSync:
         self._reach = reach
         self._seconds = seconds
         self._looking: set[PeerId] = set()
+        self._merging: dict[object, int] = {}
+        """For each merge that is under way the index of the log at which it began."""
+        self.settler: Settling = _NoSettling()
+        """Follows what peers say of how far they are."""
         self._idle = True
         self._uses: dict[ContextId, dict[str, int]] = {}
 
@@ -155,29 +184,37 @@ class RecordSync:
             self.capacities[peer] = min(max(summary.capacity, 0), MAX_CAPACITY)
             for each in summary.contexts:
                 self.sketched[peer, ContextId(each.context)] = each
-            for context in self._differing(summary):
-                await self._fetch(peer, context)
+            known = {info.id for info in self._consensus.state.contexts.values()}
+            for each in sorted(summary.contexts, key=lambda each: each.context):
+                if each.context in known:
+                    told = Told(summary.applied, each.covered, each.settled)
+                    await self._look_through(peer, ContextId(each.context), each.digest, told)
         except PyAgentError as error:
             log.debug("what %s knows of contexts was not found out: %s", peer, error)
         finally:
             self._looking.discard(peer)
 
-    def _differing(self, summary: Summary) -> list[ContextId]:
-        known = {info.id for info in self._consensus.state.contexts.values()}
-        told = {ContextId(each.context): each.digest for each in summary.contexts}
-        return [
-            each for each in sorted(known & told.keys()) if self._server.digest(each) != told[each]
-        ]
+    async def _look_through(
+        self, peer: PeerId, context: ContextId, digest: bytes, told: Told
+    ) -> None:
+        if await self.settler.told(peer, context, told):
+            return
+        if digest == self._server.digest(context) or await self._fetch(peer, context):
+            await self.settler.looked(peer, context, told)
 
-    async def _fetch(self, peer: PeerId, context: ContextId) -> None:
+    async def _fetch(self, peer: PeerId, context: ContextId) -> bool:
+        """Take in what a peer has; say whether that was all of it."""
         theirs = await self._client.slots(peer, context)
         refused: list[bytes] = []
         problem: LimitExceeded | None = None
+        more = True
         for _ in range(MAX_ROUNDS):
             catalog = self._store.catalog(context)
             slots = [at for at, digest in enumerate(catalog.slots()) if digest != theirs[at]]
             known = [digest for slot in slots for digest in catalog.slot(slot).values()]
             records, more = await self._client.records(peer, context, slots, known + refused)
+            if peer not in self._reach.present():
+                return False  # what it has may be out of date, now that it is no member
             found = await self._take(records)
             self.merged += found.news
             refused += map(record_digest, found.refused)
@@ -186,27 +223,53 @@ class RecordSync:
                 break
         if problem is not None:
             raise problem
+        return not more
+
+    def applied(self) -> int:
+        """Return the index of the log up to which all that was taken in shows in the catalogs."""
+        return min([self._consensus.state.index, *self._merging.values()])
 
     async def merge(self, records: Sequence[bytes]) -> int:
         """Take records in; those of contexts that the log does not know are left out.
 
         Raises :class:`LimitExceeded` (``context_full``) where a context has no room for some of
-        them, when all others are in.
+        them, and :class:`Conflict` (``context_record_collected``) for versions that were removed,
+        when all others are in.
         """
         found = await self._take(records)
         if found.problem is not None:
             raise found.problem
+        if found.collected:
+            raise Conflict(
+                f"{found.collected} records are of versions that were removed.",
+                code="context_record_collected",
+                remedy="A node that was away catches up by itself; to have a document that was"
+                " removed, add it again.",
+            )
         return found.news
 
     async def _take(self, records: Sequence[bytes]) -> _Taken:
+        this = object()
+        self._merging[this] = self._consensus.state.index
+        try:
+            return await self._take_now(records)
+        finally:
+            del self._merging[this]
+
+    async def _take_now(self, records: Sequence[bytes]) -> _Taken:
         newest = self._newest(records)
         taken: list[bytes] = []
         before: list[tuple[Catalog, list[ChunkId]]] = []
         refused: list[bytes] = []
         problem: LimitExceeded | None = None
+        collected = 0
         rooms: dict[ContextId, _Room] = {}
         for record, data in newest:
             catalog = self._store.catalog(record.context)
+            if catalog.refused(record.version):
+                refused.append(data)
+                collected += 1
+                continue
             held = catalog.get(record.source)
             room = rooms.setdefault(record.context, _Room(catalog.size, len(catalog)))
             try:
@@ -227,7 +290,7 @@ class RecordSync:
                     self.superseded.setdefault(chunk, now)
         if news:
             self.on_news()
-        return _Taken(news, refused, problem)
+        return _Taken(news, refused, problem, collected)
 
     def _newest(self, records: Sequence[bytes]) -> list[tuple[DocumentRecord, bytes]]:
         """Return the newest record of each source that is news here, removals first."""

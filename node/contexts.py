@@ -18,7 +18,7 @@ import numpy as np
 import trio
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import LimitExceeded, NotFound
+from pyagent_node.base.errors import Conflict, LimitExceeded, NotFound
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.native import blake3
 from pyagent_node.node.api.context_schema import (
@@ -48,8 +48,10 @@ from pyagent_node.sharding.context.embedder import Embedder, Vectors
 from pyagent_node.sharding.context.lexical import names_something
 from pyagent_node.sharding.context.port import Answer, ContextMesh, Found
 from pyagent_node.sharding.context.records import (
+    ChunkBody,
     ChunkId,
     DocumentRecord,
+    Version,
     check_source,
 )
 from pyagent_node.sharding.context.rerank import COMPARED, best_windows, reordered
@@ -149,6 +151,8 @@ class Contexts:
             sketch_bytes=sketch_bytes(catalog),
             sketch_bytes_here=self.mesh.share(info.id).size
             + sum(len(record.sketches) for record in catalog.documents()),
+            removals=len(catalog.removals()),
+            removals_wait_for=self.mesh.held_up(info.id),
         )
 
     # Documents ---------------------------------------------------------------------------------
@@ -196,21 +200,18 @@ class Contexts:
         about = About(
             context=info.id,
             source=source,
-            version=catalog.next_version(source, self.mesh.peer_id),
+            version=self._next_version(info, source),
             digest=digest,
             size=len(data),
             modified=modified,
             added=int(self._clock()),
             encoder=encoder.identity,
         )
-        record, bodies = await trio.to_thread.run_sync(
-            lambda: document(parts, vectors, about, axes_of(encoder, info.centre))
-        )
-        if self.mesh.find(info.name).id != info.id:
-            raise NotFound(
-                f"The context {info.name!r} was removed meanwhile.", code="context_not_found"
-            )
-        await self.mesh.publish(record, bodies)
+        axes = await trio.to_thread.run_sync(axes_of, encoder, info.centre)
+        record, bodies = await trio.to_thread.run_sync(document, parts, vectors, about, axes)
+        while not await self._published(info, record, bodies):
+            about = msgspec.structs.replace(about, version=self._next_version(info, source))
+            record, bodies = await trio.to_thread.run_sync(document, parts, vectors, about, axes)
         if self._drafts is not None and record.windows >= KEPT_FROM:
             await self._drafts.forget(encoder.identity, parts.texts())
         status: Literal["added", "changed"] = (
@@ -230,10 +231,34 @@ class Contexts:
                     code="source_not_found",
                     remedy=f"`pyagent-node context show {name}` lists them.",
                 )
-            version = catalog.next_version(source, self.mesh.peer_id)
-            gone = removal(known.record, version, int(self._clock()))
-            await self.mesh.publish(gone, ())
+            while True:
+                version = self._next_version(info, source)
+                gone = removal(known.record, version, int(self._clock()))
+                if await self._published(info, gone, ()):
+                    break
         return RemoveReply(source)
+
+    def _next_version(self, info: ContextInfo, source: str) -> Version:
+        return self.mesh.catalog(info.id).next_version(source, self.mesh.peer_id)
+
+    async def _published(
+        self, info: ContextInfo, record: DocumentRecord, bodies: Sequence[ChunkBody]
+    ) -> bool:
+        """Give a document to the mesh; ``False``: its version is too old by now.
+
+        That happens only when the log has new versions count from a higher one on meanwhile.
+        """
+        if self.mesh.find(info.name).id != info.id:
+            raise NotFound(
+                f"The context {info.name!r} was removed meanwhile.", code="context_not_found"
+            )
+        try:
+            await self.mesh.publish(record, bodies)
+        except Conflict as error:
+            if error.code != "context_version_old":
+                raise
+            return False
+        return True
 
     def _alone(self, info: ContextInfo, source: str) -> trio.Lock:
         """Return the lock of a document: its versions on this node come one after the other."""

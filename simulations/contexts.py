@@ -20,11 +20,13 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.native import blake3
 from pyagent_node.node.context_mesh import ContextService, Pace, open_contexts
 from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.defaults import Axes, default_model
 from pyagent_node.sharding.context.documents import About, cut, document
 from pyagent_node.sharding.context.lexical import term_hash, terms
 from pyagent_node.sharding.context.record_codec import (
     decode_record,
+    record_digest,
 )
 from pyagent_node.sharding.context.records import (
     ChunkBody,
@@ -123,10 +125,31 @@ class MemoryContextStore:
         for source in sources:
             self.catalog(context).make_bare(source)
 
-    async def forget_source(self, context: ContextId, source: str) -> None:
+    async def adopt(self, context: ContextId, records: Sequence[bytes], floor: int) -> int:
+        """See ``ContextStore``."""
+        decoded = [(decode_record(data), bytes(data)) for data in records]
+        await trio.lowlevel.checkpoint()
+        catalog = self.catalog(context)
+        news = [
+            (record, data)
+            for record, data in decoded
+            if catalog.adopts(record, record_digest(data), floor)
+        ]
+        for record, data in news:
+            catalog.adopt(record, data)
+        return len(news)
+
+    async def stand(
+        self, context: ContextId, standing: Standing, gone: Mapping[str, bytes]
+    ) -> None:
         """See ``ContextStore``."""
         await trio.lowlevel.checkpoint()
-        self.catalog(context).forget(source)
+        catalog = self.catalog(context)
+        catalog.standing = standing
+        for source, digest in gone.items():
+            known = catalog.get(source)
+            if known is not None and known.digest == digest:
+                catalog.forget(source)
 
     async def use(self, context: ContextId, uses: Mapping[str, int]) -> None:
         """See ``ContextStore``."""

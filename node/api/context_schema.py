@@ -24,7 +24,8 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     ``bodies_here`` are the chunks whose text lies on this one; ``owners`` nodes own chunks of
     contexts.  ``spread``: the sketches, of
     ``sketch_bytes`` together, lie spread over the nodes, ``sketch_bytes_here`` of them on this one;
-    ``spread_why`` says why so, or why not.
+    ``spread_why`` says why so, or why not.  ``removals`` are records of removed documents, which
+    are forgotten once every member has them: ``removals_wait_for`` names those that do not yet.
     """
 
     name: str
@@ -44,6 +45,8 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     spread_why: str = ""
     sketch_bytes: int = 0
     sketch_bytes_here: int = 0
+    removals: int = 0
+    removals_wait_for: tuple[PeerId, ...] = ()
 
 
 class ContextsReply(msgspec.Struct, frozen=True):

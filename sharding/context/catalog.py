@@ -13,15 +13,13 @@ slot's digest covers the records in it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pyagent_node.base.errors import InvalidRequest, LimitExceeded
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.native import blake3
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.freshness import fresh
 from pyagent_node.sharding.context.record_codec import (
     bare,
@@ -29,12 +27,14 @@ from pyagent_node.sharding.context.record_codec import (
     record_digest,
 )
 from pyagent_node.sharding.context.records import (
+    MAX_NUMBER,
     ChunkId,
     DocumentRecord,
     Version,
 )
-from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS, Part, Share
-from pyagent_node.sharding.context.sketches import BITS, Sketches, SketchModel
+from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS, Share
+from pyagent_node.sharding.context.sketches import BITS, SketchModel
+from pyagent_node.sharding.context.tables import Table, table_of
 
 SLOTS: Final = 256
 SLOT_DIGEST_BYTES: Final = 16
@@ -45,8 +45,6 @@ MAX_DOCUMENTS: Final = 1 << 20
 """The most sources of a context, removed ones that are remembered included."""
 MAX_CATALOG: Final = 4 << 30
 """The most bytes of the records of a context, as they are encoded."""
-GROUP_UNKNOWN: Final = 255
-"""In a table: the group of a window whose record is not bare."""
 _NOTHING: Final = bytes(SLOT_DIGEST_BYTES)
 
 
@@ -60,22 +58,6 @@ class Known(NamedTuple):
 
 LISTS: Final = 8
 """Lists of what is lacking that are kept: a question needs three."""
-
-
-class Table(NamedTuple):
-    """The sketches of all windows of some documents, and whose they are.
-
-    Row ``w`` is a window of chunk ``ordinals[w]`` of ``records[documents[w]]``, and the
-    ``places[w]``-th of that chunk; it is in group ``groups[w]`` (:data:`GROUP_UNKNOWN`: of a record
-    that is not bare).
-    """
-
-    records: tuple[DocumentRecord, ...]
-    sketches: Sketches
-    documents: NDArray[np.uint32]
-    ordinals: NDArray[np.uint32]
-    places: NDArray[np.uint32]
-    groups: NDArray[np.uint8]
 
 
 def slot_of(source: str) -> int:
@@ -101,6 +83,10 @@ class Catalog:
         self._bare = 0
         self._uses: dict[str, int] = {}
         self._generation = 0
+        self.standing = Standing()
+        """How far this node is with forgetting removals; kept with the records."""
+        self._horizon = 0
+        self._floor = 0
         self._table: tuple[tuple[int, int, SketchModel, frozenset[str]], Table] | None = None
 
     def __len__(self) -> int:
@@ -117,19 +103,20 @@ class Catalog:
         return self._generation
 
     def newer(self, record: DocumentRecord, digest: bytes) -> bool:
-        """Whether a record is newer than what is known of its source.
+        """Whether a record is newer than what is known of its source, and not :meth:`refused`.
 
         Raises :class:`InvalidRequest` (``other_context``) and :class:`LimitExceeded`
         (``context_full``).
         """
-        if record.context != self.context:
-            raise InvalidRequest("The record belongs to another context.", code="other_context")
+        self._check(record)
         held = self._known.get(record.source)
         if held is None and len(self._known) >= MAX_DOCUMENTS:
             raise LimitExceeded(
                 f"A context has at most {MAX_DOCUMENTS} documents.", code="context_full"
             )
-        return held is None or (held.record.version, held.digest) < (record.version, digest)
+        if held is not None and (held.record.version, held.digest) >= (record.version, digest):
+            return False
+        return not self.refused(record.version)
 
     def merge(self, record: DocumentRecord, encoded: bytes | None = None) -> bool:
         """Take a record in; say whether it is newer than what was known.
@@ -139,15 +126,30 @@ class Catalog:
         """
         if encoded is None:
             encoded = encode_record(record)
-        digest = record_digest(encoded)
-        if not self.newer(record, digest):
+        if not self.newer(record, record_digest(encoded)):
             return False
+        self.adopt(record, encoded)
+        return True
+
+    def adopts(self, record: DocumentRecord, digest: bytes, floor: int) -> bool:
+        """Whether a settled node's record is to be had: what is here up to ``floor`` is nothing.
+
+        Raises :class:`InvalidRequest` (``other_context``).
+        """
+        self._check(record)
+        held = self._known.get(record.source)
+        if held is None or held.digest == digest:
+            return held is None
+        version = held.record.version
+        return version.counter <= floor or (version, held.digest) < (record.version, digest)
+
+    def adopt(self, record: DocumentRecord, encoded: bytes) -> None:
+        """Hold a settled node's record instead of what is known of its source."""
         held = self._known.get(record.source)
         if held is not None:
             self._drop_chunks(held.record)
             self._size -= held.size
-        self._put(Known(record, digest, len(encoded)))
-        return True
+        self._put(Known(record, record_digest(encoded), len(encoded)))
 
     def make_bare(self, source: str) -> DocumentRecord | None:
         """Forget the sketches of a record; returns it as it is now if it had any."""
@@ -162,7 +164,7 @@ class Catalog:
         return record
 
     def forget(self, source: str) -> None:
-        """Forget a source altogether, as when its removal is old enough."""
+        """Forget a source altogether, as when its removal is collected."""
         held = self._known.pop(source, None)
         if held is not None:
             self._drop_chunks(held.record)
@@ -180,7 +182,8 @@ class Catalog:
     def next_version(self, source: str, writer: PeerId) -> Version:
         """Return the version of what ``writer`` adds next: above all that is known."""
         held = self._known.get(source)
-        return Version(held.record.version.counter + 1 if held else 1, writer)
+        known = held.record.version.counter if held is not None else 0
+        return Version(max(known, self.lowest) + 1, writer)
 
     def everything(self) -> list[Known]:
         """Return all records, removed ones too, by source."""
@@ -285,6 +288,46 @@ class Catalog:
             if row.windows
         ]
 
+    # What was removed (see ``collecting``) ----------------------------------------------------
+
+    def obey(self, horizon: int, floor: int) -> None:
+        """Take over what the log says of this context."""
+        self._horizon, self._floor = max(self._horizon, horizon), max(self._floor, floor)
+
+    @property
+    def lowest(self) -> int:
+        """New versions have counters above this."""
+        return max(self._horizon, self._floor, self.standing.refused)
+
+    @property
+    def behind(self) -> bool:
+        """Whether records up to the floor count for nothing here, until they are taken over."""
+        return self.standing.settled < self._floor
+
+    def refused(self, version: Version) -> bool:
+        """Whether a version that is not held here is kept out: it was removed, as all know."""
+        return version.counter <= max(self._floor, self.standing.refused)
+
+    def removals(self, floor: int = MAX_NUMBER) -> dict[str, Known]:
+        """Return the records of removals with counters up to ``floor``, by source."""
+        return {
+            source: known
+            for source, known in self._known.items()
+            if known.record.removed and known.record.version.counter <= floor
+        }
+
+    def strays(self, slots: Collection[int], theirs: Mapping[str, bytes], floor: int) -> list[str]:
+        """Return the sources in ``slots`` whose records up to ``floor`` are not among ``theirs``.
+
+        ``theirs`` are digests by source, all that a settled node has in these slots.
+        """
+        return [
+            source
+            for slot in slots
+            for source, digest in self._slots[slot].items()
+            if theirs.get(source) != digest and self._known[source].record.version.counter <= floor
+        ]
+
     # Last use ----------------------------------------------------------------------------------
 
     @property
@@ -339,7 +382,7 @@ class Catalog:
         key = (generation, parts, model, frozenset(record.source for record in records))
         kept = self._table
         if kept is None or kept[0] != key:
-            kept = self._table = (key, _table(records, model, share.copy() if share else {}))
+            kept = self._table = (key, table_of(records, model, share.copy() if share else {}))
         return kept[1]
 
     def _put(self, known: Known) -> None:
@@ -357,6 +400,10 @@ class Catalog:
         self._slots[slot][record.source] = known.digest
         self._digests[slot] = None
         self._generation += 1
+
+    def _check(self, record: DocumentRecord) -> None:
+        if record.context != self.context:
+            raise InvalidRequest("The record belongs to another context.", code="other_context")
 
     def _drop_chunks(self, record: DocumentRecord) -> None:
         self._bare -= bool(record.whole)
@@ -377,58 +424,3 @@ def sketch_bytes(catalog: Catalog) -> int:
 def mark_of(chunk: ChunkId) -> int:
     """Return what a chunk adds to the mark of its slot."""
     return int.from_bytes(chunk[:MARK_BYTES], "little")
-
-
-def _table(
-    records: Iterable[DocumentRecord], model: SketchModel, parts: Mapping[ChunkId, Part]
-) -> Table:
-    width = model.bits // 8
-    kept: list[DocumentRecord] = []
-    packed = [np.zeros((0, width), np.uint8)]
-    weights = [np.zeros(0, np.float16)]
-    groups = [np.zeros(0, np.uint8)]
-    documents, ordinals, places = _empty(), _empty(), _empty()
-    for record in records:
-        if not record.windows:
-            continue
-        if record.whole:
-            own = [
-                (at, parts[chunk])
-                for at, row in enumerate(record.chunks)
-                if row.windows and (chunk := record.id_of(at)) in parts
-            ]
-            own = [(at, part) for at, part in own if len(part) and part.width == width]
-            for at, part in own:
-                packed.append(part.rows())
-                weights.append(part.scales())
-                documents.append(np.full(len(part), len(kept), np.uint32))
-                ordinals.append(np.full(len(part), at, np.uint32))
-                places.append(part.at())
-                groups.append(np.frombuffer(part.group_of, np.uint8))
-            if own:
-                kept.append(record)
-            continue
-        rows, scale = record.packed()
-        if rows.shape[1] != width:
-            continue
-        packed.append(rows)
-        weights.append(scale)
-        counts = np.array([row.windows for row in record.chunks], np.uint32)
-        documents.append(np.full(len(rows), len(kept), np.uint32))
-        ordinals.append(np.repeat(np.arange(len(counts), dtype=np.uint32), counts))
-        firsts = np.repeat((np.cumsum(counts) - counts).astype(np.uint32), counts)
-        places.append(np.arange(len(rows), dtype=np.uint32) - firsts)
-        groups.append(np.full(len(rows), GROUP_UNKNOWN, np.uint8))
-        kept.append(record)
-    return Table(
-        tuple(kept),
-        Sketches(model, np.concatenate(packed), np.concatenate(weights)),
-        np.concatenate(documents),
-        np.concatenate(ordinals),
-        np.concatenate(places),
-        np.concatenate(groups),
-    )
-
-
-def _empty() -> list[NDArray[np.uint32]]:
-    return [np.zeros(0, np.uint32)]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyagent_node.base.contexts import ContextInfo
 from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
 from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.index import Way
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord, Version
 from pyagent_node.sharding.context.shares import Part, Share
@@ -145,8 +146,20 @@ class ContextStore(Protocol):
         """Forget the sketches in some records: these are bare from now on."""
         ...
 
-    async def forget_source(self, context: ContextId, source: str) -> None:
-        """Forget a record: of a removal that every node has seen long ago."""
+    async def adopt(self, context: ContextId, records: Sequence[bytes], floor: int) -> int:
+        """Take a settled node's records in: of what is here up to ``floor`` they take the place.
+
+        Returns how many were news; raises what :meth:`merge` does.
+        """
+        ...
+
+    async def stand(
+        self, context: ContextId, standing: Standing, gone: Mapping[str, bytes]
+    ) -> None:
+        """Keep how far this node is, and forget records, at once.
+
+        ``gone`` are the digests of these by source; a record that is another one by now stays.
+        """
         ...
 
     async def use(self, context: ContextId, uses: Mapping[str, int]) -> None:
@@ -205,11 +218,17 @@ class ContextMesh(Protocol):
         """The most bytes of sketches that lie on every node; larger contexts are spread."""
         ...
 
+    def held_up(self, context: ContextId) -> tuple[PeerId, ...]:
+        """Return the members that removals wait for before they are forgotten."""
+        ...
+
     async def publish(self, record: DocumentRecord, bodies: Sequence[ChunkBody]) -> None:
         """Give a document to the mesh: its bodies to their owners first, then the record.
 
         Returns when every chunk lies at one owner at least and the record is on this node's disk.
-        A record that says ``removed`` has no bodies.
+        A record that says ``removed`` has no bodies.  Raises :class:`Conflict`
+        (``context_version_old``) where new versions count from a higher one on by now: make it
+        anew with another version.
         """
         ...
 

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyagent_node.base.types import PeerId
-from pyagent_node.sharding.context.catalog import GROUP_UNKNOWN, Catalog, Table
+from pyagent_node.sharding.context.catalog import Catalog
 from pyagent_node.sharding.context.index import RERANKED
 from pyagent_node.sharding.context.records import ChunkId
 from pyagent_node.sharding.context.search import Candidate
 from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUP_BITS, GROUPS
 from pyagent_node.sharding.context.sketches import Buckets, Sketches
+from pyagent_node.sharding.context.tables import GROUP_UNKNOWN, Table
 
 SCALE: Final = 0.05
 """How far from a border a sign is three times as likely as the other (chosen on MiniLM)."""

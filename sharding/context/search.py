@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from pyagent_node.base.errors import InvalidRequest
 from pyagent_node.base.types import PeerId
-from pyagent_node.sharding.context.catalog import Table
 from pyagent_node.sharding.context.duplicates import LIKENESS, likeness_of, runs_of
 from pyagent_node.sharding.context.fusion import fuse
 from pyagent_node.sharding.context.index import (
@@ -33,6 +32,7 @@ from pyagent_node.sharding.context.index import (
 from pyagent_node.sharding.context.lexical import K1, B, term_hash, terms
 from pyagent_node.sharding.context.port import Found, Place
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord
+from pyagent_node.sharding.context.tables import Table
 
 MAX_TERMS: Final = 64
 """Terms of a question beyond these are not looked at."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import deepcopy
 
 import pytest
 import trio
@@ -398,3 +399,58 @@ async def test_a_node_that_restarts_has_what_it_had_and_gets_the_rest(autojump_c
         await trio.sleep(30)
         assert it.node(0).reach.epoch == before  # it was not away for long enough to lose anything
         assert (await it.ask(4, 2)).hits[0].source == "story4.txt"
+
+
+async def collected(it: World, floor: int = 1) -> None:
+    """Wait until no node knows of anything removed."""
+
+    def over() -> bool:
+        parts = [machine.parts for machine in it.swarm.up()]
+        services = [each.contexts for each in parts if each is not None]
+        standings = [service.catalog(it.info.id).standing for service in services]
+        removals = [service.catalog(it.info.id).removals() for service in services]
+        return all(each.settled >= floor for each in standings) and not any(removals)
+
+    with trio.fail_after(120):
+        while not over():  # noqa: ASYNC110 - of many nodes
+            await trio.sleep(0.5)
+
+
+async def remove(it: World, number: int, at: int) -> None:
+    service, source = it.node(at), f"story{number}.txt"
+    version = service.catalog(it.info.id).next_version(source, service.peer_id)
+    await service.publish(removal(it.info.id, source, version), [])
+
+
+async def test_removals_are_forgotten_once_all_have_them_and_nothing_comes_back(autojump_clock):
+    async with world(3) as it:
+        await it.swarm.propose(SetMeshSetting("context_grace", 1))
+        for number in range(4):
+            await it.add(number, at=number % 3)
+        await it.calm()
+        away = it.swarm.machines[2]
+        before = deepcopy(away.contexts)
+        it.swarm.kill(away)
+        await remove(it, 1, at=0)
+        await trio.sleep(60)
+        assert it.node(0).catalog(it.info.id).removals()
+        assert it.node(0).held_up(it.info.id) == (away.peer_id,)
+        await it.swarm.start(away)
+        await collected(it)
+        assert it.node(0).settler.forgotten == 1
+        await it.add(1, at=2)  # there it counts on from above what was removed
+        await it.calm()
+        for at in range(3):
+            assert (await it.ask(1, at)).hits[0].source == "story1.txt"
+        await remove(it, 1, at=1)
+        await collected(it, floor=4)
+        it.swarm.kill(away)
+        away.contexts = before  # the disk of an earlier day, with what was removed twice
+        await it.swarm.start(away)
+        newcomer = it.swarm.add()
+        await it.swarm.start(newcomer)
+        await it.calm()
+        await collected(it, floor=4)
+        for at in range(4):
+            assert it.node(at).catalog(it.info.id).get("story1.txt") is None
+            assert (await it.ask(2, at)).hits[0].source == "story2.txt"
