@@ -6,6 +6,7 @@ import concurrent.futures
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from pyagent_node.base.errors import Unavailable
 from pyagent_node.benchmarks.swarm import LocalNode, local_swarm
 from pyagent_node.inference.generation import ChatMessage
 from pyagent_node.node.answers import Answer, Ask, Piece
-from pyagent_node.node.api.schema import LoadRequest, PullRequest
+from pyagent_node.node.api.schema import LoadRequest, PullRequest, RankView
+
+from .waiting import until
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(180)]
 
@@ -122,6 +125,57 @@ def test_guesses_are_asked_for_over_the_api_and_change_no_token(swarm: Swarm) ->
     assert 0 < usage.accepted <= usage.drafted
     with swarm.openai(1) as client, pytest.raises(openai.BadRequestError, match="suffix"):
         ask(client, swarm.model, extra_body={"speculation": "crystal ball"})
+
+
+def test_every_rank_gives_cells_up_while_the_prompt_is_read(swarm: Swarm) -> None:
+    asked = Ask(
+        model=swarm.model,
+        prompt=" ".join(f"Day {day}: {day * 13 % 90} miles, {day % 7} fish." for day in range(55)),
+        max_tokens=16,
+        seed=7,
+        ignore_eos=True,
+        prompt_cache=False,
+    )
+
+    def resident() -> list[int]:
+        """Return what the processes of each node hold of the machine's memory."""
+        return [
+            sum(child.memory_info().rss for child in psutil.Process(node.pid).children())
+            for node in swarm.nodes
+        ]
+
+    *_, whole = swarm.nodes[0].client.generate(asked)  # has touched all that it needs
+    assert isinstance(whole, Answer)
+    assert whole.kv is None
+    before = resident()
+    rolling = msgspec.structs.replace(asked, kv_budget="rolling:256")
+    *_, answer = swarm.nodes[0].client.generate(rolling)
+    assert isinstance(answer, Answer)
+    assert len(answer.token_ids) == 16
+    assert answer.kv is not None
+    assert answer.prompt_tokens > 700
+    assert answer.kv.held_cells < 3 * (256 + 64 + 64)
+    assert answer.kv.evicted_cells > 3 * (answer.prompt_tokens - 384)
+    cells = answer.kv.evicted_bytes / answer.kv.evicted_cells
+    if sys.platform == "linux":
+        for held, now in zip(before, resident(), strict=True):
+            # the 4,096 cells of a slot are in memory from the start; what measuring took is less
+            assert now < held - 1000 * cells, (before, resident())
+    told = answer.kv.evicted_cells
+    until(
+        swarm.nodes[1].client,
+        lambda: sum(rank.evicted_cells or 0 for rank in _ranks(swarm)) >= told,
+        "ranks that say what they gave up",
+    )
+    for rank in _ranks(swarm):
+        assert rank.evicted_cells
+        assert rank.evicted_bytes == rank.evicted_cells * cells
+    with swarm.openai(1) as client, pytest.raises(openai.BadRequestError, match="kv_budget"):
+        ask(client, swarm.model, extra_body={"kv_budget": "rolling:9"})
+
+
+def _ranks(swarm: Swarm) -> tuple[RankView, ...]:
+    return swarm.nodes[1].client.status().placements[0].ranks
 
 
 def test_the_openai_client(swarm: Swarm) -> None:
