@@ -229,7 +229,9 @@ def word_by_word(found: Searched, candidates: Callable[[int], Ints]) -> Ranked:
         order = list(best)
         first = order[:COMPARED]
         texts = [found.texts[int(rows[best[chunk]])] for chunk in first]
-        words = found.embedder.compare(found.facts[number].question, texts)
+        question = found.facts[number].question
+        among = {int(found.chunk_of[rows[at]]) for at in np.argsort(-likeness)[:RERANKED]}
+        words = found.embedder.compare(question, texts, found.words.rarities(question, among))
         if words is None:
             return order
         scores = {

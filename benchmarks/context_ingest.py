@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -77,9 +77,11 @@ class TimedEncoder:
         """See ``Embedder``."""
         return np.asarray(self.embed([question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32] | None:
         """See ``Embedder``."""
-        return self._inner.compare(question, texts)
+        return self._inner.compare(question, texts, rarities)
 
     def count_tokens(self, text: str) -> int:
         """See ``Embedder``."""

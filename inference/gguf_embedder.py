@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import quote, unquote
@@ -126,9 +126,11 @@ class GgufEmbedder:
         """See ``Embedder``."""
         return np.asarray(self._embed([self._identity.question + question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32] | None:
         """See ``Embedder``; not measured for models of this kind, so it is not done."""
-        del question, texts
+        del question, texts, rarities
         return None
 
     def count_tokens(self, text: str) -> int:

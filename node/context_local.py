@@ -36,6 +36,7 @@ from pyagent_node.sharding.context.search import (
     found,
     question_terms,
     rank,
+    rarities,
     score_all,
 )
 from pyagent_node.sharding.context.shares import Share
@@ -160,6 +161,7 @@ class LocalContexts:
                 chunks=chunks_of(fresh),
                 nodes_asked=min(1, len(picked)),
                 missing=len(picked) - len(said),
+                rarities=rarities(question, said),
             )
 
         return await trio.to_thread.run_sync(ordered)

@@ -27,6 +27,7 @@ from pyagent_node.sharding.context.search import (
     found,
     question_terms,
     rank,
+    rarities,
     score_all,
 )
 
@@ -102,7 +103,7 @@ class ContextSearch:
         for peer in found_by.newer:
             self.on_stale(peer)
         places = {each.id: each for each in picked}
-        terms = () if way == "meaning" else question_terms(question)
+        terms = question_terms(question)
         scored: dict[ChunkId, Scored] = {}
         owners: dict[ChunkId, PeerId] = {}
         asked: set[PeerId] = set(found_by.asked)
@@ -144,6 +145,7 @@ class ContextSearch:
             nodes_asked=len(asked),
             missing=missing,
             probed=len(found_by.asked),
+            rarities=rarities(question, scored.values()),
         )
 
     async def _score_here(

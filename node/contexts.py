@@ -337,12 +337,13 @@ class Contexts:
         return before
 
     @staticmethod
-    async def _compared(encoder: Embedder, question: str, hits: Sequence[Found]) -> Sequence[Found]:
+    async def _compared(encoder: Embedder, question: str, answer: Answer) -> Sequence[Found]:
         """Return hits in the order that comparing the question's words gives."""
+        hits = answer.hits
         if not hits:
             return hits
         texts = best_windows(hits)
-        words = await trio.to_thread.run_sync(encoder.compare, question, texts)
+        words = await trio.to_thread.run_sync(encoder.compare, question, texts, answer.rarities)
         return hits if words is None else reordered(hits, words)
 
     # Questions ---------------------------------------------------------------------------------
@@ -386,9 +387,7 @@ class Contexts:
         answer = await self.mesh.search(
             info, request.question, vector, count=count, way=request.way
         )
-        hits = (
-            await self._compared(encoder, request.question, answer.hits) if again else answer.hits
-        )
+        hits = await self._compared(encoder, request.question, answer) if again else answer.hits
         answer = msgspec.structs.replace(answer, hits=tuple(hits[: request.count]))
         sources = list(dict.fromkeys(hit.source for hit in answer.hits))
         await self.mesh.used(info.id, sources, int(self._clock()))

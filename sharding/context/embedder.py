@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -56,9 +56,13 @@ class Embedder(Protocol):
         """Return the unit vector of a question; some encoders want other words before those."""
         ...
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32] | None:
         """Return how well the words of a question are found in each text (``rerank``); blocking.
 
+        ``rarities`` says what words of the question weigh, in small letters; one that is not there
+        counts as the rarest.  What a text gets depends on which others it is compared with.
         ``None`` from an encoder that has no states of single words to tell.
         """
         ...

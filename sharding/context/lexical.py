@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 from zlib import crc32
 
@@ -54,6 +54,11 @@ def names_something(question: str) -> bool:
     Such a word says where to look better than any meaning does.
     """
     return any(_NAME.search(found[0].strip("_")) is not None for found in _WORD.finditer(question))
+
+
+def rarity(having: int, every: int) -> float:
+    """Return what a term weighs that ``having`` of ``every`` texts have (above 0)."""
+    return math.log(1 + (every - having + 0.5) / (having + 0.5))
 
 
 def term_hash(term: str) -> int:
@@ -102,15 +107,28 @@ class Lexical:
             if len(wanted) == MAX_QUERY_TERMS:
                 break
         for number in wanted:
-            at = int(np.searchsorted(self._terms, np.uint32(number)))
-            if at == len(self._terms) or self._terms[at] != number:
+            rows, often = self._having(number)
+            if not len(rows):
                 continue
-            end = self._starts[at + 1] if at + 1 < len(self._starts) else len(self._texts)
-            rows, often = self._texts[self._starts[at] : end], self._counts[self._starts[at] : end]
-            rarity = math.log(1 + (len(self) - len(rows) + 0.5) / (len(rows) + 0.5))
             damped = often + K1 * (1 - B + B * self._lengths[rows] / self._mean)
-            scores[rows] += rarity * often * (K1 + 1) / damped
+            scores[rows] += rarity(len(rows), len(self)) * often * (K1 + 1) / damped
         return scores
+
+    def _having(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Return the texts that have a term, and how often."""
+        at = int(np.searchsorted(self._terms, np.uint32(number)))
+        if at == len(self._terms) or self._terms[at] != number:
+            return self._texts[:0], self._counts[:0]
+        end = self._starts[at + 1] if at + 1 < len(self._starts) else len(self._texts)
+        return self._texts[self._starts[at] : end], self._counts[self._starts[at] : end]
+
+    def rarities(self, question: str, among: Collection[int]) -> dict[str, float]:
+        """Return what each term of a question weighs by how many of some texts have it."""
+        rows = np.fromiter(among, np.uint32, len(among))
+        return {
+            term: rarity(int(np.isin(self._having(term_hash(term))[0], rows).sum()), len(rows))
+            for term in dict.fromkeys(terms(question))
+        }
 
     def nearest(self, question: str, count: int) -> list[tuple[int, float]]:
         """Return the best ``count`` texts that share a term with the question, and their scores."""

@@ -8,7 +8,8 @@ sees them (``inference.models.encoders`` brings them).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,7 @@ from pyagent_node.base.errors import CorruptData, Unavailable
 from pyagent_node.base.files import read_limited
 from pyagent_node.base.limits import MIB
 from pyagent_node.sharding.context.embedder import Vectors, check_texts
-from pyagent_node.sharding.context.rerank import says_something, word_likeness
+from pyagent_node.sharding.context.rerank import says_something, word_likenesses
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -38,6 +39,14 @@ BATCH: Final = 32
 """Texts of about the same length computed together."""
 COMPARED_BATCH: Final = 8
 """The same where there are few texts, which would else be filled up to the longest."""
+COMPARED_TOKENS: Final = 48
+"""Tokens of a text beyond these are not compared: nearly all windows have fewer."""
+COMPARED_STATES: Final = "layer_norm_8"
+"""The states that are compared: those after four of the six layers, which still tell words apart.
+The last ones are all about the text as a whole."""
+_LAST: Final = "last_hidden_state"
+_FIRST_WORD: Final = 1996
+"""The vocabulary has signs and single letters up to here, then words, the most frequent first."""
 
 
 class MiniLm:
@@ -63,7 +72,7 @@ class MiniLm:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._session: InferenceSession = onnxruntime.InferenceSession(
-            model_bytes, options, providers=["CPUExecutionProvider"]
+            _with_output(model_bytes, COMPARED_STATES), options, providers=["CPUExecutionProvider"]
         )
         self._tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(tokenizer_bytes.decode())
         self._tokenizer.no_padding()
@@ -88,23 +97,34 @@ class MiniLm:
         """Return the unit vector of a question: that of any other text."""
         return np.asarray(self.embed([question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the likeness of words (see ``rerank``)."""
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32]:
+        """Return the likeness of words (see ``rerank``).
+
+        A word of the question counts by how rare it is in the language times how rare it is among
+        the candidates.
+        """
         check_texts([question, *texts])
-        encodings = self._tokenizer.encode_batch([question, *texts])
-        asked, texts_of = encodings[0], encodings[1:]
-        (states,), _ = self._states([asked])
+        asked = self._tokenizer.encode(question)
+        texts_of = self._tokenizer.encode_batch(list(texts))
+        (states,), mask = self._states([asked], COMPARED_STATES)
         # The marks at both ends are no words.
-        rows = [i for i in range(1, len(states) - 1) if says_something(asked.tokens[i])]
-        wanted = states[rows or slice(None)]
-        likeness = np.zeros(len(texts), np.float32)
+        every = range(1, int(mask.sum()) - 1)
+        rows = [i for i in every if says_something(asked.tokens[i])] or list(every)
+        if not rows:
+            return np.zeros(len(texts), np.float32)
+        weights = [_weight(question, asked, i, rarities) for i in rows]
+        found = [np.zeros((0, DIMENSIONS), np.float32)] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts_of[i].ids))
         for at in range(0, len(order), COMPARED_BATCH):
             batch = order[at : at + COMPARED_BATCH]
-            found, mask = self._states([texts_of[i] for i in batch])
-            for place, own, seen in zip(batch, found, mask, strict=True):
-                likeness[place] = word_likeness(wanted, own[seen > 0])
-        return likeness
+            own, seen = self._states(
+                [texts_of[i] for i in batch], COMPARED_STATES, most=COMPARED_TOKENS
+            )
+            for place, rows_of, there in zip(batch, own, seen, strict=True):
+                found[place] = rows_of[there > 0]
+        return word_likenesses(states[rows], weights, found)
 
     def count_tokens(self, text: str) -> int:
         """Return how many word pieces ``text`` has."""
@@ -122,16 +142,16 @@ class MiniLm:
         return vectors
 
     def _run(self, encodings: Sequence[Encoding]) -> Vectors:
-        states, mask = self._states(encodings)
+        states, mask = self._states(encodings, _LAST)
         means = (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None]
         norms = np.linalg.norm(means, axis=1, keepdims=True)
         return np.asarray(means / np.maximum(norms, 1e-12), np.float32)
 
     def _states(
-        self, encodings: Sequence[Encoding]
+        self, encodings: Sequence[Encoding], output: str, *, most: int = MAX_TOKENS
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the states of tokens ``[texts, tokens, dimensions]``, and which are there."""
-        rows = [_cut(encoding.ids) for encoding in encodings]
+        rows = [_cut(encoding.ids, most) for encoding in encodings]
         width = max(map(len, rows))
         ids = np.zeros((len(rows), width), np.int64)
         mask = np.zeros((len(rows), width), np.int64)
@@ -139,7 +159,8 @@ class MiniLm:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         (hidden,) = self._session.run(
-            None, {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            [output],
+            {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)},
         )
         return np.asarray(hidden, np.float32), mask
 
@@ -155,6 +176,27 @@ def _pinned(path: Path, sha256: str) -> bytes:
     return data
 
 
-def _cut(ids: list[int]) -> list[int]:
-    """Return at most :data:`MAX_TOKENS` ids; the last one is the mark that ends a text."""
-    return ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]]
+def _cut(ids: list[int], most: int) -> list[int]:
+    """Return at most ``most`` ids; the last one is the mark that ends a text."""
+    return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+
+
+def _weight(question: str, asked: Encoding, token: int, rarities: Mapping[str, float]) -> float:
+    """Return what a token of a question counts."""
+    common = math.log(2 + max(0, asked.ids[token] - _FIRST_WORD))
+    span = asked.token_to_chars(token)
+    word = asked.token_to_word(token)
+    whole = span if word is None else asked.word_to_chars(word)
+    term = question[slice(*whole)].casefold() if whole else ""
+    return common * rarities.get(term, max(rarities.values(), default=1.0))
+
+
+def _with_output(model: bytes, name: str) -> bytes:
+    """Return an ONNX model that tells one more of its inner values.
+
+    A message of Protocol Buffers may go on in a second piece, whose repeated fields are joined to
+    those of the first.  Field 7 of a model is its graph, 12 of a graph an output, 1 its name.
+    """
+    output = b"\x0a" + bytes([len(name)]) + name.encode()
+    graph = b"\x62" + bytes([len(output)]) + output
+    return model + b"\x3a" + bytes([len(graph)]) + graph

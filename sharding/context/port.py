@@ -63,7 +63,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     chunks could be had from none (then the answer may lack something).  By words alone a chunk is
     found only if it is a candidate: of the ``chunks`` of fresh documents all are, up to
     ``WORDS_CHUNKS``.  ``probed`` nodes were asked
-    for sketches: 0 where this node has all of them.
+    for sketches: 0 where this node has all of them.  ``rarities`` is what the question's terms
+    weigh (``search.rarities``).
     """
 
     hits: tuple[Found, ...]
@@ -75,6 +76,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     nodes_asked: int = 0
     missing: int = 0
     probed: int = 0
+    rarities: Mapping[str, float] = {}
 
 
 class ContextStore(Protocol):

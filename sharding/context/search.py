@@ -9,7 +9,6 @@ out over all candidates at the asker, so the answer does not depend on who owns 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
@@ -29,7 +28,7 @@ from pyagent_node.sharding.context.index import (
     WORDS_WEIGHT,
     Way,
 )
-from pyagent_node.sharding.context.lexical import K1, B, term_hash, terms
+from pyagent_node.sharding.context.lexical import K1, B, rarity, term_hash, terms
 from pyagent_node.sharding.context.port import Found, Place
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, DocumentRecord
 from pyagent_node.sharding.context.tables import Table
@@ -106,12 +105,27 @@ def check_question(question: str, count: int) -> str:
 
 def question_terms(question: str) -> tuple[int, ...]:
     """Return the hashes of the terms of a question, each once, in order."""
-    found: dict[int, None] = {}
+    return tuple(_asked(question))
+
+
+def rarities(question: str, scored: Collection[Scored]) -> dict[str, float]:
+    """Return what the terms of a question weigh: more, the fewer of the candidates have them.
+
+    ``scored`` is what was said of the candidates when they were asked for :func:`question_terms`.
+    """
+    asked = list(_asked(question).values())
+    told = min((len(each.counts) for each in scored), default=0)
+    having = [sum(each.counts[i] > 0 for each in scored) for i in range(min(told, len(asked)))]
+    return {term: rarity(own, len(scored)) for term, own in zip(asked, having, strict=False)}
+
+
+def _asked(question: str) -> dict[int, str]:
+    found: dict[int, str] = {}
     for term in terms(question):
-        found[term_hash(term)] = None
+        found.setdefault(term_hash(term), term)
         if len(found) == MAX_TERMS:
             break
-    return tuple(found)
+    return found
 
 
 def candidates(table: Table, vector: NDArray[np.float32], count: int = RERANKED) -> list[Candidate]:
@@ -309,9 +323,9 @@ def _bm25(every: Sequence[Scored]) -> list[float]:
         return weights
     for term in range(min(len(each.counts) for each in every)):
         having = [i for i, each in enumerate(every) if each.counts[term] > 0]
-        rarity = math.log(1 + (len(every) - len(having) + 0.5) / (len(having) + 0.5))
+        weight = rarity(len(having), len(every))
         for i in having:
             often = every[i].counts[term]
             damped = often + K1 * (1 - B + B * every[i].length / mean)
-            weights[i] += rarity * often * (K1 + 1) / damped
+            weights[i] += weight * often * (K1 + 1) / damped
     return [round(weight, _DIGITS) for weight in weights]

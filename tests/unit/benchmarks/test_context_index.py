@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,9 @@ class Hashing:
     def embed_question(self, question: str) -> NDArray[np.float32]:
         return np.asarray(self.embed([question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32] | None:
         return None
 
     def count_tokens(self, text: str) -> int:

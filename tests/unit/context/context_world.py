@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,9 @@ class WordEmbedder:
     def embed_question(self, question: str) -> NDArray[np.float32]:
         return np.asarray(self.embed([question])[0], np.float32)
 
-    def compare(self, question: str, texts: Sequence[str]) -> NDArray[np.float32] | None:
+    def compare(
+        self, question: str, texts: Sequence[str], rarities: Mapping[str, float]
+    ) -> NDArray[np.float32] | None:
         return None
 
     def count_tokens(self, text: str) -> int:

@@ -84,11 +84,23 @@ def test_odd_texts_and_limits(minilm: MiniLm) -> None:
 def test_words_are_found_where_they_stand(minilm: MiniLm) -> None:
     texts = ["The cat chased a mouse.", "", "Prices of steel fell.", "word " * 3000]
     question = "What did the cat hunt?"
-    likeness = minilm.compare(question, texts)
+    likeness = minilm.compare(question, texts, {})
     assert likeness.shape == (4,)
     assert int(likeness.argmax()) == 0
-    alone = [float(minilm.compare(question, [text])[0]) for text in texts]
-    assert np.allclose(likeness, alone, atol=0.02)
+    turned = minilm.compare(question, texts[::-1], {})
+    assert np.allclose(likeness, turned[::-1], atol=0.02)
     assert np.array_equal(minilm.embed_question(question), minilm.embed([question])[0])
-    assert minilm.compare("?", []).shape == (0,)
+    assert minilm.compare("?", [], {}).shape == (0,)
+    assert minilm.compare("", texts, {}).tolist() == [0, 0, 0, 0]
+    assert np.isfinite(minilm.compare("the \N{GRINNING FACE} of of", texts, {"the": 0.0})).all()
     assert minilm.centre is None
+
+
+@pytest.mark.slow
+def test_rare_words_count_for_more(minilm: MiniLm) -> None:
+    texts = ["The cat sleeps all day.", "The farmer ploughs a field.", "Steel got cheaper."]
+    question = "Does the farmer own a cat?"
+    usual = minilm.compare(question, texts, {"cat": 0.1, "farmer": 5.0, "own": 0.1})
+    turned = minilm.compare(question, texts, {"cat": 5.0, "farmer": 0.1, "own": 0.1})
+    assert usual.argmax() == 1
+    assert turned.argmax() == 0
