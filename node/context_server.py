@@ -348,16 +348,21 @@ class ContextServer:
     ) -> dict[ChunkId, Part]:
         """Return the sketches in some groups of those of the chunks whose bodies are here.
 
-        A body whose vectors cannot be sketched has none: it counts as looked at.
+        A body whose vectors cannot be sketched has none: it counts as looked at.  Windows that its
+        record knows nothing of are left out: who asks could not take them.
         """
         bodies = [body for body in await self._store.bodies(chunks) if body.context == info.id]
+        catalog = self._store.catalog(info.id)
+        places = {body.id: catalog.locate(body.id) for body in bodies}
+        known = {chunk: at[0].chunks[at[1]].windows for chunk, at in places.items() if at}
 
         def work() -> dict[ChunkId, Part]:
             found: dict[ChunkId, Part] = {}
             for body in bodies:
                 try:
                     axes = self.models(info.encoder, body.dimensions, info.centre)
-                    found[body.id] = part_of(body, axes, groups)
+                    part = part_of(body, axes, groups)
+                    found[body.id] = part.first(known.get(body.id, len(body.spans)))
                 except InvalidRequest as error:
                     log.warning("a chunk of %r has no sketches: %s", body.source, error)
                     found[body.id] = Part(groups, b"", b"", b"", b"")

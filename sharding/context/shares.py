@@ -67,6 +67,21 @@ class Part(msgspec.Struct, frozen=True, gc=False, array_like=True):
         """Return the places of the windows."""
         return np.frombuffer(self.places, "<u2").astype(np.uint32)
 
+    def first(self, windows: int) -> Part:
+        """Return what of this part is of the first so many windows of the chunk."""
+        keep = self.at() < windows
+        if keep.all():
+            return self
+        if not keep.any():
+            return Part(self.groups, b"", b"", b"", b"")
+        return _part(
+            self.groups,
+            self.at()[keep],
+            np.frombuffer(self.group_of, np.uint8)[keep],
+            self.rows()[keep],
+            self.scales()[keep],
+        )
+
     def within(self, groups: int) -> Part:
         """Return what of this part is in some groups."""
         if not self.groups & ~groups:

@@ -386,6 +386,25 @@ async def test_sketches_that_do_not_fit_the_record_are_not_taken(autojump_clock)
         assert store.share(SHELF.id).get(body.id) == good
 
 
+async def test_a_record_that_promises_too_few_windows_leaves_no_chunk_lacking(autojump_clock):
+    text = "The first sentence is here. The second one tells something else. And a third one too."
+    record, (body, *_) = toy_document(SHELF.id, "a.txt", text, Version(1, C))
+    assert len(body.spans) > 1
+    size = len(record.sketches) // record.windows
+    rows = (msgspec.structs.replace(record.chunks[0], windows=1),)
+    short = msgspec.structs.replace(record, chunks=rows, sketches=bytes(size))
+    data = encode_record(bare(short, record_digest(encode_record(short))))
+    async with pair() as it:
+        await it.stores[1].put_bodies([body])
+        for at in range(2):
+            await it.stores[at].merge([data])
+        assert await it.services[0].keeper._get(SHELF, ALL_GROUPS) == 0
+        part = it.stores[0].share(SHELF.id).get(body.id)
+        assert part is not None
+        assert part.at().tolist() == [0]
+        assert part.groups == ALL_GROUPS
+
+
 async def test_what_has_no_room_keeps_nothing_else_out(autojump_clock, monkeypatch):
     def text(source: str, words: str, version: int = 1) -> bytes:
         return encode_record(toy_document(SHELF.id, source, words, Version(version, C))[0])
