@@ -116,8 +116,8 @@ class Verbs(click.Group):
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
-First steps: `pyagent-node demo`, or `pyagent-node up` and, in another terminal,
-`pyagent-node model load smollm2-135m`, then `pyagent-node chat`.""",
+First steps: `pyagent-node demo`, or `pyagent-node up` and then, elsewhere,
+`pyagent-node model load smollm2-135m` and `pyagent-node chat`.""",
 )
 @click.option("--home", metavar="DIR", help="The node's home (default: PYAGENT_HOME or your own).")
 @json_option

@@ -45,6 +45,10 @@ def test_every_verb_has_help_and_json(verb: str, run: Run) -> None:
         assert each.help, each.name
 
 
+def test_the_help_fits_a_narrow_terminal(run: Run) -> None:
+    assert max(map(len, run("--help").out.splitlines())) < 80
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from pyagent_node.cli.main import run; status = run(['--help']);"
