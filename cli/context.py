@@ -225,6 +225,11 @@ def _show(app: App, reply: DocumentsReply) -> None:
     if view.removals:
         until = f"; waiting for {len(view.removals_wait_for)}" if view.removals_wait_for else ""
         app.out.text(f"  {view.removals} removals, kept until every member has them{until}")
+    if view.lost:
+        names = ", ".join(row.source for row in reply.documents if row.lost)
+        app.out.note(
+            f"{view.lost} chunks are lost: no node has them any more. Add again: {_plain(names)}"
+        )
     if not reply.documents:
         app.out.note(f"It is empty. Next: `pyagent-node context add {view.name} FOLDER`.")
         return
@@ -309,6 +314,11 @@ def _hits(app: App, reply: QueryReply, *, why: bool, full: bool) -> None:
     if reply.missing:
         app.out.note(
             f"{reply.missing} candidate chunks could be had from no node: something may be missing."
+        )
+    if reply.lost:
+        app.out.note(
+            f"{reply.lost} chunks of the context are lost: no node has them any more. 'pyagent-node"
+            " context show' names their documents; add those again."
         )
     if why:
         app.out.text(

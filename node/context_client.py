@@ -43,6 +43,7 @@ from pyagent_node.node.context_messages import (
     pack_vector,
     unpack,
     unpack_digests,
+    unpack_ids,
     unpack_likely,
     unpack_parts,
     unpack_scores,
@@ -83,10 +84,10 @@ class ContextClient:
         self.bytes_out = 0
         self._rpc = rpc
 
-    async def summary(self, peer: PeerId) -> Summary:
-        """Return what a peer knows of each context, and how much it can hold."""
-        reply, _ = await self._ask(peer, AskSummary(), Summary)
-        return reply
+    async def summary(self, peer: PeerId) -> tuple[Summary, list[ChunkId]]:
+        """Return what a peer knows of each context, and the chunks that it says are lost."""
+        reply, tail = await self._ask(peer, AskSummary(), Summary)
+        return reply, unpack_ids(tail)
 
     async def slots(self, peer: PeerId, context: ContextId) -> list[bytes]:
         """Return the digest of each slot of a context."""

@@ -108,13 +108,13 @@ class SketchKeeper:
     def settled(self, info: ContextInfo) -> bool:
         """Whether every owner has all sketches of its groups, by what it said last."""
         catalog = self._store.catalog(info.id)
-        share, digest = self._store.share(info.id), marks_digest(catalog.marks())
+        digest = marks_digest(catalog.marks())
         if not self._reach.epoch:
             return False
         for group in range(GROUPS):
             for peer in self._reach.owners(group):
                 if peer == self._reach.here:
-                    if catalog.lacking(share, self.own_groups(), bare_only=False):
+                    if self._server.lacking(info, self.own_groups(), bare_only=False):
                         return False
                     continue
                 said = self._sync.sketched.get((peer, info.id))
@@ -134,7 +134,7 @@ class SketchKeeper:
     async def _get(self, info: ContextInfo, wanted: int) -> int:
         """Get what is wanted and not here; returns how many chunks that could not be had for."""
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
-        lacking = list(catalog.lacking(share, wanted, bare_only=not info.spread))
+        lacking = list(self._server.lacking(info, wanted, bare_only=not info.spread))
         failed = 0
         for at in range(0, len(lacking), BATCH):
             buckets: dict[ChunkId, int] = {}
@@ -192,8 +192,9 @@ class SketchKeeper:
     def _has_own(self, info: ContextInfo, source: str, wanted: int) -> bool:
         """Whether this node's part of a document is here: a newer version may have come."""
         share, known = self._store.share(info.id), self._store.catalog(info.id).get(source)
+        lost = self._server.lost(info)
         return known is not None and all(
-            share.covers(known.record.id_of(place), wanted)
+            share.covers(known.record.id_of(place), wanted) or known.record.id_of(place) in lost
             for place, row in enumerate(known.record.chunks)
             if row.windows
         )

@@ -97,6 +97,10 @@ class LocalContexts:
         """See ``ContextMesh``."""
         return self._store.share(context)
 
+    def lost(self, context: ContextInfo) -> frozenset[ChunkId]:
+        """See ``ContextMesh``."""
+        return frozenset()
+
     @property
     def owners(self) -> int:
         """See ``ContextMesh``."""

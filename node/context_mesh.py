@@ -34,6 +34,7 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
 from pyagent_node.node.context_client import MOVE_SECONDS, ContextClient
 from pyagent_node.node.context_keeper import SketchKeeper
+from pyagent_node.node.context_lost import Losses
 from pyagent_node.node.context_messages import PROTOCOL
 from pyagent_node.node.context_mover import Mover
 from pyagent_node.node.context_reach import Reach
@@ -71,7 +72,8 @@ class Pace(msgspec.Struct, frozen=True):
 
     ``settle`` is for how long a node must be there to get buckets.  Bodies of replaced documents
     are given up after ``collect``, those of which no record ever came after ``orphan``: it may be
-    that it is on the far side of a cut.
+    that it is on the far side of a cut.  A body that its owners looked for in vain for ``lost``
+    counts as lost.
     """
 
     sync: float = 10.0
@@ -79,6 +81,7 @@ class Pace(msgspec.Struct, frozen=True):
     steward: float = 1.0
     settle: float = 3.0
     collect: float = 60.0
+    lost: float = 600.0
     orphan: float = 86_400.0
     bytes_per_second: float = 32 * MIB
 
@@ -103,12 +106,14 @@ class ContextService:
         self.rpc = rpc
         self.client = ContextClient(rpc.client)
         self.reach = Reach(mesh, consensus)
+        losses = Losses(self.reach, trio.current_time, seconds=pace.lost)
         self.server = ContextServer(
             mesh,
             consensus,
             rpc.server,
             store,
             self.reach,
+            losses=losses,
             models=models,
             clock=trio.current_time,
             now=clock,
@@ -130,6 +135,7 @@ class ContextService:
             self.reach,
             sync=self.sync,
             server=self.server,
+            losses=losses,
             seconds=pace.move,
             bytes_per_second=pace.bytes_per_second,
             collect_seconds=pace.collect,
@@ -244,6 +250,10 @@ class ContextService:
     def share(self, context: ContextId) -> Share:
         """See ``ContextMesh``."""
         return self.store.share(context)
+
+    def lost(self, context: ContextInfo) -> frozenset[ChunkId]:
+        """See ``ContextMesh``."""
+        return self.server.lost(context)
 
     @property
     def owners(self) -> int:

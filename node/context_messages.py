@@ -74,11 +74,14 @@ class Summary(msgspec.Struct, frozen=True, tag="summary"):
 
     All that the node took in up to the index ``applied`` of the log shows; -1: an earlier version
     of this program does not say.
+    The tail has the ids of chunks that the node, as the owner that it is at ``epoch``, could get
+    from nobody for long: see ``context_lost``.
     """
 
     contexts: tuple[ContextSummary, ...]
     capacity: int
     applied: int = -1
+    epoch: int = 0
 
 
 class AskSlots(msgspec.Struct, frozen=True, tag="ask_slots"):

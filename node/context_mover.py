@@ -19,6 +19,7 @@ from pyagent_node.base.errors import LimitExceeded, PyAgentError, Unavailable
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.node.context_client import ContextClient
+from pyagent_node.node.context_lost import Losses
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_server import ContextServer
 from pyagent_node.node.context_sync import RecordSync
@@ -53,6 +54,7 @@ class Mover:
         *,
         sync: RecordSync,
         server: ContextServer,
+        losses: Losses,
         seconds: float,
         bytes_per_second: float,
         collect_seconds: float,
@@ -75,6 +77,7 @@ class Mover:
         self._reach = reach
         self._sync = sync
         self._server = server
+        self._losses = losses
         self._seconds = seconds
         self._rate = bytes_per_second
         self._collect_seconds = collect_seconds
@@ -145,7 +148,8 @@ class Mover:
         try:
             await self._copy(lacking, epoch, budget)
         finally:
-            self._pending = bool(self.lacking) or any(map(self._store.holds, surplus))
+            hopeful = self.lacking > len(self._losses.own())
+            self._pending = hopeful or any(map(self._store.holds, surplus))
 
     async def _look(self) -> tuple[dict[ChunkId, int], dict[ChunkId, int]]:
         """Return what is owned and lacking here, and what is held and not owned, with buckets."""
@@ -174,6 +178,7 @@ class Mover:
     async def _copy(self, lacking: dict[ChunkId, int], epoch: int, budget: ByteBudget) -> None:
         chunks = list(lacking)
         self.lacking = 0
+        failed: set[ChunkId] = set()
         for at in range(0, len(chunks), COPY_BATCH):
             if self._reach.epoch != epoch:
                 self.wake()
@@ -192,7 +197,8 @@ class Mover:
                 found += bodies
                 return [body.id for body in bodies]
 
-            self.lacking += len(await self._reach.gather(some, ask, here=False))
+            failed |= await self._reach.gather(some, ask, here=False)
+            self.lacking = len(failed)
             try:
                 await self._store.put_bodies(found)
             except LimitExceeded as error:
@@ -203,6 +209,7 @@ class Mover:
             self.copied += len(found)
             self.copied_bytes += size
             await trio.sleep(budget.reserve(size, trio.current_time()))
+        self._losses.note(failed)
         if self.lacking:
             log.info("%d chunks that this node owns are at no node that it reaches", self.lacking)
 

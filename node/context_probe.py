@@ -74,15 +74,16 @@ class Prober:
     def every(self, info: ContextInfo) -> Picked | None:
         """Return all chunks as candidates, ``None`` where they are too many."""
         records = self._store.catalog(info.id).fresh(info.policy, self._now())
-        candidates = every_chunk(records)
-        if candidates is None:
+        found = every_chunk(records)
+        if found is None:
             return None
-        count = sum(record.windows for record in records)
-        return Picked(candidates, count, len(candidates), set(), 0, set())
+        count, lost = sum(record.windows for record in records), self._server.lost(info)
+        candidates = [each for each in found if each.id not in lost]
+        return Picked(candidates, count, len(found), set(), 0, set())
 
     async def pick(self, info: ContextInfo, vector: NDArray[np.float32]) -> Picked:
         """Return the candidates of a question's vector."""
-        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        catalog = self._store.catalog(info.id)
         records = catalog.fresh(info.policy, self._now())
         live = {record.source for record in records}
         count, chunks = sum(record.windows for record in records), chunks_of(records)
@@ -91,14 +92,14 @@ class Prober:
         partial: list[list[ChunkId]] = []
         axes = await self._server.axes(info, len(vector))
         here = self._reach.here
-        elsewhere = set(catalog.lacking(share, ALL_GROUPS))
+        elsewhere = set(self._server.lacking(info, ALL_GROUPS))
         if not elsewhere:  # all sketches are here, those of bare records too
             merged.add((await self._server.likely(info, vector, ALL_GROUPS))[2])
             best = picked(merged.best(), (), catalog, live)[0]
             return Picked(best, count, chunks, asked, 0, set())
-        own = self._server.ready(catalog, share)
+        own = self._server.ready(info)
         unsure |= dict.fromkeys(
-            chunk for chunk in catalog.lacking(share, own) if self._is_live(chunk, live, info)
+            chunk for chunk in self._server.lacking(info, own) if self._is_live(chunk, live, info)
         )
         others = [[peer for peer in row if peer != here] for row in self._rows(self._reach.holders)]
         probe = Probe(chances(axes.buckets, vector), others, self._rows(self._reach.owners))
@@ -143,6 +144,11 @@ class Prober:
         candidates, strange = picked(merged.best(), unsure, catalog, live)
         newer = {said[chunk] for chunk in strange if chunk in said}
         return Picked(candidates, count, chunks, asked, unseen, newer)
+
+    def is_fresh(self, info: ContextInfo, chunk: ChunkId) -> bool:
+        """Whether a chunk is of a document that may be answered from."""
+        records = self._store.catalog(info.id).fresh(info.policy, self._now())
+        return self._is_live(chunk, {record.source for record in records}, info)
 
     @staticmethod
     def _rows(of: Callable[[int], Sequence[PeerId]]) -> list[Sequence[PeerId]]:

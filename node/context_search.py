@@ -65,6 +65,7 @@ class ContextSearch:
         self._store = store
         self._reach = reach
         self.prober = Prober(client, store, reach, server, now=clock)
+        self._server = server
         self._offload = offload
 
     async def search(
@@ -141,6 +142,7 @@ class ContextSearch:
             candidates=sum(len(each.windows) for each in picked),
             candidate_chunks=len(picked),
             chunks=found_by.chunks,
+            lost=sum(self.prober.is_fresh(context, chunk) for chunk in self._server.lost(context)),
             nodes=max(1, len(nodes)),
             nodes_asked=len(asked),
             missing=missing,

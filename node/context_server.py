@@ -23,6 +23,7 @@ from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.state import is_member
 from pyagent_node.native import blake3
+from pyagent_node.node.context_lost import Losses
 from pyagent_node.node.context_messages import (
     MAX_IDS,
     AskBodies,
@@ -50,6 +51,7 @@ from pyagent_node.node.context_messages import (
     first_parts,
     marks_digest,
     pack,
+    pack_ids,
     pack_likely,
     pack_scores,
     unpack,
@@ -84,7 +86,6 @@ from pyagent_node.sharding.context.shares import (
     ALL_GROUPS,
     GROUPS,
     Part,
-    Share,
     encode_part,
     part_of,
 )
@@ -124,6 +125,7 @@ class ContextServer:
         store: ContextStore,
         reach: Reach,
         *,
+        losses: Losses,
         models: Models,
         clock: Callable[[], float],
         now: Callable[[], float],
@@ -136,6 +138,7 @@ class ContextServer:
         """Takes records that a peer brought; returns how many were news."""
         self.applied: Callable[[], int] = lambda: consensus.state.index
         """Returns the index of the log up to which all that was taken in shows."""
+        self.losses = losses
         self._mesh = mesh
         self._consensus = consensus
         self._store = store
@@ -216,17 +219,28 @@ class ContextServer:
             )
             for each in known
         )
-        return Summary(contexts, self._store.limit_bytes, self.applied()), b""
+        lost = sorted(self.losses.own())
+        summary = Summary(contexts, self._store.limit_bytes, self.applied(), self._reach.epoch)
+        return summary, pack_ids(lost)
 
     def _sketched(self, info: ContextInfo) -> tuple[int, bytes]:
         """Return the groups of spread sketches that are here in full, and what marks those."""
         if not info.spread:
             return 0, b""
-        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
         own = sum(1 << group for group in range(GROUPS) if self._reach.owns(group))
-        if catalog.lacking(share, own, bare_only=False):
+        if self.lacking(info, own, bare_only=False):
             return 0, b""
-        return own, marks_digest(catalog.marks())
+        return own, marks_digest(self._store.catalog(info.id).marks())
+
+    def lost(self, info: ContextInfo) -> frozenset[ChunkId]:
+        """Return the chunks of a context that no node has any more, as all owners say."""
+        return self.losses.among(self._store.catalog(info.id))
+
+    def lacking(self, info: ContextInfo, groups: int, *, bare_only: bool = True) -> list[ChunkId]:
+        """Return the chunks whose sketches in ``groups`` are not here though they could be."""
+        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        found, lost = catalog.lacking(share, groups, bare_only=bare_only), self.lost(info)
+        return [chunk for chunk in found if chunk not in lost] if lost else found
 
     async def _slots(self, peer: PeerId, ask: AskSlots, tail: bytes) -> tuple[Slots, bytes]:
         self._check_member(peer)
@@ -426,16 +440,18 @@ class ContextServer:
         """
         catalog, share = self._store.catalog(info.id), self._store.share(info.id)
         axes, now = await self.axes(info, len(vector)), self._now()
-        groups = self.ready(catalog, share)
+        groups, lost = self.ready(info), self.lost(info)
+        without = [(place[0].source, place[1]) for c in lost if (place := catalog.locate(c))]
         marks = catalog.covered(share, groups)
         table = await self._offload(lambda: catalog.table(axes.model, info.policy, now, share))
-        found = await self._offload(lambda: likely(table, vector, asked))
+        found = await self._offload(lambda: likely(table, vector, asked, without=without))
         return groups & asked, marks, found
 
-    @staticmethod
-    def ready(catalog: Catalog, share: Share) -> int:
+    def ready(self, info: ContextInfo) -> int:
         """Return the groups of which all sketches are here, but for those of a few chunks."""
-        return catalog.ready(share, min(MAX_UNSURE, catalog.chunks // FEW))
+        catalog, share = self._store.catalog(info.id), self._store.share(info.id)
+        few = min(MAX_UNSURE, catalog.chunks // FEW) + len(self.lost(info))
+        return catalog.ready(share, few)
 
     async def _likely(
         self, peer: PeerId, ask: AskLikely, tail: bytes

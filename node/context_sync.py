@@ -180,7 +180,8 @@ class RecordSync:
             return
         self._looking.add(peer)
         try:
-            summary = await self._client.summary(peer)
+            summary, lost = await self._client.summary(peer)
+            self._server.losses.heard(peer, summary.epoch, lost)
             self.capacities[peer] = min(max(summary.capacity, 0), MAX_CAPACITY)
             for each in summary.contexts:
                 self.sketched[peer, ContextId(each.context)] = each

@@ -120,11 +120,12 @@ class Contexts:
         """Return a context and its documents."""
         info = self.mesh.find(name)
         catalog, now = self.mesh.catalog(info.id), self._clock()
+        lost = self.mesh.lost(info)
         fresh = {record.source for record in catalog.fresh(info.policy, now)}
         soon = {record.source for record in catalog.fresh(info.policy, now + _ahead(info))}
         rows = tuple(
-            _document(record, record.source in fresh, record.source in fresh & soon)
-            for record in catalog.documents()
+            _document(each, each.source in fresh, each.source in fresh & soon, _lost_of(each, lost))
+            for each in catalog.documents()
         )
         return DocumentsReply(self._view(info), rows)
 
@@ -146,6 +147,7 @@ class Contexts:
             record_bytes=sum(known.size for known in catalog.everything()),
             bodies_here=sum(context == info.id for context in held.values()),
             owners=self.mesh.owners,
+            lost=len(self.mesh.lost(info)),
             spread=info.spread,
             spread_why=_spread_why(info, self.mesh.index_bytes),
             sketch_bytes=sketch_bytes(catalog),
@@ -272,6 +274,8 @@ class Contexts:
     def _current(self, info: ContextInfo, known: Known) -> bool:
         if known.record.removed or known.record.encoder != info.encoder:
             return False
+        if _lost_of(known.record, self.mesh.lost(info)):
+            return False
         now, catalog = self._clock(), self.mesh.catalog(info.id)
         for when in (now, now + _ahead(info)):
             if all(r.source != known.record.source for r in catalog.fresh(info.policy, when)):
@@ -358,6 +362,7 @@ class Contexts:
             candidates=answer.candidates,
             candidate_chunks=answer.candidate_chunks,
             chunks=answer.chunks,
+            lost=answer.lost,
             nodes=answer.nodes,
             nodes_asked=answer.nodes_asked,
             probed=answer.probed,
@@ -441,7 +446,14 @@ def _joined(record: DocumentRecord) -> int:
     return sum(row.same != place for place, row in enumerate(record.chunks))
 
 
-def _document(record: DocumentRecord, fresh: bool, current: bool) -> DocumentView:
+def _lost_of(record: DocumentRecord, lost: frozenset[ChunkId]) -> int:
+    """Return how many chunks of a document are lost; adding the same bytes brings them back."""
+    if not lost:
+        return 0
+    return sum(record.id_of(at) in lost for at, row in enumerate(record.chunks) if row.windows)
+
+
+def _document(record: DocumentRecord, fresh: bool, current: bool, lost: int) -> DocumentView:
     return DocumentView(
         source=record.source,
         digest=record.digest.hex(),
@@ -455,7 +467,8 @@ def _document(record: DocumentRecord, fresh: bool, current: bool) -> DocumentVie
         counter=record.version.counter,
         writer=PeerId(record.version.writer),
         fresh=fresh,
-        current=current,
+        current=current and not lost,
+        lost=lost,
     )
 
 

@@ -40,7 +40,7 @@ from pyagent_node.simulations.kv import at_once
 ENCODER: Final = "toy words"
 DIMENSIONS: Final = 256
 STORE_BYTES: Final = 64 * MIB
-PACE: Final = Pace(sync=3.0, move=5.0, settle=1.0, collect=5.0, orphan=600.0)
+PACE: Final = Pace(sync=3.0, move=5.0, settle=1.0, collect=5.0, orphan=600.0, lost=15.0)
 
 
 class MemoryContextStore:

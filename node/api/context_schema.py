@@ -22,10 +22,11 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     ``documents`` of which ``fresh`` may be answered from, in ``chunks`` of ``windows`` and
     ``tokens`` (those of fresh documents); ``record_bytes`` of all records lie on every node,
     ``bodies_here`` are the chunks whose text lies on this one; ``owners`` nodes own chunks of
-    contexts.  ``spread``: the sketches, of
-    ``sketch_bytes`` together, lie spread over the nodes, ``sketch_bytes_here`` of them on this one;
-    ``spread_why`` says why so, or why not.  ``removals`` are records of removed documents, which
-    are forgotten once every member has them: ``removals_wait_for`` names those that do not yet.
+    contexts, and ``lost`` chunks no node has any more (add their documents again).  ``spread``: the
+    sketches, of ``sketch_bytes`` together, lie spread over the nodes, ``sketch_bytes_here`` of them
+    on this one; ``spread_why`` says why so, or why not.  ``removals`` are records of removed
+    documents, which are forgotten once every member has them: ``removals_wait_for`` names those
+    that do not yet.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ContextView(msgspec.Struct, frozen=True, kw_only=True):
     record_bytes: int
     bodies_here: int
     owners: int = 0
+    lost: int = 0
     spread: bool = False
     spread_why: str = ""
     sketch_bytes: int = 0
@@ -59,7 +61,8 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     """A document: ``digest`` is BLAKE3 of its bytes, times are Unix seconds.
 
     ``joined`` of its chunks say what others of it say.  ``current``: adding the same bytes again
-    would change nothing; not so for a document that is no longer fresh, or soon will not be.
+    would change nothing; not so for a document that is no longer fresh, or soon will not be, or of
+    which ``lost`` chunks are at no node any more.
     """
 
     source: str
@@ -75,6 +78,7 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     writer: PeerId
     fresh: bool
     current: bool
+    lost: int = 0
 
 
 class DocumentsReply(msgspec.Struct, frozen=True):
@@ -164,3 +168,4 @@ class QueryReply(msgspec.Struct, frozen=True, kw_only=True):
     embed_seconds: float
     probed: int = 0
     chunks: int = 0
+    lost: int = 0

@@ -63,8 +63,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     chunks could be had from none (then the answer may lack something).  By words alone a chunk is
     found only if it is a candidate: of the ``chunks`` of fresh documents all are, up to
     ``WORDS_CHUNKS``.  ``probed`` nodes were asked
-    for sketches: 0 where this node has all of them.  ``rarities`` is what the question's terms
-    weigh (``search.rarities``).
+    for sketches: 0 where this node has all of them.  ``lost`` chunks of fresh documents no node has
+    any more: they are no candidates.  ``rarities`` is what the question's terms weigh
+    (``search.rarities``).
     """
 
     hits: tuple[Found, ...]
@@ -77,6 +78,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     missing: int = 0
     probed: int = 0
     rarities: Mapping[str, float] = {}
+    lost: int = 0
 
 
 class ContextStore(Protocol):
@@ -208,6 +210,10 @@ class ContextMesh(Protocol):
 
     def share(self, context: ContextId) -> Share:
         """Return the sketches of bare records that this node keeps."""
+        ...
+
+    def lost(self, context: ContextInfo) -> frozenset[ChunkId]:
+        """Return the chunks that no node has any more, as all of their owners say."""
         ...
 
     @property

@@ -82,18 +82,28 @@ def steps(chance: NDArray[np.float64]) -> list[int]:
 
 
 def likely(
-    table: Table, vector: NDArray[np.float32], groups: int = ALL_GROUPS, count: int = RERANKED
+    table: Table,
+    vector: NDArray[np.float32],
+    groups: int = ALL_GROUPS,
+    count: int = RERANKED,
+    *,
+    without: Collection[tuple[str, int]] = (),
 ) -> list[Likely]:
     """Return the ``count`` likeliest windows in some groups by their sketches, by chunk.
+
+    Those of chunks ``without`` (source and place) do not count.
 
     Of records that are not bare all windows count: in which groups they are their sketches do not
     tell.  Such stand beside bare ones only until the sketches of a context lie spread.
     """
     sketches, at = table.sketches, np.arange(len(table.sketches))
-    if groups != ALL_GROUPS:
+    if groups != ALL_GROUPS or without:
         wanted = np.ones(GROUP_UNKNOWN + 1, bool)
         wanted[:GROUPS] = [bool(groups >> group & 1) for group in range(GROUPS)]
-        at = np.flatnonzero(wanted[table.groups])
+        counts = wanted[table.groups]
+        if without:
+            counts &= ~_rows_of(table, without)
+        at = np.flatnonzero(counts)
         sketches = Sketches(sketches.model, sketches.packed[at], sketches.weights[at])
     if not len(at):
         return []
@@ -111,6 +121,14 @@ def likely(
         )
         for (document, ordinal), own in found.items()
     ]
+
+
+def _rows_of(table: Table, chunks: Collection[tuple[str, int]]) -> NDArray[np.bool_]:
+    """Return which windows of a table are of some chunks."""
+    numbers = {record.source: number for number, record in enumerate(table.records)}
+    keys = [(numbers[source] << 32) + at for source, at in chunks if source in numbers]
+    rows = (table.documents.astype(np.uint64) << np.uint64(32)) + table.ordinals
+    return np.isin(rows, np.array(keys, np.uint64))
 
 
 class Merged:

@@ -454,3 +454,63 @@ async def test_removals_are_forgotten_once_all_have_them_and_nothing_comes_back(
         for at in range(4):
             assert it.node(at).catalog(it.info.id).get("story1.txt") is None
             assert (await it.ask(2, at)).hits[0].source == "story2.txt"
+
+
+def settled_without_lost(it: World) -> bool:
+    """Whether every node has the sketches that it is to have, but for those of lost chunks."""
+    for machine in it.swarm.up():
+        if machine.parts is None:
+            return False
+        service = machine.parts.contexts
+        info = service.find("shelf")
+        share, own = service.store.share(info.id), service.keeper.own_groups()
+        documents = service.catalog(info.id).documents()
+        whole = any(record.windows and not record.whole for record in documents)
+        lacking = service.server.lacking(info, own, bare_only=False)
+        if not info.spread or lacking or whole or share.beyond(own):
+            return False
+    return True
+
+
+async def test_a_context_that_lost_bodies_for_good_comes_to_rest(autojump_clock):
+    """It is spread all the same, all nodes answer alike, and say what is lost until it is back."""
+    async with world(5, patience=3) as it:
+        for number in range(10):
+            await it.add(number, at=number % 5)
+        await it.calm()
+        before = [gist(await it.ask(number, 0)) for number in range(10)]
+        owners: dict[frozenset[str], int] = {}
+        for chunk in it.node(0).catalog(it.info.id).chunk_ids():
+            place = it.node(0).catalog(it.info.id).locate(chunk)
+            assert place is not None
+            pair = frozenset(it.node(0).reach.owners(place[0].chunks[place[1]].bucket))
+            if it.node(0).peer_id not in pair:  # the one that proposes
+                owners[pair] = owners.get(pair, 0) + 1
+        both, count = max(owners.items(), key=lambda each: (each[1], sorted(each[0])))
+        gone = [machine for machine in it.swarm.machines if machine.peer_id in both]
+        for machine in gone:
+            it.swarm.kill(machine)
+        await it.swarm.propose(SetMeshSetting("context_index_bytes", 0))
+
+        def lost() -> list[int]:
+            services = [m.parts.contexts for m in it.swarm.up() if m.parts is not None]
+            return [len(service.lost(service.find("shelf"))) for service in services]
+
+        with trio.fail_after(120):
+            while lost() != [count] * 3 or not settled_without_lost(it):  # noqa: ASYNC110
+                await trio.sleep(0.5)
+        for number in range(10):
+            answers = [await it.ask(number, machine.number) for machine in it.swarm.up()]
+            assert {answer.lost for answer in answers} == {count}
+            assert all(answer.missing == 0 for answer in answers)
+            assert len({tuple(gist(answer)) for answer in answers}) == 1
+        # One of them comes back with its disk: nothing is lost any more.
+        await it.swarm.start(gone[0])
+        with trio.fail_after(120):
+            while any(lost()) or not spread_out(it, True):  # noqa: ASYNC110 - of many nodes
+                await trio.sleep(0.5)
+        for number in range(10):
+            for machine in it.swarm.up():
+                answer = await it.ask(number, machine.number)
+                assert (answer.lost, answer.missing) == (0, 0)
+                assert gist(answer)[0][:2] == before[number][0][:2]
