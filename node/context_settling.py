@@ -155,7 +155,7 @@ class Settler:
     ) -> None:
         """Hold exactly what a peer holds up to where it is covered, and all that it has above."""
         floor = told.covered
-        catalog.obey(0, floor)  # from now on nothing up to there comes from anybody else ...
+        catalog.keep_out(floor)  # from now on nothing up to there comes from anybody else ...
         await self._store.stand(info.id, catalog.standing, {})  # ... nor from a merge under way
         theirs = await self._client.slots(peer, info.id)
         own = catalog.slots()

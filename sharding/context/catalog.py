@@ -87,6 +87,7 @@ class Catalog:
         """How far this node is with forgetting removals; kept with the records."""
         self._horizon = 0
         self._floor = 0
+        self._kept_out = 0
         self._table: tuple[tuple[int, int, SketchModel, frozenset[str]], Table] | None = None
 
     def __len__(self) -> int:
@@ -294,10 +295,14 @@ class Catalog:
         """Take over what the log says of this context."""
         self._horizon, self._floor = max(self._horizon, horizon), max(self._floor, floor)
 
+    def keep_out(self, counter: int) -> None:
+        """Take no versions up to a counter but by :meth:`adopt`: they are being taken over."""
+        self._kept_out = max(self._kept_out, counter)
+
     @property
     def lowest(self) -> int:
         """New versions have counters above this."""
-        return max(self._horizon, self._floor, self.standing.refused)
+        return max(self._horizon, self._floor, self._kept_out, self.standing.refused)
 
     @property
     def behind(self) -> bool:
@@ -306,7 +311,7 @@ class Catalog:
 
     def refused(self, version: Version) -> bool:
         """Whether a version that is not held here is kept out: it was removed, as all know."""
-        return version.counter <= max(self._floor, self.standing.refused)
+        return version.counter <= max(self._floor, self._kept_out, self.standing.refused)
 
     def removals(self, floor: int = MAX_NUMBER) -> dict[str, Known]:
         """Return the records of removals with counters up to ``floor``, by source."""

@@ -144,7 +144,7 @@ class World:
         node.told[peer(other.number)] = told
         if takes_over(info, catalog.standing, told):
             floor = told.covered
-            catalog.obey(0, floor)
+            catalog.keep_out(floor)
             slots = [
                 at for at, digest in enumerate(theirs.slots()) if digest != catalog.slots()[at]
             ]
