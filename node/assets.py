@@ -17,7 +17,7 @@ from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.fetching import TransferStats
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.transfer import ensure_head_assets, ensure_slice
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.ports import StageRunner
 from pyagent_node.inference.runner import (
     RunnerSpec,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pyagent_node.base.types import Digest, Slice
 from pyagent_node.consensus.commands import ModelRecord
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.ports import EmbeddingRows, StageRunner, Tokenizer
 from pyagent_node.node.holdings import RunnerKey
 from pyagent_node.node.keeping import HostProgress, Mortal

@@ -40,7 +40,7 @@ from pyagent_node.inference.backend import (
     TrimSequence,
 )
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.inference.trees import check_tree, decode_tree
 from pyagent_node.native import sample

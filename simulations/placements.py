@@ -25,7 +25,7 @@ from pyagent_node.consensus.port import Consensus
 from pyagent_node.consensus.replica import REQUEST_BYTES
 from pyagent_node.consensus.single import open_single
 from pyagent_node.inference.generation import Generated, GenerationRequest
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.plan_types import ModelShape, NodeFacts
 from pyagent_node.inference.pipeline.ports import StageRunner

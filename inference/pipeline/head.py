@@ -2,8 +2,7 @@
 
 The shell (``engine``, ``driver``) sends what the core answers and hands it every result.  A result
 is turned into the next step at once, before the reader of the answer has seen the token, so that a
-slow reader costs nothing until it lags :data:`RUN_AHEAD` events behind; then the session waits for
-it.
+slow reader costs nothing until it lags far behind (see ``shown``); then the session waits for it.
 
 An attempt (see ``attempt``) that fails in a way that passes is closed and the session *suspended*;
 the shell begins another one when there are ranks for it.  The answer does not notice: the journal
@@ -12,11 +11,7 @@ of tokens is all that an attempt starts from, and what an earlier attempt still 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Final
-
-import msgspec
 
 from pyagent_node.base.errors import (
     LimitExceeded,
@@ -24,24 +19,18 @@ from pyagent_node.base.errors import (
     RunnerFailed,
     error_from_info,
 )
-from pyagent_node.base.types import ACTIVATIONS, Digest, PeerId, Placement, SessionId
+from pyagent_node.base.types import ACTIVATIONS, PeerId, Placement, SessionId
 from pyagent_node.inference.backend import Tokens
 from pyagent_node.inference.backend_names import ADOPTED, MAX_CLASS, MAX_CLASSES
 from pyagent_node.inference.drafting.port import Draft
 from pyagent_node.inference.generation import (
-    FetchWhen,
-    Finished,
-    Generated,
     GenerationEvent,
     SpeculationUsage,
-    TopLogprob,
     Usage,
 )
-from pyagent_node.inference.kv.budgets import Evicted, Pruning, believable, positions
-from pyagent_node.inference.kv.pieces import JoinPlan
+from pyagent_node.inference.kv.budgets import Evicted, believable, positions
 from pyagent_node.inference.pipeline.activations import unsupported
 from pyagent_node.inference.pipeline.attempt import Attempt, Embed
-from pyagent_node.inference.pipeline.detokenizer import TextAssembler
 from pyagent_node.inference.pipeline.flights import Chunk, Landed, Route
 from pyagent_node.inference.pipeline.frames import (
     MAX_SOURCES,
@@ -51,51 +40,17 @@ from pyagent_node.inference.pipeline.frames import (
     Result,
     StageError,
 )
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import Outcome
 from pyagent_node.inference.pipeline.origins import Origin, check_origins
 from pyagent_node.inference.pipeline.recovery import Patience
 from pyagent_node.inference.pipeline.restoring import bad_result, holders, parted
+from pyagent_node.inference.pipeline.shown import ShownAnswer
 from pyagent_node.inference.pipeline.speculation import Ask, Speculation
 from pyagent_node.inference.pipeline.stage_errors import NOT_JOINED
 from pyagent_node.inference.pipeline.stage_types import Outgoing, peer_lost
-from pyagent_node.inference.sampling import Sampled, SamplingParams
+from pyagent_node.inference.sampling import Sampled
 from pyagent_node.sharding.kv_keys import BLOCK_TOKENS
-
-RUN_AHEAD: Final = 64
-"""Events that may wait for the reader before the session stops asking for more tokens."""
-
-
-class Vocabulary(msgspec.Struct, frozen=True):
-    """What a head needs to know of every token: its bytes, and which tokens end an answer."""
-
-    pieces: tuple[bytes, ...]
-    end_tokens: frozenset[int]
-
-
-class HeadPlan(msgspec.Struct, frozen=True):
-    """A checked request: what to generate.
-
-    ``session`` is the stable id.  ``budget`` is the greatest number of tokens to generate.
-    ``root`` is what the names of its KV blocks begin with, empty where none are read or written;
-    ``fetch`` says when they may come from other nodes.
-    ``join`` are the pieces of the prompt to be joined, ``join_root`` what their names begin with.
-    ``pruning`` says how many cells ranks may hold, ``None`` for all; such a session has no root,
-    and may have as many positions as the model was ``trained`` for.
-    """
-
-    session: SessionId
-    head: PeerId
-    model: Digest
-    budget: int
-    stop: tuple[str, ...]
-    ignore_eos: bool
-    sampling: SamplingParams
-    root: bytes = b""
-    fetch: FetchWhen = "auto"
-    join: JoinPlan | None = None
-    join_root: bytes = b""
-    pruning: Pruning | None = None
-    trained: int = 0
 
 
 class HeadCore:
@@ -114,7 +69,8 @@ class HeadCore:
         self.prompt = prompt
         self.started = now
         self.first_token: float | None = None
-        self.answer: list[Sampled] = []
+        self._shown = ShownAnswer(vocabulary, plan.stop)
+        self.answer = self._shown.tokens
         """The tokens so far: the journal, together with the prompt."""
         self.attempt: Attempt | None = None
         """What computes the answer now; ``None`` while suspended."""
@@ -126,19 +82,14 @@ class HeadCore:
         """Whether no more events will be made."""
         self.failovers = 0
         self.patience = Patience(now)
-        self._vocabulary = vocabulary
-        self._text = TextAssembler(plan.stop)
-        self._events: deque[GenerationEvent] = deque()
         self._error: PyAgentError | None = None
         self._placement: Placement | None = None
         self._limit = plan.budget
         self._begun = False
-        self._held = False
         self._classes: list[str] = []
         self.trail: tuple[Origin, ...] = ()
         """The ranks of the last attempt that had a result."""
         self._told = False
-        self._skip = 0
         self._recomputed = 0
         self._reached = 0
         self._cached = 0
@@ -243,7 +194,7 @@ class HeadCore:
             epoch=self.epoch,
             begun=self._begun,
             got=got,
-            held=self._held and not attempt.waiting,
+            held=self._shown.held and not attempt.waiting,
             now=now,
         ):
             self.fail(error)
@@ -289,12 +240,12 @@ class HeadCore:
         if attempt is None or self.over:
             return None
         guessing = spec is not None and spec.asked and bool(self.answer)
-        return attempt.next_chunk(hold=self._held or guessing)
+        return attempt.next_chunk(hold=self._shown.held or guessing)
 
     def next_move(self, now: float) -> Outgoing | Ask | None:
         """Say what to send, or to ask the drafter, when the journal is sent but its last token."""
         attempt, spec = self.attempt, self.speculation
-        if attempt is None or spec is None or self.over or self._held:
+        if attempt is None or spec is None or self.over or self._shown.held:
             return None
         return spec.next_move(attempt, self.answer, now)
 
@@ -303,7 +254,7 @@ class HeadCore:
     ) -> Outgoing | None:
         """Take the drafter's answer; returns the step to send, if it is of use still."""
         attempt, spec = self.attempt, self.speculation
-        if attempt is None or spec is None or self.over or self._held:
+        if attempt is None or spec is None or self.over or self._shown.held:
             return None
         return spec.take(attempt, self.answer, ask, draft, seconds, now)
 
@@ -324,7 +275,7 @@ class HeadCore:
             if not believable(result.evicted):
                 raise bad_result(sender, "it counts cells that cannot be")
             for sampled in landed.sampled:
-                self._check(sampled, sender)
+                self._shown.check(sampled, sender)
         except PyAgentError as error:
             self.fail(error)
             return ()
@@ -337,7 +288,7 @@ class HeadCore:
             return ()
         if spec is not None:
             return self._speculate(spec, attempt, landed, now)
-        return () if self._held else (attempt.send_token(self.answer[-1].token, now),)
+        return () if self._shown.held else (attempt.send_token(self.answer[-1].token, now),)
 
     def _note_classes(self, classes: Sequence[str], *, adopted: bool) -> None:
         """Note who computes the attempt; a hostile tail cannot make that long.
@@ -355,7 +306,7 @@ class HeadCore:
     ) -> Sequence[Outgoing]:
         spec.heard(landed.sampled, attempt.tokens_known)
         out = attempt.cancel(landed.void) if landed.void else []
-        if not (self._held or spec.busy):
+        if not (self._shown.held or spec.busy):
             out += spec.moves(attempt, self.answer, now)
         return out
 
@@ -375,42 +326,21 @@ class HeadCore:
         if self.patience.error is not None:
             self.patience.cured()
         for sampled in landed.sampled:
-            if sampled.token in self._vocabulary.end_tokens and not plan.ignore_eos:
+            if self._shown.ends(sampled.token) and not plan.ignore_eos:
                 self._finish("stop", now)
                 return True
-            self._show(sampled, step_seconds, compute_seconds)
+            self._shown.add(sampled, step_seconds, compute_seconds)
             if self._ended(now):
                 return True
             step_seconds = compute_seconds = 0.0
         if len(self.answer) >= self._limit:
             self.fail(self._too_long())
-        self._held = len(self._events) >= RUN_AHEAD
+        self._shown.look()
         return self.over
-
-    def _show(self, sampled: Sampled, step_seconds: float, compute_seconds: float) -> None:
-        """Add a token to the answer."""
-        pieces = self._vocabulary.pieces
-        piece = pieces[sampled.token]
-        text = self._text.push(piece)
-        self.answer.append(sampled)
-        if self._skip:
-            self._skip -= 1
-            return
-        self._events.append(
-            Generated(
-                token=sampled.token,
-                text=text,
-                piece=piece,
-                logprob=sampled.logprob,
-                top=tuple([TopLogprob(t, pieces[t], lp) for t, lp in sampled.top]),
-                step_seconds=step_seconds,
-                compute_seconds=compute_seconds,
-            )
-        )
 
     def _ended(self, now: float) -> bool:
         """Finish an answer whose last token is there."""
-        if self._text.stopped:
+        if self._shown.stopped:
             self._finish("stop", now)
         elif len(self.answer) >= self.plan.budget:
             self._finish("length", now)
@@ -421,14 +351,14 @@ class HeadCore:
 
         Called once, before the first attempt.  An answer shorter than ``after`` ends in an error.
         """
-        self._skip = after
+        self._shown.skip = after
         for sampled in tokens:
-            self._check(sampled, self.plan.head)
-            self._show(sampled, 0.0, 0.0)
+            self._shown.check(sampled, self.plan.head)
+            self._shown.add(sampled, 0.0, 0.0)
         self._begun = True
         self.first_token = now if tokens else None
         self._paused_from = now
-        self._held = len(self._events) >= RUN_AHEAD
+        self._shown.look()
 
     def on_error(self, sender: PeerId, message: StageError, now: float) -> list[Outgoing]:
         """Take a rank's word that it gave the session up; returns what closes the attempt."""
@@ -484,25 +414,21 @@ class HeadCore:
 
         Raises the error that ended the session, after its last event.
         """
-        if not self._events:
-            if self._error is not None:
-                raise self._error
-            return None, False
-        event = self._events.popleft()
-        if self._held and len(self._events) < RUN_AHEAD // 2:
-            self._held = False
+        event, room = self._shown.take()
+        if event is None and self._error is not None:
+            raise self._error
+        if room:
             self._paused_from = now
             if self.attempt is not None:
                 self.attempt.last_progress = now
-            return event, True
-        if self.over and not self._events:
+        elif event is not None and self.over and not self._shown.waiting:
             self._told = self._error is None
-        return event, False
+        return event, room
 
     def _finish(self, reason: str, now: float) -> None:
         placement = self._placement
         assert placement is not None, "an answer ends on a placement"
-        if self._skip:
+        if self._shown.skip:
             self.fail(
                 LimitExceeded(
                     f"The answer ended after {len(self.answer)} tokens.",
@@ -516,34 +442,22 @@ class HeadCore:
         first = now if self.first_token is None else self.first_token
         if self.attempt is not None:
             self._count(self.attempt)
-        text = self._text.finish()
-        self._events.append(
-            Finished(
-                reason="stop" if reason == "stop" or self._text.stopped else "length",
-                text=text,
-                usage=Usage(
-                    prompt_tokens=len(self.prompt),
-                    completion_tokens=len(self.answer),
-                    ttft_seconds=first - self.started,
-                    seconds=now - self.started,
-                    failovers=self.failovers,
-                    recomputed_tokens=self._recomputed,
-                    stall_seconds=self._longest_pause,
-                    speculation=self.guesses,
-                    classes=tuple(self._classes),
-                    cached_tokens=self._cached,
-                    joined_tokens=self._joined,
-                    joined_landmarks=self._joined_landmarks,
-                    evicted=self._evicted,
-                ),
-                placement=placement,
-            )
+        usage = Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.answer),
+            ttft_seconds=first - self.started,
+            seconds=now - self.started,
+            failovers=self.failovers,
+            recomputed_tokens=self._recomputed,
+            stall_seconds=self._longest_pause,
+            speculation=self.guesses,
+            classes=tuple(self._classes),
+            cached_tokens=self._cached,
+            joined_tokens=self._joined,
+            joined_landmarks=self._joined_landmarks,
+            evicted=self._evicted,
         )
-
-    def _check(self, sampled: Sampled, sender: PeerId) -> None:
-        n, top = len(self._vocabulary.pieces), sampled.top
-        if not 0 <= sampled.token < n or (top and not all(0 <= t < n for t, _ in top)):
-            raise bad_result(sender, "it holds no valid token")
+        self._shown.finish(reason, usage, placement)
 
     def _too_long(self) -> PyAgentError:
         n = len(self.prompt)

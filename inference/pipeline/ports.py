@@ -25,7 +25,7 @@ from pyagent_node.inference.backend import (
     Tokens,
 )
 from pyagent_node.inference.generation import ChatMessage
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 
 
 class StageRunner(Protocol):

@@ -20,7 +20,7 @@ from pyagent_node.inference.generation import (
 )
 from pyagent_node.inference.kv.budgets import check, positions
 from pyagent_node.inference.kv.chunks import check_pieces, chunk_root
-from pyagent_node.inference.pipeline.head import HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.ports import HeadModel, Tokenizer
 from pyagent_node.sharding.kv_keys import LINK_BYTES, MAX_SALT, cache_root

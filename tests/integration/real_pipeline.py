@@ -12,7 +12,7 @@ from pyagent_node.base.types import Digest, Placement, Rank, Slice
 from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.store import ModelStore
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.journal import JournalSink
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel

@@ -20,7 +20,7 @@ from pyagent_node.inference.models.architectures import model_shape
 from pyagent_node.inference.models.embeddings import EmbeddingTable
 from pyagent_node.inference.models.store import ModelStore
 from pyagent_node.inference.models.stored_model import About
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.journal import Outcome, SessionJournal
 from pyagent_node.inference.pipeline.pipeline import Pipeline, open_pipeline
 from pyagent_node.inference.pipeline.ports import HeadModel

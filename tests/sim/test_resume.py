@@ -26,7 +26,7 @@ from pyagent_node.inference.generation import (
     GenerationRequest,
 )
 from pyagent_node.inference.kv.budgets import Pruning
-from pyagent_node.inference.pipeline.head import Vocabulary
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.journal import SessionJournal
 from pyagent_node.inference.pipeline.requests import new_journal, plan_journal
 from pyagent_node.inference.sampling import Sampled, SamplingParams

@@ -29,7 +29,8 @@ from pyagent_node.inference.drafting.controller import FixedController
 from pyagent_node.inference.drafting.port import Draft, Plan
 from pyagent_node.inference.generation import Finished, Generated
 from pyagent_node.inference.pipeline.frames import OpenSession, PipeMessage, Result, Step, Tail
-from pyagent_node.inference.pipeline.head import HeadCore, HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.head import HeadCore
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.speculation import Speculation
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_queue import Batch

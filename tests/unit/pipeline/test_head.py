@@ -18,7 +18,9 @@ from pyagent_node.inference.pipeline.frames import (
     Step,
     unpack_tail,
 )
-from pyagent_node.inference.pipeline.head import RUN_AHEAD, HeadCore, HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.head import HeadCore
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.shown import RUN_AHEAD
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 

@@ -19,7 +19,8 @@ from pyagent_node.inference.kv.chunks import (
 )
 from pyagent_node.inference.kv.pieces import JoinPlan, Piece
 from pyagent_node.inference.pipeline.frames import Join, Joined, Keep, Restored, Step, pack_tail
-from pyagent_node.inference.pipeline.head import HeadCore, HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.head import HeadCore
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.joining import Joining
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_errors import not_joined

@@ -20,7 +20,8 @@ from pyagent_node.inference.pipeline.frames import (
     Step,
     unpack_tokens,
 )
-from pyagent_node.inference.pipeline.head import HeadCore, HeadPlan, Vocabulary
+from pyagent_node.inference.pipeline.head import HeadCore
+from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.restoring import RESTORE_SECONDS, Restoring, worth_asking
 from pyagent_node.inference.sampling import Sampled, SamplingParams
 from pyagent_node.sharding.kv_keys import block_chain
