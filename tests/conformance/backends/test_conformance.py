@@ -386,7 +386,7 @@ def test_a_slice_computes_every_path_of_a_tree(
 async def test_a_cancelled_prompt_leaves_a_runner_in_order(name: str, tiny: Path) -> None:
     text = prompt(100)
     async with open_slice_runner(
-        RunnerSpec("slice", str(tiny), WHOLE, N_CTX, 2, 1, backend=name)
+        RunnerSpec(str(tiny), WHOLE, N_CTX, 2, 1, backend=name)
     ) as runner:
         assert runner.info.backend == name
         await runner.apply([OpenSequence(0, GREEDY)])

@@ -214,7 +214,7 @@ BUGS = (
         CALM,
         frozenset({"restored", "no error escapes"}),
         drafters=("lying",),
-        asks=OFTEN,
+        asks=0.1,
     ),
     Bug(
         "trimmed_one_cell_short",

@@ -39,7 +39,7 @@ async def say(runner: SliceRunner, prompt: list[int], n: int) -> list[int]:
 @pytest.mark.model
 async def test_it_guesses_what_it_says_itself(bundled_model: Path) -> None:
     path = str(bundled_model)
-    spec = RunnerSpec("slice", path, Slice(0, 30, True), n_ctx=512, n_seq=2, threads=1)
+    spec = RunnerSpec(path, Slice(0, 30, True), n_ctx=512, n_seq=2, threads=1)
     async with open_slice_runner(spec) as runner, open_tokenizer_runner(path) as tokenizer:
         pieces = await tokenizer.pieces()
         prompt = await tokenizer.tokenize("The first three rivers of Europe by length are")
