@@ -70,8 +70,14 @@ class Round:
             self._of, self._index, self._seen = (horizon, members), index, set()
 
     def looked(self, peer: PeerId, told: Told) -> None:
-        """Note that all was taken in that ``peer`` had when it told this."""
-        if self._index and told.applied >= self._index:
+        """Note that all was taken in that ``peer`` had when it told this.
+
+        One that settled for this horizon, or is further, may have forgotten removals already: the
+        log says so, or will, and then it is too late for this round.
+        """
+        horizon = self._of[0]
+        forgot = told.covered > horizon or told.settled >= horizon
+        if self._index and told.applied >= self._index and not forgot:
             self._seen.add(peer)
 
     def complete(self, here: PeerId, horizon: int, applied: int) -> bool:
@@ -93,9 +99,12 @@ def takes_over(info: ContextInfo, standing: Standing, told: Told) -> bool:
     """Whether a node should hold, up to where another one is covered, exactly what that one holds.
 
     All that was added up to there is held by the other one; so what this one has beyond it was
-    removed, or was added by a disk of an earlier day.
+    removed, or was added by a disk of an earlier day.  Nobody is believed to be further than this
+    node's own log: it catches up first, and what was never said there would end all documents.
     """
-    return told.covered > standing.covered and told.settled >= max(info.floor, standing.settled)
+    said = told.covered <= info.horizon and told.settled <= info.floor
+    further = told.covered > standing.covered
+    return said and further and told.settled >= max(info.floor, standing.settled)
 
 
 class Raise(NamedTuple):

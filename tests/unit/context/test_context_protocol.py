@@ -55,6 +55,7 @@ from pyagent_node.node.context_messages import (
 )
 from pyagent_node.sharding.context import minilm
 from pyagent_node.sharding.context.catalog import SLOTS
+from pyagent_node.sharding.context.collecting import Standing
 from pyagent_node.sharding.context.defaults import Axes
 from pyagent_node.sharding.context.owners import owner_table
 from pyagent_node.sharding.context.probing import Likely
@@ -467,3 +468,18 @@ async def test_what_a_peer_said_of_its_sketches_before_the_owners_changed_counts
         await trio.testing.wait_all_tasks_blocked()
         await first.sync.look(B)
         assert first.keeper.settled(spread)
+
+
+async def test_a_peer_that_says_what_the_log_never_said_ends_nothing(autojump_clock):
+    record, bodies = toy_document(SHELF.id, "a.txt", "Some text.", Version(1, C))
+    async with pair() as it:
+        await it.stores[0].merge([encode_record(record)])
+        await it.stores[0].put_bodies(bodies)
+        for covered, settled in ((7, 7), (1 << 52, 1 << 52), ((1 << 64) - 1, (1 << 64) - 1)):
+            it.stores[1].catalog(SHELF.id).standing = Standing(covered, settled)
+            await trio.testing.wait_all_tasks_blocked()
+            await it.services[0].sync.look(B)
+        catalog = it.stores[0].catalog(SHELF.id)
+        assert catalog.standing == Standing()
+        assert catalog.get("a.txt") is not None
+        assert catalog.next_version("b.txt", A) == Version(1, A)
