@@ -9,7 +9,7 @@ candidates, not even those whose sketches are here, so that all nodes answer ali
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -145,10 +145,13 @@ class Prober:
         newer = {said[chunk] for chunk in strange if chunk in said}
         return Picked(candidates, count, chunks, asked, unseen, newer)
 
-    def is_fresh(self, info: ContextInfo, chunk: ChunkId) -> bool:
-        """Whether a chunk is of a document that may be answered from."""
+    def fresh_of(self, info: ContextInfo, chunks: Collection[ChunkId]) -> int:
+        """Return how many of some chunks are of documents that may be answered from."""
+        if not chunks:
+            return 0
         records = self._store.catalog(info.id).fresh(info.policy, self._now())
-        return self._is_live(chunk, {record.source for record in records}, info)
+        live = {record.source for record in records}
+        return sum(self._is_live(chunk, live, info) for chunk in chunks)
 
     @staticmethod
     def _rows(of: Callable[[int], Sequence[PeerId]]) -> list[Sequence[PeerId]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
@@ -10,7 +11,7 @@ import trio
 from numpy.typing import NDArray
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import DeadlineExceeded
+from pyagent_node.base.errors import DeadlineExceeded, PyAgentError
 from pyagent_node.base.types import PeerId
 from pyagent_node.node.context_client import SCORE_SECONDS, ContextClient
 from pyagent_node.node.context_messages import Wanted
@@ -30,6 +31,8 @@ from pyagent_node.sharding.context.search import (
     rarities,
     score_all,
 )
+
+log = logging.getLogger("pyagent_node.context")
 
 SEARCH_SECONDS: Final = 20.0
 """Longest time for an answer."""
@@ -118,7 +121,15 @@ class ContextSearch:
                 if peer == self._reach.here:
                     some, stale = await self._score_here(vector, terms, wanted), set[ChunkId]()
                 else:
-                    some, stale = await self._client.scores(peer, context.id, vector, terms, wanted)
+                    try:
+                        some, stale = await self._client.scores(
+                            peer, context.id, vector, terms, wanted
+                        )
+                    except PyAgentError as error:
+                        if not settled:
+                            raise
+                        log.debug("%s scored no more chunks: %s", peer, error)
+                        break  # others are asked for the rest only
                 for each in some:
                     scored[each.id] = each
                     owners[each.id] = peer
@@ -142,7 +153,7 @@ class ContextSearch:
             candidates=sum(len(each.windows) for each in picked),
             candidate_chunks=len(picked),
             chunks=found_by.chunks,
-            lost=sum(self.prober.is_fresh(context, chunk) for chunk in self._server.lost(context)),
+            lost=self.prober.fresh_of(context, self._server.lost(context)),
             nodes=max(1, len(nodes)),
             nodes_asked=len(asked),
             missing=missing,

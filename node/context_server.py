@@ -337,7 +337,7 @@ class ContextServer:
         catalog = self._store.catalog(body.context)
         known = catalog.get(body.source)
         if known is None:
-            return not catalog.behind and catalog.refused(body.version)
+            return not catalog.behind and catalog.collected(body.version)
         return known.record.version > body.version
 
     async def _scores(self, peer: PeerId, ask: AskScores, tail: bytes) -> tuple[Scores, bytes]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import Conflict, PyAgentError
+from pyagent_node.base.errors import Conflict, LimitExceeded, PyAgentError
 from pyagent_node.base.types import ContextId, PeerId
 from pyagent_node.consensus.commands import CollectContext, RaiseContext
 from pyagent_node.consensus.port import Consensus
@@ -20,7 +21,7 @@ from pyagent_node.consensus.state import is_member
 from pyagent_node.node.context_client import ContextClient
 from pyagent_node.node.context_reach import Reach
 from pyagent_node.node.context_sync import MAX_ROUNDS, RecordSync
-from pyagent_node.sharding.context.catalog import Catalog
+from pyagent_node.sharding.context.catalog import MAX_CATALOG, MAX_DOCUMENTS, Catalog
 from pyagent_node.sharding.context.collecting import (
     Raise,
     Round,
@@ -35,6 +36,9 @@ from pyagent_node.sharding.context.port import ContextStore
 from pyagent_node.sharding.context.record_codec import decode_record, record_digest
 
 log = logging.getLogger("pyagent_node.context")
+
+MAX_TAKEN: Final = MAX_CATALOG + MAX_DOCUMENTS * 1024
+"""The most bytes of records that are taken over from a peer; for removals there is always room."""
 
 
 class Settler:
@@ -119,9 +123,11 @@ class Settler:
         if not takes_over(info, catalog.standing, told) or context in self._taking:
             return False
         self._taking.add(context)
+        catalog.keep_out(told.covered)  # from now on nothing up to there comes from anybody else
         try:
             await self._take_over(peer, info, catalog, told)
         finally:
+            catalog.keep_out(0)  # done, or it comes from whoever has it again
             self._taking.discard(context)
         return True
 
@@ -155,12 +161,12 @@ class Settler:
     ) -> None:
         """Hold exactly what a peer holds up to where it is covered, and all that it has above."""
         floor = told.covered
-        catalog.keep_out(floor)  # from now on nothing up to there comes from anybody else ...
-        await self._store.stand(info.id, catalog.standing, {})  # ... nor from a merge under way
+        await self._store.stand(info.id, Standing(), {})  # merges that were under way are over
         theirs = await self._client.slots(peer, info.id)
         own = catalog.slots()
         slots = [at for at, digest in enumerate(theirs) if digest != own[at]]
         seen: dict[str, bytes] = {}
+        size = 0
         more = bool(slots)
         for _ in range(MAX_ROUNDS):
             if not more:
@@ -170,6 +176,12 @@ class Settler:
             if more and found.items() <= seen.items():
                 return
             seen.update(found)
+            size += sum(map(len, records))
+            if len(seen) > MAX_DOCUMENTS or size > MAX_TAKEN:
+                raise LimitExceeded(
+                    f"{peer} has more records of context {info.name} than a context may have.",
+                    code="context_full",
+                )
             await self._store.adopt(info.id, records, floor)
         if more:
             return

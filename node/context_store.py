@@ -235,8 +235,9 @@ class SqliteContextStore:
                 for source, digest in gone.items()
                 if (known := catalog.get(source)) is not None and known.digest == digest
             ]
-            await _in_thread(lambda: self._database.put_standing(context, standing, sources))
-            catalog.standing = standing
+            joined = catalog.standing.joined(standing)
+            await _in_thread(lambda: self._database.put_standing(context, joined, sources))
+            catalog.standing = joined
             for source in sources:
                 catalog.forget(source)
                 self._written_uses.pop((context, source), None)

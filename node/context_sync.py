@@ -51,13 +51,15 @@ MAX_ROUNDS: Final = 10_000
 class _Taken(NamedTuple):
     """How many records were news, and which were refused why.
 
-    ``collected`` of them were of versions that were removed.
+    ``collected`` of them were of versions that were removed.  ``put_off``: some would be news, and
+    were not taken for now, since another node's records are being taken over.
     """
 
     news: int
     refused: list[bytes]
     problem: LimitExceeded | None
     collected: int = 0
+    put_off: bool = False
 
 
 class Settling(Protocol):
@@ -208,7 +210,7 @@ class RecordSync:
         theirs = await self._client.slots(peer, context)
         refused: list[bytes] = []
         problem: LimitExceeded | None = None
-        more = True
+        more, put_off = True, False
         for _ in range(MAX_ROUNDS):
             catalog = self._store.catalog(context)
             slots = [at for at, digest in enumerate(catalog.slots()) if digest != theirs[at]]
@@ -219,12 +221,12 @@ class RecordSync:
             found = await self._take(records)
             self.merged += found.news
             refused += map(record_digest, found.refused)
-            problem = found.problem or problem
+            problem, put_off = found.problem or problem, found.put_off or put_off
             if not more or not (found.news or found.refused):
                 break
         if problem is not None:
             raise problem
-        return not more
+        return not more and not put_off
 
     def applied(self) -> int:
         """Return the index of the log up to which all that was taken in shows in the catalogs."""
@@ -259,17 +261,18 @@ class RecordSync:
 
     async def _take_now(self, records: Sequence[bytes]) -> _Taken:
         newest = self._newest(records)
-        taken: list[bytes] = []
+        taken: list[tuple[DocumentRecord, bytes]] = []
         before: list[tuple[Catalog, list[ChunkId]]] = []
         refused: list[bytes] = []
         problem: LimitExceeded | None = None
-        collected = 0
+        collected, put_off = 0, False
         rooms: dict[ContextId, _Room] = {}
         for record, data in newest:
             catalog = self._store.catalog(record.context)
             if catalog.refused(record.version):
                 refused.append(data)
                 collected += 1
+                put_off = put_off or catalog.put_off(record.version)
                 continue
             held = catalog.get(record.source)
             room = rooms.setdefault(record.context, _Room(catalog.size, len(catalog)))
@@ -279,11 +282,12 @@ class RecordSync:
                 refused.append(data)
                 problem = error
                 continue
-            taken.append(data)
+            taken.append((record, data))
             if held is not None:
                 rows = enumerate(held.record.chunks)
                 before.append((catalog, [held.record.id_of(at) for at, row in rows if row.windows]))
-        news = await self._store.merge(taken) if taken else 0
+        news = await self._store.merge([data for _, data in taken]) if taken else 0
+        put_off = put_off or not all(self._holds(record, data) for record, data in taken)
         now = trio.current_time()
         for catalog, chunks in before:
             for chunk in chunks:
@@ -291,7 +295,13 @@ class RecordSync:
                     self.superseded.setdefault(chunk, now)
         if news:
             self.on_news()
-        return _Taken(news, refused, problem, collected)
+        return _Taken(news, refused, problem, collected, put_off)
+
+    def _holds(self, record: DocumentRecord, data: bytes) -> bool:
+        """Whether a record or a newer one of its source is here."""
+        held = self._store.catalog(record.context).get(record.source)
+        rank = (record.version, record_digest(data))
+        return held is not None and (held.record.version, held.digest) >= rank
 
     def _newest(self, records: Sequence[bytes]) -> list[tuple[DocumentRecord, bytes]]:
         """Return the newest record of each source that is news here, removals first."""
@@ -313,11 +323,11 @@ class RecordSync:
         return sorted(found, key=lambda each: not each[0].removed)
 
     def _lost(self, record: DocumentRecord) -> None:
-        """Note a version that came when a newer one was known: its bodies lie somewhere."""
+        """Note a version that came when a newer one was known: its bodies may lie here already."""
         catalog, now = self._store.catalog(record.context), trio.current_time()
         for place, row in enumerate(record.chunks):
             chunk = record.id_of(place)
-            if row.windows and catalog.locate(chunk) is None:
+            if row.windows and self._store.holds(chunk) and catalog.locate(chunk) is None:
                 self.superseded.setdefault(chunk, now)
 
     # ---- telling -----------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class MemoryContextStore:
         """See ``ContextStore``."""
         await trio.lowlevel.checkpoint()
         catalog = self.catalog(context)
-        catalog.standing = standing
+        catalog.standing = catalog.standing.joined(standing)
         for source, digest in gone.items():
             known = catalog.get(source)
             if known is not None and known.digest == digest:

@@ -296,8 +296,11 @@ class Catalog:
         self._horizon, self._floor = max(self._horizon, horizon), max(self._floor, floor)
 
     def keep_out(self, counter: int) -> None:
-        """Take no versions up to a counter but by :meth:`adopt`: they are being taken over."""
-        self._kept_out = max(self._kept_out, counter)
+        """Take no versions up to a counter but by :meth:`adopt`: they are being taken over.
+
+        0 ends that, be it done or not.
+        """
+        self._kept_out = counter
 
     @property
     def lowest(self) -> int:
@@ -310,8 +313,16 @@ class Catalog:
         return self.standing.settled < self._floor
 
     def refused(self, version: Version) -> bool:
-        """Whether a version that is not held here is kept out: it was removed, as all know."""
-        return version.counter <= max(self._floor, self._kept_out, self.standing.refused)
+        """Whether a version that is not held here is kept out: :meth:`collected`, or put off."""
+        return self.collected(version) or self.put_off(version)
+
+    def put_off(self, version: Version) -> bool:
+        """Whether a version is only kept out for now, while others are taken over."""
+        return version.counter <= self._kept_out and not self.collected(version)
+
+    def collected(self, version: Version) -> bool:
+        """Whether a version that is not held here was removed, as all know."""
+        return version.counter <= max(self._floor, self.standing.refused)
 
     def removals(self, floor: int = MAX_NUMBER) -> dict[str, Known]:
         """Return the records of removals with counters up to ``floor``, by source."""

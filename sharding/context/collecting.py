@@ -34,6 +34,10 @@ class Standing(NamedTuple):
     covered: int = 0
     settled: int = 0
 
+    def joined(self, other: Standing) -> Standing:
+        """Return how far this node is by both: it only ever gets further."""
+        return Standing(max(self.covered, other.covered), max(self.settled, other.settled))
+
     @property
     def refused(self) -> int:
         """Versions with a counter up to this, which are not held, were removed."""
@@ -136,7 +140,8 @@ def plan(
     if any(told.get(peer, Told(-1)).applied < 0 for peer in members) or not members:
         return None
     if info.floor < info.horizon:
-        ready = not held_up(info, told, members) and now - info.raised >= grace
+        # However long ago or ahead: clocks are set, and this one must not hold anything up.
+        ready = not held_up(info, told, members) and abs(now - info.raised) >= grace
         return Collect(info.horizon) if ready else None
     highest = max((each for each in removals if each <= MAX_HORIZON), default=0)
     return Raise(highest) if highest > info.horizon else None

@@ -160,7 +160,7 @@ class ContextStore(Protocol):
     async def stand(
         self, context: ContextId, standing: Standing, gone: Mapping[str, bytes]
     ) -> None:
-        """Keep how far this node is, and forget records, at once.
+        """Keep how far this node is, and forget records, at once; it never gets less far.
 
         ``gone`` are the digests of these by source; a record that is another one by now stays.
         """

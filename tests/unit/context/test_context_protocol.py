@@ -260,6 +260,9 @@ async def test_bodies_of_a_version_that_came_too_late_are_given_up_soon(autojump
         await store.put_bodies([*kept, *gone])
         assert await sync.merge([encode_record(lost)]) == 0
         assert store.holds(gone[0].id)
+        elsewhere, _ = toy_document(SHELF.id, "a.txt", "Not here.", Version(1, B))
+        assert await sync.merge([encode_record(elsewhere)]) == 0
+        assert set(sync.superseded) == {gone[0].id}  # whoever tells old versions fills no memory
         await trio.sleep(1.5 * PACE.collect)
         assert not store.holds(gone[0].id)
         assert store.holds(kept[0].id)

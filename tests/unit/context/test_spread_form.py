@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache
 
@@ -13,8 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pyagent_node.base.contexts import ContextInfo
-from pyagent_node.base.errors import InvalidRequest
-from pyagent_node.base.types import ContextPolicy, PeerId
+from pyagent_node.base.errors import InvalidRequest, Unavailable
+from pyagent_node.base.types import ContextId, ContextPolicy, PeerId
+from pyagent_node.node import context_search
+from pyagent_node.node.context_messages import Wanted
 from pyagent_node.node.context_probe import Picked
 from pyagent_node.sharding.context import search
 from pyagent_node.sharding.context.catalog import Catalog
@@ -28,6 +30,7 @@ from pyagent_node.sharding.context.owners import BUCKETS
 from pyagent_node.sharding.context.probing import Likely, Merged, Probe, chances, likely
 from pyagent_node.sharding.context.record_codec import bare, encode_record, record_digest
 from pyagent_node.sharding.context.records import ChunkBody, ChunkId, Version
+from pyagent_node.sharding.context.search import Scored
 from pyagent_node.sharding.context.shares import ALL_GROUPS, GROUPS, Part, Share, part_of
 from pyagent_node.simulations.contexts import (
     DIMENSIONS,
@@ -278,3 +281,31 @@ async def test_by_words_alone_all_chunks_are_compared(autojump_clock, spread, mo
         monkeypatch.setattr(search, "WORDS_CHUNKS", len(texts) - 1)
         answer = await it.services[0].search(info, question, away, count=8, way="words")
         assert answer.candidate_chunks < answer.chunks == len(texts)  # which is said
+
+
+async def test_what_a_node_scored_before_it_went_away_counts(autojump_clock, monkeypatch):
+    """Where all chunks are compared a node is asked in parts; one that fails is only one part."""
+    vector = toy_vector(QUESTIONS[0])
+    monkeypatch.setattr(context_search, "SCORED_AT_ONCE", 8)
+    async with spread_out([(B,)] * GROUPS) as it:
+        await it.stores[1].put_bodies(BODIES)
+        first, asked = it.services[0], [0]
+        made = first.client.scores
+
+        async def scores(
+            peer: PeerId,
+            context: ContextId,
+            vector: NDArray[np.float32],
+            terms: tuple[int, ...],
+            wanted: Sequence[Wanted],
+        ) -> tuple[list[Scored], set[ChunkId]]:
+            asked[0] += peer == B
+            if peer == B and asked[0] > 2:
+                raise Unavailable("It went away.", code="peer_gone")
+            return await made(peer, context, vector, terms, wanted)
+
+        first.client.scores = scores  # type: ignore[method-assign]
+        answer = await first.search(SPREAD, QUESTIONS[0], vector, way="words")
+        assert asked[0] == 3
+        assert answer.hits
+        assert answer.missing == len(BODIES) - 16
