@@ -111,11 +111,14 @@ def plan_request(
             prompt_tokens=n,
             n_ctx=n_ctx,
         )
+    # an answer goes on behind the slot where that is asked for: ranks that cannot refuse it
+    rolls = request.pruning is not None and request.pruning.rolling
+    default = n_ctx if rolls else n_ctx - n
     return HeadPlan(
         session=session,
         head=head,
         model=model.placement.model,
-        budget=min(request.max_tokens or n_ctx, most - n),
+        budget=min(request.max_tokens or default, most - n),
         stop=request.stop,
         ignore_eos=request.ignore_eos,
         sampling=request.sampling,

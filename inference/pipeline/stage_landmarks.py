@@ -121,15 +121,17 @@ class StageLandmarks:
             if session.end < session.prompt_tokens + marks.probe:
                 continue  # it is due again with its next step
             link = blocks.link(session.prompt_tokens // BLOCK_TOKENS)
-            settled = self._blocks(session, self._names(link, marks.tokens))
-            self._ended.append(settled[0].session)
-            return MarkTurn(session, seq, marks, settled)
+            return MarkTurn(
+                session, seq, marks, self._blocks(session, self._names(link, marks.tokens))
+            )
         return None
 
     def done(self, turn: MarkTurn, *, kept: bool) -> None:
         """Note that the landmarks of a session were kept, or cannot be."""
         turn.session.marks = None
         self.made += kept
+        # not before: whoever looks while they are made would end what has yet to begin, for good
+        self._ended.append(turn.blocks[0].session)
 
     def take_ended(self) -> list[SessionId]:
         """Return the sessions of blocks that were given to the shelf since the last call."""

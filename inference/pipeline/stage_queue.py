@@ -69,14 +69,18 @@ class Batch(NamedTuple):
         return Batch((), tuple(step for step, _ in both), tuple(work for _, work in both))
 
     def without(self, seq: int) -> Batch:
-        """Return the steps of the other slots, without operations and cells."""
+        """Return the steps of the other slots, with the cells before them, without operations."""
         both = [pair for pair in zip(self.inputs, self.work, strict=True) if pair[0].seq != seq]
-        return Batch((), tuple(step for step, _ in both), tuple(work for _, work in both))
+        cells = tuple(x for x in self.cells if x.seq != seq)
+        return Batch((), tuple(step for step, _ in both), tuple(work for _, work in both), cells)
 
     def apart(self) -> list[Batch]:
-        """Return its steps one by one, without the operations."""
+        """Return its steps one by one, without the operations, each with the cells before it."""
         pairs = zip(self.inputs, self.work, strict=True)
-        return [Batch((), (step,), (work,)) for step, work in pairs]
+        return [
+            Batch((), (step,), (work,), tuple(x for x in self.cells if x.seq == step.seq))
+            for step, work in pairs
+        ]
 
 
 class StageQueue:

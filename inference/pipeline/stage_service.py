@@ -398,7 +398,8 @@ class StageService:
                         await self._compute(core, runner, part)
                 return
             logger.warning("rank %d: the runner refused a batch: %s", core.spec.rank, error)
-            self._send(core.abandoned(batch, error))
+            # cells of a piece come beside the step, so there may be room for the step alone
+            self._send(core.abandoned(batch, not_joined(error) if batch.cells else error))
             return
         now = trio.current_time()
         self._send(core.completed(batch, outputs, now - start, now))

@@ -176,6 +176,20 @@ async def test_ranks_that_cannot_give_cells_up_refuse_what_does_not_fit(
         assert usage.evicted is None
 
 
+async def test_an_answer_of_no_given_length_asks_nothing_of_ranks_that_keep_all(
+    autojump_clock: object,
+) -> None:
+    """It ends with the slot, as without a budget; only who asks for more needs ranks that can."""
+    async with open_pipeline_world(4) as world:
+        place(world, (1, 2, 3))
+        for runner in world.runners:
+            runner.info = msgspec.structs.replace(runner.info, prunes=False)
+        plain = request(prompt(380), N_CTX - 380)
+        ask = msgspec.structs.replace(plain, pruning=HELD, max_tokens=None, ignore_eos=True)
+        tokens = tokens_of(await stream(world, ask))
+        assert tokens == toy_generate(LAYERS, prompt(380), N_CTX - 380, plain.sampling)
+
+
 @pytest.mark.parametrize(
     ("pruning", "length"),
     [(None, N_CTX), (HELD, N_CTX), (ROLLING, TRAINED), (Pruning(800, rolling=True), N_CTX)],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 import pytest
 
-from pyagent_node.base.errors import CorruptData, InvalidRequest, Unsupported
+from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unsupported
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
-from pyagent_node.inference.backend import KvRange, LayerKv, Tokens
+from pyagent_node.inference.backend import KvRange, LayerKv, StepInput, StepOutput, Tokens
 from pyagent_node.inference.kv.chunks import (
     alone,
     blocks_of,
@@ -24,12 +26,14 @@ from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.joining import Joining
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_errors import not_joined
+from pyagent_node.inference.pipeline.stage_queue import Batch
+from pyagent_node.inference.pipeline.stage_service import StageService
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import block_chain, cache_root
 
-from .stage_driver import AFTER, EPOCH, HEAD, MODEL, Driver, errors, spec
+from .stage_driver import AFTER, EPOCH, HEAD, HERE, MODEL, Driver, errors, spec
 
 CELLS = "rows/1/f16"
 SHAPE = KvShape(1, 4, 1e4)
@@ -101,6 +105,35 @@ def test_cells_of_pieces_go_in_before_the_step_that_begins_behind_them() -> None
         at.run(batch)
     assert taken == [(14, 80, PROMPT[14:80].tolist()), (84, 120, PROMPT[84:120].tolist())]
     assert at.core.view().restored == 66 + 36
+
+
+async def test_a_step_for_which_cells_of_a_piece_leave_no_room_costs_the_pieces() -> None:
+    """Where cells are given up on the way, the step alone has room: the head goes on without."""
+
+    class Full:
+        async def decode(self, steps: Sequence[StepInput]) -> list[StepOutput]:
+            raise LimitExceeded("There is no room.", code="kv_full")
+
+    async def refused(at: Driver, batch: Batch) -> list[tuple[PeerId, str, str]]:
+        service, sent = StageService(HERE), list[Outgoing]()
+        service._send = sent.extend  # type: ignore[assignment,method-assign]
+        await service._compute(at.core, Full(), batch)  # type: ignore[arg-type]
+        return errors(sent)
+
+    at = driver()
+    join(at)
+    at.batch()
+    load_all(at)
+    at.step("s", 14, sample=False)
+    at.step("s", 4, sample=False, position=80)
+    at.run(at.batch())
+    batch = at.batch()
+    assert batch.cells
+    assert batch.without(5).cells == batch.apart()[0].cells == batch.cells
+    assert await refused(at, batch) == [(HEAD, "s", "pieces_refused")]
+    at = driver()
+    at.step("s", 14, sample=False)
+    assert await refused(at, at.batch()) == [(HEAD, "s", "kv_full")]
 
 
 def test_a_piece_that_another_rank_lacks_is_computed() -> None:

@@ -197,6 +197,34 @@ async def test_a_session_that_ends_meanwhile_leaves_nothing() -> None:
     assert not at.core.landmarks.has_turn
 
 
+async def test_who_looks_while_they_are_made_leaves_no_session_behind() -> None:
+    """Frames come in while the runner is asked; the shelf hears of the end after the blocks."""
+    at, shelves = stage(), ToyShelves(Random(0))
+    shelf = shelves.of(HERE)
+
+    def look() -> None:
+        for session in at.core.landmarks.take_ended():
+            shelf.ended(session)
+
+    class Busy(Runner):
+        async def attention(self, seq: int) -> CellAttention:
+            look()
+            return await super().attention(seq)
+
+        async def export_kv(self, seq: int, start: int, stop: int) -> KvRange:
+            look()
+            return await super().export_kv(seq, start, stop)
+
+    opened(at)
+    read(at)
+    turn = at.core.landmarks.next_turn()
+    assert turn is not None
+    await LandmarkWork(at.core, Busy(at), shelf).make(turn)  # type: ignore[arg-type]
+    assert list(shelf.sessions) == [turn.blocks[0].session]
+    look()
+    assert not shelf.sessions
+
+
 @pytest.mark.parametrize("able", [{"prunes": False}, {"shape": None}])
 def test_a_rank_that_cannot_only_computes(able: dict[str, object]) -> None:
     at = stage(**able)  # type: ignore[arg-type]
