@@ -64,8 +64,11 @@ class LlamaPruner(BookKeeper):
     # ---- stepping.Pruner ---------------------------------------------------------------------
 
     def watch(self, log: SequenceLog, every: int, window: int) -> None:
-        """Begin to measure; raises :class:`Unsupported` where positions were shifted."""
-        if not self._cells.in_order(log):
+        """Begin to measure; raises :class:`Unsupported` where positions were shifted.
+
+        Where a call on the sequence's slot has failed nothing is measured before the next prune.
+        """
+        if not log.ordered:
             raise no_pruning()
         super().watch(log, every, window)
         self._context.watcher = self

@@ -56,8 +56,8 @@ class LandmarkWork:
             return False
         found = await self._runner.attention(turn.seq)
         whole = await self._runner.export_kv(turn.seq, marks.skip, marks.tokens)
-        if turn.session.closed or self._core.stopped:
-            return False
+        if turn.session.closed or self._core.stopped or not found.rows:
+            return False  # what nothing is known of would be chosen by its age, and kept for good
         at = chosen(
             found.positions,
             found.mass.sum(0),
@@ -91,7 +91,7 @@ class LandmarkWork:
         if small is None or not await self._preferred(load, index, whole, small):
             return False
         found = await self._shelf.load(small)
-        if not found:
+        if len(found) < len(small.chain):  # what is left of them is of no use
             return False
         if not landmarks.taken(load, index, found):
             self._core.joins.refused += 1

@@ -6,6 +6,7 @@ said so.  Nothing depends on it: what could not be made in time is computed with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, cast
@@ -28,6 +29,8 @@ from pyagent_node.inference.pipeline.stage_landmarks import MAX_PROBE, worth_mar
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_keys import PREFILL_PIECE
+
+logger = logging.getLogger("pyagent_node.pipeline")
 
 MAKE_SECONDS: Final = 60.0
 """How long all pieces of a request may take."""
@@ -173,8 +176,12 @@ def _starts(tokens: int) -> range:
 
 
 async def _probe(model: HeadModel) -> Tokens:
-    """Return the tokens to read behind pieces, none where the vocabulary has too few for them."""
-    words = await model.tokenizer.tokenize(PROBE, add_special=False, parse_special=False)
+    """Return the tokens to read behind pieces, none where the vocabulary has too few, or fails."""
+    try:
+        words = await model.tokenizer.tokenize(PROBE, add_special=False, parse_special=False)
+    except PyAgentError as error:
+        logger.warning("no landmarks are made of pieces: %s", error)
+        return _NOTHING
     good = MAX_DECODE_ROWS < len(words) < MAX_PROBE
     return np.array(words, dtype=np.int32) if good else _NOTHING
 

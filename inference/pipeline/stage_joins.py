@@ -138,6 +138,20 @@ class StageJoins:
             load.began = True
         return began
 
+    def fitting(self, load: JoinLoad) -> range:
+        """Return the leading pieces for which a slot has room; the others are computed.
+
+        Cells of all pieces wait here together, and the prompt of a session that gives cells up may
+        be many times as long as a slot.
+        """
+        room, count = self._spec.n_ctx, 0
+        for piece in load.message.pieces:
+            room -= piece.tokens
+            if room < 0:
+                break
+            count += 1
+        return range(count)
+
     def wanted(self, load: JoinLoad, index: int, skip: int, prefill_seconds: float) -> Wanted:
         """Return what to ask the shelf for, from block ``skip`` of a piece on."""
         part, message, tokens = self._spec.slice, load.message, load.tokens[index]

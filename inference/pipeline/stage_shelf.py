@@ -223,7 +223,7 @@ class ShelfWork:
         limiter = trio.CapacityLimiter(PIECES_AT_ONCE)
         with trio.move_on_after(LOAD_SECONDS):
             async with trio.open_nursery() as nursery:
-                for index in range(len(load.tokens)):
+                for index in self._core.joins.fitting(load):
                     nursery.start_soon(self._piece, load, index, limiter)
         self._send(self._core.joins.loaded(load))
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from pyagent_node.inference.generation import (
     LoadedModel,
     Usage,
 )
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.kv.chunks import moved_to
 from pyagent_node.inference.kv.pieces import JoinPlan, Piece
 from pyagent_node.inference.llama.backend import LlamaBackend
@@ -218,3 +220,34 @@ async def test_what_looks_like_a_role_in_a_chunk_is_text(bundled_model: Path) ->
         (piece,) = made.requests[0].join.pieces if made.requests[0].join else ()
         assert not control & set(tokens[piece.start : piece.stop])
         assert [t for t in tokens if t in control] == [t for t in plain if t in control]
+
+
+async def test_cells_of_a_piece_may_leave_no_room_in_a_slot_for_what_follows_them(
+    stored: tuple[ModelStore, Digest], parts: list[tuple[int, ...]]
+) -> None:
+    """The prompt is longer than a slot, cells are given up: then all of it is computed."""
+    words = [token for part in parts for token in part] * 20
+    request = GenerationRequest(
+        NAME,
+        tokens=tuple(words[:1600]),
+        max_tokens=4,
+        ignore_eos=True,
+        sampling=GREEDY,
+        pruning=Pruning(256, rolling=True),
+        prompt_cache=False,
+    )
+    piece = JoinPlan((Piece(800, 1024),), skip=8)
+    shelves = ToyShelves(random.Random(0))
+    async with open_real_pipeline(*stored, (), n_ctx=832, n_seq=2, shelves=shelves) as at:
+        model = at.head.engine.offered(stored[1])
+        assert model is not None
+        trained = at.runners[0].info.n_ctx_train
+        at.head.engine.offer(msgspec.structs.replace(model, n_ctx_train=trained))
+        plain, _ = await answer(at, request)
+        refused, usage = await answer(at, msgspec.structs.replace(request, join=piece))
+        assert at.head.engine.pieces.made == 1
+        assert refused == plain
+        assert usage.failovers == 1
+        short = msgspec.structs.replace(request, tokens=tuple(words[:1100]), join=piece)
+        _, usage = await answer(at, short)
+        assert (usage.joined_tokens, usage.failovers) == (216, 0)

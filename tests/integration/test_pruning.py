@@ -287,6 +287,34 @@ def test_cells_in_another_order_are_put_into_that_of_their_positions(
     assert same(state(backend, 0), before.pick(KEPT))
 
 
+def test_a_slot_on_which_a_call_has_failed_is_watched_and_measured_behind_a_prune(
+    backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has its slot next asks for it to be watched, and must not be refused."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise Unavailable("no", code="decode_failed")
+
+    backend.apply(OpenSequence(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaContext, "decode", fails)
+        with pytest.raises(Unavailable):
+            backend.decode([step(0, 0, 9)])
+    backend.apply(FreeSequence(0))
+    backend.apply(OpenSequence(0))
+    backend.apply(WatchSequence(0, every=1, window=4))
+    backend.decode([step(0, 0, 512)])
+    backend.decode([step(0, 512, N)])
+    found = backend.attention(0)
+    assert (len(found.positions), found.rows) == (N, 0)
+    backend.apply(PruneSequence(0, KEEP))
+    backend.apply(WatchSequence(0, every=1, window=4))
+    next_rows(backend, 0, N)
+    found = backend.attention(0)
+    assert (len(found.positions), found.rows) == (len(KEPT) + 3, 3)
+    assert found.seen[: len(KEPT)].tolist() == [3] * len(KEPT)
+
+
 def test_measuring_goes_on_behind_a_prune(backend: LlamaBackend) -> None:
     fed(backend)
     backend.apply(WatchSequence(0))

@@ -11,6 +11,7 @@ import pytest
 from pyagent_node.base.errors import CorruptData, InvalidRequest, LimitExceeded, Unsupported
 from pyagent_node.base.types import Digest, PeerId, Placement, Rank, SessionId, Slice
 from pyagent_node.inference.backend import KvRange, LayerKv, StepInput, StepOutput, Tokens
+from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.kv.chunks import (
     alone,
     blocks_of,
@@ -20,7 +21,16 @@ from pyagent_node.inference.kv.chunks import (
     split_alone,
 )
 from pyagent_node.inference.kv.pieces import JoinPlan, Piece
-from pyagent_node.inference.pipeline.frames import Join, Joined, Keep, Restored, Step, pack_tail
+from pyagent_node.inference.kv.port import NullShelf, Wanted
+from pyagent_node.inference.pipeline.frames import (
+    Join,
+    Joined,
+    Keep,
+    OpenSession,
+    Restored,
+    Step,
+    pack_tail,
+)
 from pyagent_node.inference.pipeline.head import HeadCore
 from pyagent_node.inference.pipeline.head_plan import HeadPlan, Vocabulary
 from pyagent_node.inference.pipeline.joining import Joining
@@ -28,6 +38,7 @@ from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_errors import not_joined
 from pyagent_node.inference.pipeline.stage_queue import Batch
 from pyagent_node.inference.pipeline.stage_service import StageService
+from pyagent_node.inference.pipeline.stage_shelf import ShelfWork
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_codec import KvShape
@@ -134,6 +145,46 @@ async def test_a_step_for_which_cells_of_a_piece_leave_no_room_costs_the_pieces(
     at = driver()
     at.step("s", 14, sample=False)
     assert await refused(at, at.batch()) == [(HEAD, "s", "kv_full")]
+
+
+async def test_no_more_cells_wait_for_a_session_than_a_slot_has() -> None:
+    """A prompt whose cells are given up on the way may be many times as long."""
+
+    class Asked(NullShelf):
+        def __init__(self) -> None:
+            self.chains: list[int] = []
+
+        async def load(self, wanted: Wanted) -> list[KvRange]:
+            self.chains.append(len(wanted.chain))
+            return []
+
+    at, shelf, sent = Driver(spec(1)), Asked(), list[Outgoing]()
+    shape = {"cells": CELLS, "cut": 64, "kv_shape": SHAPE}
+    at.core = StageCore(at.spec, prunes=True, trained=1 << 17, **shape)  # type: ignore[arg-type]
+    pieces = (Piece(0, 1024), Piece(1024, 4096), Piece(4096, 4200), Piece(4200, 8000))
+    message = OpenSession(
+        SessionId("s"),
+        MODEL,
+        EPOCH,
+        1,
+        HEAD,
+        9000,
+        8999,
+        SamplingParams(),
+        pruning=Pruning(256, rolling=True),
+    )
+    (onward,) = at.core.receive(at.sender, message, b"", at.now)
+    assert onward.peer == AFTER
+    tokens = np.concatenate([alone(np.zeros(8999, np.int32), piece) for piece in pieces])
+    wish = Join(SessionId("s"), MODEL, EPOCH, 1, ROOT, 4, pieces)
+    (onward,) = at.core.receive(at.sender, wish, pack_tail(tokens, None), at.now)
+    assert onward.peer == AFTER
+    at.batch()
+    (load,) = at.core.joins.take_loads()
+    work = ShelfWork(at.core, None, shelf, sent.extend, lambda: None)  # type: ignore[arg-type]
+    await work._join(load)
+    assert sorted(shelf.chains) == [1024 // 64, 3072 // 64]
+    assert sent == [Outgoing(HEAD, Joined(SessionId("s"), MODEL, EPOCH, 1, ()))]
 
 
 def test_a_piece_that_another_rank_lacks_is_computed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
 
 import msgspec
@@ -11,13 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyagent_node.base.types import SessionId
+from pyagent_node.base.errors import RunnerFailed
+from pyagent_node.base.types import Digest, Placement, SessionId
 from pyagent_node.inference.backend import CellAttention, KvRange, LayerKv, Tokens, WatchSequence
 from pyagent_node.inference.kv.budgets import Pruning
 from pyagent_node.inference.kv.chunks import alone
 from pyagent_node.inference.kv.forms import PATIENCE, SLOWER, WORTH, form_of
 from pyagent_node.inference.kv.landmarks import cells_of
 from pyagent_node.inference.kv.pieces import Marks, Piece
+from pyagent_node.inference.kv.port import NullShelf, Wanted
 from pyagent_node.inference.pipeline.frames import (
     PIPE_CODEC,
     Join,
@@ -27,13 +30,16 @@ from pyagent_node.inference.pipeline.frames import (
     Restored,
     pack_tail,
 )
+from pyagent_node.inference.pipeline.head_plan import Vocabulary
 from pyagent_node.inference.pipeline.landmark_work import LandmarkWork
+from pyagent_node.inference.pipeline.making import _probe
+from pyagent_node.inference.pipeline.ports import HeadModel
 from pyagent_node.inference.pipeline.stage import StageCore
 from pyagent_node.inference.pipeline.stage_types import Outgoing
 from pyagent_node.inference.sampling import SamplingParams
 from pyagent_node.sharding.kv_codec import KvShape
 from pyagent_node.sharding.kv_keys import block_chain
-from pyagent_node.sharding.kv_landmarks import landmark_chain
+from pyagent_node.sharding.kv_landmarks import is_landmarks, landmark_chain
 from pyagent_node.simulations.shelf import ShelfFaults, ToyShelves
 
 from .stage_driver import AFTER, EPOCH, HEAD, HERE, MODEL, Driver, errors, spec
@@ -225,6 +231,34 @@ async def test_who_looks_while_they_are_made_leaves_no_session_behind() -> None:
     assert not shelf.sessions
 
 
+async def test_where_nothing_was_measured_nothing_is_chosen() -> None:
+    class Blind(Runner):
+        async def attention(self, seq: int) -> CellAttention:
+            found = await super().attention(seq)
+            nothing = np.zeros_like(found.mass), np.zeros_like(found.peak), found.seen * 0
+            return CellAttention(found.positions, *nothing, found.entropy, 0)
+
+    at, shelves = stage(), ToyShelves(Random(0))
+    opened(at)
+    read(at)
+    turn = at.core.landmarks.next_turn()
+    assert turn is not None
+    await LandmarkWork(at.core, Blind(at), shelves.of(HERE)).make(turn)  # type: ignore[arg-type]
+    assert not shelves.of(HERE).held
+    assert at.core.view().marked == 0
+    assert turn.session.marks is None
+
+
+async def test_a_tokenizer_that_fails_costs_the_landmarks_only() -> None:
+    class Broken:
+        async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+            raise RunnerFailed("It has died.", reason="exit")
+
+    placement = Placement(MODEL, EPOCH, (), 4096, 2)
+    model = HeadModel("m", 0, placement, Vocabulary((), frozenset()), Broken(), None)  # type: ignore[arg-type]
+    assert len(await _probe(model)) == 0
+
+
 @pytest.mark.parametrize("able", [{"prunes": False}, {"shape": None}])
 def test_a_rank_that_cannot_only_computes(able: dict[str, object]) -> None:
     at = stage(**able)  # type: ignore[arg-type]
@@ -335,6 +369,45 @@ async def test_what_was_promised_and_is_lost_leaves_the_whole_form() -> None:
     _, done, answer = await taken(ShelfFaults(lost=1.0))
     assert not done
     assert answer.message == Joined(SessionId("j"), MODEL, EPOCH, 1, ())
+
+
+async def test_what_comes_of_them_in_part_leaves_the_whole_form() -> None:
+    """A peer that goes half-way has sent nothing wrong."""
+
+    class Parted(NullShelf):
+        def promises(self, model: Digest, chain: Sequence[bytes], layers: range) -> int:
+            return len(chain)
+
+        async def cost(self, wanted: Wanted) -> float:
+            return 0.001 if is_landmarks(wanted.cells) else math.inf
+
+        async def load(self, wanted: Wanted) -> list[KvRange]:
+            assert len(wanted.chain) == 2
+            layers = tuple(LayerKv(layer, b"", b"") for layer in wanted.layers)
+            return [KvRange(wanted.cells, 0, 64, layers)]
+
+    at, long = stage(), Piece(10, 310)
+    at.at["j"] = (0, 0)
+    message = OpenSession(
+        SessionId("j"),
+        MODEL,
+        EPOCH,
+        1,
+        HEAD,
+        4096,
+        330,
+        SamplingParams(),
+        pruning=Pruning(4096),
+    )
+    at.core.receive(at.sender, message, b"", at.now)
+    wish = Join(SessionId("j"), MODEL, EPOCH, 1, ROOT, SKIP, (long,), (), True)
+    tokens = alone(np.arange(330, dtype=np.int32) % 90, long)
+    at.core.receive(at.sender, wish, pack_tail(tokens, None), at.now)
+    at.batch()
+    (load,) = at.core.joins.take_loads()
+    work = LandmarkWork(at.core, Runner(at), Parted())  # type: ignore[arg-type]
+    assert not await work.take(load, 0, at.core.joins.wanted(load, 0, 0, 0.0))
+    assert at.core.joins.refused == 0
 
 
 # ---- at the head, and between versions -------------------------------------------------------
