@@ -385,9 +385,7 @@ def test_a_slice_computes_every_path_of_a_tree(
 @pytest.mark.parametrize("name", kit.params())
 async def test_a_cancelled_prompt_leaves_a_runner_in_order(name: str, tiny: Path) -> None:
     text = prompt(100)
-    async with open_slice_runner(
-        RunnerSpec(str(tiny), WHOLE, N_CTX, 2, 1, backend=name)
-    ) as runner:
+    async with open_slice_runner(RunnerSpec(str(tiny), WHOLE, N_CTX, 2, 1, backend=name)) as runner:
         assert runner.info.backend == name
         await runner.apply([OpenSequence(0, GREEDY)])
         whole = StepInput(0, 0, text, None, True)
