@@ -62,7 +62,6 @@ class Mover:
     ) -> None:
         self.copied = 0
         """Bodies that came here because this node owns them now."""
-        self.copied_bytes = 0
         self.released = 0
         """Bodies given up because others own them."""
         self.collected = 0
@@ -207,7 +206,6 @@ class Mover:
                 return
             size = sum(map(_size, found))
             self.copied += len(found)
-            self.copied_bytes += size
             await trio.sleep(budget.reserve(size, trio.current_time()))
         self._losses.note(failed)
         if self.lacking:

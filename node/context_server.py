@@ -132,8 +132,6 @@ class ContextServer:
         offload: Offload,
     ) -> None:
         self.leaving: set[ChunkId] = set()
-        self.kept_bytes = 0
-        """Bytes of bodies that peers had held here."""
         self.on_records: Callable[[Sequence[bytes]], Awaitable[int]] = store.merge
         """Takes records that a peer brought; returns how many were news."""
         self.applied: Callable[[], int] = lambda: consensus.state.index
@@ -292,7 +290,6 @@ class ContextServer:
         for context in {body.context for body in bodies}:
             self._known(context)
         await self._store.put_bodies(bodies)
-        self.kept_bytes += len(tail)
         return Done(len(bodies)), b""
 
     async def _held(self, peer: PeerId, ask: AskHeld, tail: bytes) -> tuple[Held, bytes]:
